@@ -1,0 +1,146 @@
+"""A constitution: the TOML file that says what a judge is to look for.
+
+    name = "warm"
+    preamble = "..."                 # read before everything else
+    principles = "all"               # or "sample": one principle a comparison, drawn by weight
+    combine = "mean-logit"           # or "veto", "lexicographic"
+
+    [[principle]]
+    id = "kindness"
+    weight = 1.0
+    compare = "Which response is kinder to the person?"
+    grade = "Is the response kind to the person?"
+
+`load` checks all of it and names file, key, what it got and what it expected.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from aif.config import Strict, checked, read_toml
+from aif.errors import InputError, shown
+from aif.records import content_id
+
+MAX_TEXT = 8_000  # characters in any one text
+MAX_PRINCIPLES = 200
+MAX_EXAMPLES = 64
+
+
+def _said(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a text that is not empty")
+    return text.strip()
+
+
+def _finite(weight: float) -> float:
+    if not math.isfinite(weight):
+        raise ValueError("a finite number")
+    return weight
+
+
+Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_said)]
+
+
+class Example(Strict):
+    """A graded response, shown to the judge before the one it is asked about."""
+
+    prompt: Text | None = None
+    text: Text
+    verdict: bool
+
+
+class Principle(Strict):
+    """One thing to look for, as an instruction to critique and revise and as questions."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
+    weight: Annotated[float, Field(gt=0, le=1e6), AfterValidator(_finite)] = 1.0
+    critique: Text | None = None
+    revision: Text | None = None
+    compare: Text | None = None
+    grade: Text | None = None
+    example: list[Example] = Field([], max_length=MAX_EXAMPLES)
+
+    def question(self, protocol: str) -> str:
+        """The question that a protocol puts; `Constitution.require` has seen that it is there."""
+        return (self.compare if protocol == "pairwise" else self.grade) or ""
+
+    def digest(self, protocol: str) -> str:
+        """The id of everything in this principle that a verdict depends on."""
+        examples = [example.model_dump() for example in self.example]
+        return content_id(self.question(protocol), examples if protocol == "pointwise" else [])
+
+
+class Constitution(Strict):
+    """The whole file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    description: str = Field("", max_length=MAX_TEXT)
+    preamble: str = Field("", max_length=MAX_TEXT)
+    principles: Literal["all", "sample"] = "all"
+    combine: Literal["mean-logit", "veto", "lexicographic"] = "mean-logit"
+    veto: float = Field(0.1, gt=0, lt=0.5)
+    margin: float = Field(0.1, ge=0, lt=0.5)
+    principle: list[Principle] = Field(min_length=1, max_length=MAX_PRINCIPLES)
+
+    @model_validator(mode="after")
+    def _ids_differ(self) -> Self:
+        ids = [principle.id for principle in self.principle]
+        for name in ids:
+            if ids.count(name) > 1:
+                raise ValueError(f"principle ids that differ ({name!r} stands twice)")
+        return self
+
+    def require(self, protocol: str, where: object) -> None:
+        """Raise InputError unless every principle has the question that `protocol` puts."""
+        key = "compare" if protocol == "pairwise" else "grade"
+        for number, principle in enumerate(self.principle):
+            if not principle.question(protocol):
+                raise InputError(
+                    where,
+                    f"principle.{number}.{key}",
+                    got="nothing",
+                    expected=f"a question, as the {protocol} protocol asks it of {principle.id!r}",
+                )
+
+    def lint(self) -> list[str]:
+        """What is allowed but probably not meant, a line each."""
+        notes = []
+        for principle in self.principle:
+            for key in ("compare", "grade"):
+                text = getattr(principle, key)
+                if text and not text.endswith("?"):
+                    notes.append(f"{principle.id}.{key}: does not end in a question mark")
+            if not principle.compare and not principle.grade:
+                notes.append(f"{principle.id}: neither compare nor grade, so it cannot be judged")
+            yes = sum(example.verdict for example in principle.example)
+            if principle.example and not 0.25 <= yes / len(principle.example) <= 0.75:
+                notes.append(
+                    f"{principle.id}.example: {yes} of {len(principle.example)} say yes; a small "
+                    "judge leans to the answer it sees most"
+                )
+        questions = [p.compare or p.grade for p in self.principle]
+        if len(set(questions)) < len(questions):
+            notes.append("two principles ask the same question")
+        unused = {"veto": self.combine != "veto", "margin": self.combine != "lexicographic"}
+        for key in self.model_fields_set & {key for key, idle in unused.items() if idle}:
+            notes.append(f"{key}: has no effect with combine = {self.combine!r}")
+        return notes
+
+    def digest(self) -> str:
+        """The id of the whole constitution."""
+        return content_id(self.model_dump())
+
+
+def load(path: Path) -> Constitution:
+    """Read and check a constitution. Raises InputError, one line."""
+    data = read_toml(path)
+    if not data.get("principle"):
+        raise InputError(
+            path, "principle", got=shown(data.get("principle")), expected="[[principle]] tables"
+        )
+    return checked(Constitution, data, path)

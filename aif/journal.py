@@ -1,0 +1,207 @@
+"""The append-only file that makes a paid answer durable.
+
+One line a row, with a checksum over the bytes before it:
+
+    {"id":"9f0c...","fault":null,"logprobs":{"Yes":-0.1,"No":-2.3},"crc":"5e2d91aa"}
+
+A row counts once it is on the disk (`durable`). A row with a fault is kept as a record and is
+never an answer. Opening repairs a torn last line (a crash or a full disk in mid-write) and reports
+every other line that fails its checksum; those rows simply no longer count, so they are asked
+again. One process may write at a time; the run's lock sees to that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aif.errors import AifError
+from aif.jsonl import dumps, loads, sync_folder
+
+_HEAD = re.compile(rb'\{"id":"([0-9a-f]{64})","fault":(null|"\w+")')
+_LOOSE_ID = re.compile(rb'"id":"([^"]{1,80})"')
+_TAIL = len(b',"crc":"00000000"}\n')
+_LINGER_S = 0.02  # rows that arrive within this share one fsync
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A line that fails its checksum. `key` is its id, as far as it can still be read."""
+
+    line: int
+    key: str
+
+
+class Journal:
+    """Rows by id, durable. Build it with `Journal.open`; close it, or use it in a `with`."""
+
+    def __init__(self, path: Path, descriptor: int):
+        self.path = path
+        self.answered: dict[bytes, int] = {}  # id (32 bytes) -> offset of its newest good row
+        self.failed: dict[bytes, int] = {}  # the same for ids that have only faults
+        self.damage: list[Damage] = []
+        self.durable = 0  # rows of this process that are on the disk
+        self._descriptor = descriptor
+        self._end = 0  # bytes on the disk
+        self._waiting: list[tuple[bytes, bytes, bool]] = []  # line, id, is it a fault
+        self._changed = threading.Condition()
+        self._busy = self._closing = False
+        self._error: AifError | None = None
+        self._writer = threading.Thread(target=self._write_groups, daemon=True, name="journal")
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """Read what is there, repair the tail, and be ready to append."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise AifError(f"{path}: could not be opened: {error.strerror}") from error
+        journal = cls(path, descriptor)
+        journal._end = journal._index()
+        if os.fstat(descriptor).st_size > journal._end:  # a torn line is not an answer: cut it off
+            os.ftruncate(descriptor, journal._end)
+            os.fsync(descriptor)
+        journal._writer.start()
+        return journal
+
+    def _index(self) -> int:
+        """Fill the maps from the file; returns where its last whole line ends."""
+        end = 0
+        for offset, size, found in scan(self.path):
+            end = offset + size
+            if isinstance(found, Damage):
+                self.damage.append(found)
+            else:
+                self._note(*found, offset)
+        return end
+
+    def _note(self, key: bytes, is_fault: bool, offset: int) -> None:
+        if not is_fault:
+            self.answered[key] = offset
+            self.failed.pop(key, None)
+        elif key not in self.answered:
+            self.failed[key] = offset
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Take a row (`id`, `fault` and whatever else) for writing; it is not yet durable."""
+        line = encode(row)
+        with self._changed:
+            self._raise_if_broken()
+            self._waiting.append((line, bytes.fromhex(row["id"]), row["fault"] is not None))
+            self._changed.notify_all()
+
+    def commit(self) -> None:
+        """Return once every row appended so far is on the disk; raise if it cannot be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or not (self._waiting or self._busy))
+            self._raise_if_broken()
+
+    def _raise_if_broken(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _write_groups(self) -> None:
+        """The writer thread: all rows that wait are one write and one fsync."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return
+            if not self._closing:
+                time.sleep(_LINGER_S)
+            with self._changed:
+                group, self._waiting, self._busy = self._waiting, [], True
+            try:
+                self._write(b"".join(line for line, _, _ in group))
+            except OSError as error:
+                self._give_up(error)
+                return
+            with self._changed:
+                for line, key, is_fault in group:
+                    self._note(key, is_fault, self._end)
+                    self._end += len(line)
+                self.durable += len(group)
+                self._busy = False
+                self._changed.notify_all()
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        os.fsync(self._descriptor)
+
+    def _give_up(self, error: OSError) -> None:
+        # After a failed fsync the kernel may drop the pages and report success next time
+        # (https://lwn.net/Articles/752063/), so what is not known to be durable is cut off again.
+        try:
+            os.ftruncate(self._descriptor, self._end)
+        except OSError:
+            pass  # the next open repairs the tail
+        with self._changed:
+            self._error = AifError(
+                f"{self.path}: could not be written: {error.strerror}; what is durable is kept "
+                f"({self.durable:,} rows of this session), the same command resumes"
+            )
+            self._changed.notify_all()
+
+    def row(self, offset: int) -> dict[str, Any]:
+        """The row at an offset taken from `answered` or `failed`."""
+        # A line is rarely over 4 kB; read on where it is.
+        data = os.pread(self._descriptor, 4096, offset)
+        while b"\n" not in data:
+            data += os.pread(self._descriptor, 1 << 20, offset + len(data))
+        return loads(data[: data.index(b"\n")].decode("ascii"))
+
+    def close(self) -> None:
+        """Write what waits and close the file; an error in that is raised."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._writer.join()
+        os.close(self._descriptor)
+        self._raise_if_broken()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        try:
+            self.close()
+        except AifError:
+            if kind is None:  # do not hide the error that is already on its way
+                raise
+
+
+def encode(row: dict[str, Any]) -> bytes:
+    """A row as its line: `id` and `fault` first (the scan relies on it), the checksum last."""
+    body = dumps({"id": row["id"], "fault": row["fault"]} | row)[:-1].encode("ascii")
+    return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
+
+
+def scan(path: Path) -> Iterator[tuple[int, int, tuple[bytes, bool] | Damage]]:
+    """(offset, size, (id, is it a fault) or Damage) of every whole line; a torn tail is left out.
+
+    Reads only, so a run can be looked at while another process writes it.
+    """
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            head = _HEAD.match(line)
+            body = line[:-_TAIL]
+            if head and line[-_TAIL:] == b',"crc":"%08x"}\n' % zlib.crc32(body):
+                yield offset, len(line), (bytes.fromhex(head[1].decode()), head[2] != b"null")
+            else:
+                key = _LOOSE_ID.search(line)
+                yield offset, len(line), Damage(number, key[1].decode("latin-1") if key else "?")
+            offset += len(line)

@@ -1,0 +1,104 @@
+"""What a language model is to aif: asks go in, answers come out in any order.
+
+    with open_llm(settings) as llm:
+        for answer in llm.answer(asks):
+            ...
+
+One protocol serves an HTTP server with hundreds of requests in flight, a local model that wants
+large batches, and the scripted fake: each pulls from `asks` as fast as it can use them. To stop
+early, let `asks` end; what is in flight is still answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol, Self
+
+from aif.config import LLMSettings
+from aif.errors import InputError
+from aif.records import Message
+
+BUNDLED = "smollm2-135m"
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One call: a chat (`messages`) or a plain text to continue (`text`), never both.
+
+    With `options`, the log-probability of each option as the very next token is wanted (a
+    token counts for an option when the two are equal but for case and surrounding spaces).
+    """
+
+    key: str
+    messages: list[Message] | None = None
+    text: str | None = None
+    options: tuple[str, ...] = ()
+    max_tokens: int = 1
+    temperature: float = 0.0
+    samples: int = 1
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for the ask with the same key.
+
+    `logprobs` maps each option to its log-probability (nats, <= 0) and is None where the model
+    gives none. With a `fault` (see `records.FAULTS`) there is no answer, and `detail` says why.
+    """
+
+    key: str
+    texts: tuple[str, ...] = ()
+    finish: str | None = None
+    logprobs: dict[str, float] | None = None
+    fault: str | None = None
+    detail: str = ""
+    usage: dict[str, int] = field(default_factory=dict)  # prompt_tokens, completion_tokens
+
+
+class LLM(AbstractContextManager["LLM"], Protocol):
+    """A model that can be asked. Raises `JudgeStopped` when it cannot go on at all."""
+
+    def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
+        """One answer for every ask, in any order, as they become known."""
+
+    def count_tokens(self, asks: Iterable[Ask]) -> tuple[int, bool]:
+        """Prompt tokens of all asks together, and whether that is exact (or an estimate)."""
+
+    def close(self) -> None:
+        """Free what the model holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_llm(settings: LLMSettings) -> LLM:
+    """The model that `settings.model` names.
+
+    `openai:NAME` (any OpenAI-compatible server), `scripted:FILE`, `smollm2-135m` (bundled), or a
+    folder or hub id that transformers can load.
+    """
+    kind, _, name = settings.model.partition(":")
+    if kind == "openai" and name:
+        from aif.llm.api import ApiLLM
+
+        return ApiLLM(settings, name)
+    if kind == "scripted":
+        from aif.llm.scripted import ScriptedLLM
+
+        return ScriptedLLM.from_file(name)
+    if name:
+        raise InputError(
+            "model",
+            "",
+            got=repr(settings.model),
+            expected=f"openai:NAME, scripted:FILE, {BUNDLED}, a folder or a hub id",
+        )
+    from aif.llm.local import LocalLLM
+
+    return LocalLLM(settings)

@@ -1,0 +1,128 @@
+"""The rows of a run folder's JSONL files, and the ids that are computed from their contents.
+
+An id is the sha256 of the canonical JSON of everything the row depends on, so it can be derived
+again from the row: "what is missing" is a set difference, and an edited input simply has a new id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+Message = dict[str, str]  # {"role": "user", "content": "..."}, as every chat API has it
+
+# Why a row has no answer. No number ever stands for one of these.
+FAULTS = {
+    "unparsed": "the text holds no verdict",
+    "refused": "the model declined to answer",
+    "truncated": "the text was cut off before the verdict",
+    "empty": "the model said nothing",
+    "identical": "both responses are the same text, so there is nothing to compare",
+    "too_long": "the text does not fit the model's context",
+    "rejected": "the server refused this request",
+    "malformed": "the server's answer is not a completion",
+    "wrong_model": "another model answered than the one asked",
+    "rate_limited": "the server kept asking to wait",
+    "timeout": "no answer in time",
+    "backend": "the server failed or could not be reached",
+}
+
+# Faults of the service rather than of the row: a long unbroken series means that it is gone.
+SERVICE_FAULTS = frozenset({"backend", "timeout", "rate_limited"})
+
+
+def content_id(*parts: object) -> str:
+    """The sha256 (64 hex digits) of the canonical JSON of `parts`."""
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))  # ASCII, so any str goes
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One conversation that ends where a response is due."""
+
+    id: str
+    messages: list[Message]
+    source: str = ""  # the row's own id in the file it came from, if it has one
+
+    @classmethod
+    def of(cls, messages: list[Message], source: str = "") -> Prompt:
+        return cls(content_id("prompt", messages), messages, source)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One sampled continuation of a prompt; `text` is null with a `fault`."""
+
+    id: str
+    prompt_id: str
+    policy: str
+    sample: int
+    text: str | None
+    finish: str | None
+    fault: str | None
+    usage: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two responses to one prompt. Nothing in it says which one a human preferred."""
+
+    id: str
+    prompt_id: str
+    prompt: list[Message]
+    first: str
+    second: str
+
+    @classmethod
+    def of(cls, prompt: list[Message], first: str, second: str) -> Comparison:
+        return cls(
+            content_id("comparison", prompt, first, second),
+            content_id("prompt", prompt),
+            prompt,
+            first,
+            second,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HumanChoice:
+    """What a person (or the data set) preferred; kept apart from what the judge may see."""
+
+    comparison_id: str
+    p_first: float  # 1.0: the first, 0.0: the second
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One paid call as it bears on one comparison.
+
+    `p_first` is how far this call alone speaks for the first response, in [0, 1], or null with a
+    `fault`. `order` is "ab" or "ba" for a pairwise call (which response stood first), "a" or "b"
+    for a grade (which response was graded). A grade that several comparisons share has one id and
+    was paid once.
+    """
+
+    id: str
+    comparison_id: str
+    principle_id: str
+    order: str
+    judge: str
+    text: str | None
+    p_first: float | None
+    fault: str | None
+    usage: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What the verdicts of one comparison come to; made from them alone, so it costs no call."""
+
+    comparison_id: str
+    p_first: float | None
+    fault: str | None
+    n_verdicts: int  # verdicts that count; those with a fault do not
+    order_agreement: float | None  # share of principles whose two orders name the same winner
+    by_principle: dict[str, float | None] = field(default_factory=dict)
