@@ -1,12 +1,12 @@
 """Settings: defaults, then run.toml, then the command line; an unknown key is an error.
 
-    [judge]
-    model = "openai:gpt-4.1-mini"
-    base_url = "http://localhost:8000/v1"
+[judge]
+model = "openai:gpt-4.1-mini"
+base_url = "http://localhost:8000/v1"
 
-    [label]
-    pairs = "pairs.jsonl"
-    constitution = "constitutions/warm.toml"
+[label]
+pairs = "pairs.jsonl"
+constitution = "constitutions/warm.toml"
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aif.errors import AifError, InputError, shown
-
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -39,7 +38,7 @@ class LLMSettings(Strict):
     api_key_env: str = "OPENAI_API_KEY"  # the key's name; the key itself is never in a file
     form: Literal["auto", "chat", "text"] = "auto"
     temperature: float = Field(0.0, ge=0, le=5)
-    max_tokens: int = Field(1, ge=1, le=1_000_000)
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)  # None: what the stage needs
     samples: int = Field(1, ge=1, le=256)
     logprobs: bool = True
     check_model: bool = True
@@ -52,9 +51,23 @@ class LLMSettings(Strict):
 
     def identity(self) -> dict[str, Any]:
         """What an answer depends on; it enters every verdict's id. No secrets, no tuning."""
-        keys = {"model", "form", "temperature", "max_tokens", "samples", "logprobs"}
-        keys |= {"dtype"} if self.base_url is None else set()
+        keys = {"model", "temperature", "max_tokens", "samples", "logprobs", "dtype"}
         return self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
+
+    @property
+    def verdict_tokens(self) -> int:
+        """Tokens that a verdict may take: one where its log-probabilities are read, else a few."""
+        return self.max_tokens or (1 if self.logprobs else 16)
+
+    @property
+    def response_tokens(self) -> int:
+        return self.max_tokens or 256
+
+
+class PolicySettings(LLMSettings):
+    """The model that is sampled from."""
+
+    temperature: float = Field(1.0, ge=0, le=5)
 
 
 class RespondSettings(Strict):
@@ -89,11 +102,19 @@ class LabelSettings(Strict):
 class Settings(Strict):
     """Everything a run can be told, table by table."""
 
-    policy: LLMSettings = LLMSettings(temperature=1.0, max_tokens=64)
+    policy: PolicySettings = PolicySettings()
     judge: LLMSettings = LLMSettings()
     respond: RespondSettings = RespondSettings()
     compare: CompareSettings = CompareSettings()
     label: LabelSettings = LabelSettings()
+
+    def to_keep(self) -> dict[str, Any]:
+        """What differs from the defaults, as run.toml's tables; no secrets."""
+        tables = self.model_dump(exclude_defaults=True, exclude_none=True)
+        for table in tables.values():
+            if "base_url" in table:
+                table["base_url"] = without_secrets(table["base_url"])
+        return tables
 
 
 def without_secrets(url: str | None) -> str | None:

@@ -18,7 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,45 @@ class Damage:
     key: str
 
 
+@dataclass(slots=True)
+class Index:
+    """Which ids a journal has, and where. Ids are 32 bytes, offsets count bytes."""
+
+    answered: dict[bytes, int] = field(default_factory=dict)  # -> offset of the newest good row
+    failed: dict[bytes, int] = field(default_factory=dict)  # the same for ids with only faults
+    damage: list[Damage] = field(default_factory=list)
+    end: int = 0  # where the last whole line ends
+
+    @classmethod
+    def read(cls, path: Path) -> Index:
+        """Look at a journal without touching it; a file that is not there is empty."""
+        index = cls()
+        if path.exists():
+            for offset, size, found in scan(path):
+                index.end = offset + size
+                if isinstance(found, Damage):
+                    index.damage.append(found)
+                else:
+                    index.note(*found, offset)
+        return index
+
+    def note(self, key: bytes, is_fault: bool, offset: int) -> None:
+        """A row is at `offset`. An answer is never unseated by a later fault."""
+        if not is_fault:
+            self.answered[key] = offset
+            self.failed.pop(key, None)
+        elif key not in self.answered:
+            self.failed[key] = offset
+
+
 class Journal:
     """Rows by id, durable. Build it with `Journal.open`; close it, or use it in a `with`."""
 
-    def __init__(self, path: Path, descriptor: int):
+    def __init__(self, path: Path, descriptor: int, index: Index):
         self.path = path
-        self.answered: dict[bytes, int] = {}  # id (32 bytes) -> offset of its newest good row
-        self.failed: dict[bytes, int] = {}  # the same for ids that have only faults
-        self.damage: list[Damage] = []
+        self.index = index
         self.durable = 0  # rows of this process that are on the disk
         self._descriptor = descriptor
-        self._end = 0  # bytes on the disk
         self._waiting: list[tuple[bytes, bytes, bool]] = []  # line, id, is it a fault
         self._changed = threading.Condition()
         self._busy = self._closing = False
@@ -65,31 +93,12 @@ class Journal:
             sync_folder(path.parent)
         except OSError as error:
             raise AifError(f"{path}: could not be opened: {error.strerror}") from error
-        journal = cls(path, descriptor)
-        journal._end = journal._index()
-        if os.fstat(descriptor).st_size > journal._end:  # a torn line is not an answer: cut it off
-            os.ftruncate(descriptor, journal._end)
+        journal = cls(path, descriptor, Index.read(path))
+        if os.fstat(descriptor).st_size > journal.index.end:  # a torn line is no answer: cut it off
+            os.ftruncate(descriptor, journal.index.end)
             os.fsync(descriptor)
         journal._writer.start()
         return journal
-
-    def _index(self) -> int:
-        """Fill the maps from the file; returns where its last whole line ends."""
-        end = 0
-        for offset, size, found in scan(self.path):
-            end = offset + size
-            if isinstance(found, Damage):
-                self.damage.append(found)
-            else:
-                self._note(*found, offset)
-        return end
-
-    def _note(self, key: bytes, is_fault: bool, offset: int) -> None:
-        if not is_fault:
-            self.answered[key] = offset
-            self.failed.pop(key, None)
-        elif key not in self.answered:
-            self.failed[key] = offset
 
     def append(self, row: dict[str, Any]) -> None:
         """Take a row (`id`, `fault` and whatever else) for writing; it is not yet durable."""
@@ -127,8 +136,8 @@ class Journal:
                 return
             with self._changed:
                 for line, key, is_fault in group:
-                    self._note(key, is_fault, self._end)
-                    self._end += len(line)
+                    self.index.note(key, is_fault, self.index.end)
+                    self.index.end += len(line)
                 self.durable += len(group)
                 self._busy = False
                 self._changed.notify_all()
@@ -143,7 +152,7 @@ class Journal:
         # After a failed fsync the kernel may drop the pages and report success next time
         # (https://lwn.net/Articles/752063/), so what is not known to be durable is cut off again.
         try:
-            os.ftruncate(self._descriptor, self._end)
+            os.ftruncate(self._descriptor, self.index.end)
         except OSError:
             pass  # the next open repairs the tail
         with self._changed:
@@ -153,8 +162,13 @@ class Journal:
             )
             self._changed.notify_all()
 
-    def row(self, offset: int) -> dict[str, Any]:
-        """The row at an offset taken from `answered` or `failed`."""
+    def newest(self, key: str) -> dict[str, Any] | None:
+        """The row that counts for an id: its answer, else its last fault, else None."""
+        raw = bytes.fromhex(key)
+        offset = self.index.answered.get(raw, self.index.failed.get(raw))
+        return None if offset is None else self._row(offset)
+
+    def _row(self, offset: int) -> dict[str, Any]:
         # A line is rarely over 4 kB; read on where it is.
         data = os.pread(self._descriptor, 4096, offset)
         while b"\n" not in data:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}, as every chat API has it
 
@@ -36,6 +37,11 @@ def content_id(*parts: object) -> str:
     """The sha256 (64 hex digits) of the canonical JSON of `parts`."""
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))  # ASCII, so any str goes
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def as_row(record: Any) -> dict[str, Any]:
+    """A record as the object that stands on its line. (`asdict` would copy every text.)"""
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 @dataclass(frozen=True, slots=True)

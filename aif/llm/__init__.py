@@ -59,7 +59,13 @@ class Answer:
 
 
 class LLM(AbstractContextManager["LLM"], Protocol):
-    """A model that can be asked. Raises `JudgeStopped` when it cannot go on at all."""
+    """A model that can be asked. Raises `JudgeStopped` when it cannot go on at all.
+
+    `control_tokens` are the strings that its tokenizer treats as one special token, as far as
+    they can be known from here.
+    """
+
+    control_tokens: tuple[str, ...]
 
     def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
         """One answer for every ask, in any order, as they become known."""

@@ -1,0 +1,3 @@
+from aif.cli import main
+
+main()

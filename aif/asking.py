@@ -1,0 +1,127 @@
+"""Paying for answers: asks go to a model, answers into the journal, until all is durable.
+
+The one loop under every stage that calls a model. It ends early, with everything so far kept, when
+a signal asks for it or when the model is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aif.errors import AifError, Interrupted, JudgeStopped
+from aif.journal import Journal
+from aif.llm import LLM, Answer, Ask
+from aif.progress import Progress
+from aif.records import FAULTS, SERVICE_FAULTS
+
+GONE_AFTER = 100  # service faults in an unbroken row: nobody is there
+DRAIN_S = 10.0  # after the first signal, calls in flight may take this long
+
+
+@dataclass
+class Tally:
+    """What came of it. `stopped` is why it ended early, for the caller to raise when it is done."""
+
+    answered: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    stopped: AifError | None = None
+
+
+def ask_all(
+    llm: LLM,
+    asks: Iterable[Ask],
+    journal: Journal,
+    row_of: Callable[[Answer], dict[str, Any]],
+    progress: Progress,
+) -> Tally:
+    """Ask everything, journal every answer (as `row_of` makes it a row), return the tally.
+
+    Raises AifError at once when the journal cannot be written.
+    """
+    tally = Tally()
+    try:
+        with draining(progress) as stop:
+            _pay(llm, _until(stop, asks), journal, row_of, progress, tally)
+            if stop.is_set():
+                tally.stopped = Interrupted("interrupted; the same command resumes")
+    except (JudgeStopped, Interrupted) as error:
+        tally.stopped = error
+    journal.commit()
+    progress.update(journal.durable, tally.faults.total())
+    return tally
+
+
+def _pay(
+    llm: LLM,
+    asks: Iterator[Ask],
+    journal: Journal,
+    row_of: Callable[[Answer], dict[str, Any]],
+    progress: Progress,
+    tally: Tally,
+) -> None:
+    failing = 0
+    for answer in llm.answer(asks):
+        row = row_of(answer)
+        journal.append(row)
+        fault = row["fault"]
+        if fault is None:
+            tally.answered += 1
+        else:
+            tally.faults[fault] += 1
+        progress.update(journal.durable, tally.faults.total())
+        failing = failing + 1 if fault in SERVICE_FAULTS else 0
+        if failing >= GONE_AFTER:
+            raise JudgeStopped(
+                f"the last {failing} calls failed ({FAULTS[fault]}: {answer.detail}); "
+                "stopped before the rest fail too, the same command resumes"
+            )
+
+
+def _until(stop: threading.Event, asks: Iterable[Ask]) -> Iterator[Ask]:
+    for ask in asks:
+        if stop.is_set():
+            return
+        yield ask
+
+
+@contextmanager
+def draining(progress: Progress) -> Iterator[threading.Event]:
+    """Make SIGINT and SIGTERM set the event: ask no more, let what is in flight come in.
+
+    A drain that takes too long is ended by raising Interrupted; a second signal leaves at once
+    (the journal is valid at every moment). Outside the main thread signals are left alone.
+    """
+    stop = threading.Event()
+
+    def first(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(Interrupted.exit_code)
+        stop.set()
+        progress.say(
+            f"stopping: waiting up to {DRAIN_S:.0f} s for calls in flight; again to leave at once"
+        )
+        signal.setitimer(signal.ITIMER_REAL, DRAIN_S)
+
+    def late(number: int, frame: object) -> None:
+        raise Interrupted(
+            "interrupted, some calls in flight were given up; the same command resumes"
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    handlers = {signal.SIGINT: first, signal.SIGTERM: first, signal.SIGALRM: late}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield stop
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)

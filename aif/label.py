@@ -1,0 +1,326 @@
+"""Label comparisons with a judge under a constitution.
+
+    pairs -> comparisons.jsonl -> (calls, journal/label.jsonl) -> verdicts.jsonl + labels.jsonl
+
+A call whose id is in the journal is never made again, whatever else changed; a call whose id is not
+there is made, whether the run is new, was killed, or had its constitution edited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from aif import constitution as constitutions
+from aif import jsonl
+from aif.asking import ask_all
+from aif.combine import label_of
+from aif.errors import InputError, TooManyFaults
+from aif.journal import Index, Journal
+from aif.judge import Judge
+from aif.llm import Ask, open_llm
+from aif.pairs import read_pairs, unique
+from aif.progress import Progress
+from aif.records import Comparison, HumanChoice, as_row, content_id
+from aif.run import Run
+
+STAGE = "label"
+
+
+def label(run: Run, progress: Progress) -> dict[str, Any]:
+    """Do what `run.settings` says; returns the summary, which is also kept as label.json.
+
+    Raises TooManyFaults when more than `label.max_fault_rate` of the calls have no answer, and
+    Interrupted or JudgeStopped when it ended early; the files are in order in each case.
+    """
+    constitution_path = _constitution_path(run)
+    with open_llm(run.settings.judge) as llm, run.writing():
+        judge = judge_of(run, constitution_path, llm.control_tokens)
+        data = take_in(run)
+        run.keep_settings()
+        with run.journal(STAGE) as journal:
+            used = facts(judge, constitution_path, data)
+            work = count(judge, comparisons(run), journal.index)
+            for line in [*damage(journal), *changes(run.state(STAGE), used), work.line()]:
+                progress.say(line)
+            progress.start("label", len(work.missing))
+            asks = asks_for(judge, comparisons(run), work.missing)
+            tally = ask_all(llm, asks, journal, judge.journal_row, progress)
+            progress.finish()
+            results = write_results(run, judge, journal)
+        made = tally.answered + tally.faults.total()
+        summary = (
+            {"run": str(run.path), "calls_made": made, "calls_kept": work.kept} | results | used
+        )
+        run.write_state(STAGE, summary)
+    if tally.stopped:
+        raise tally.stopped
+    _check_faults(run, results)
+    return summary
+
+
+def plan(run: Run) -> dict[str, Any]:
+    """What `label` would do with the same settings. Asks nothing and writes nothing."""
+    constitution_path = _constitution_path(run)
+    with open_llm(run.settings.judge) as llm:
+        judge = judge_of(run, constitution_path, llm.control_tokens)
+        work = count(judge, _planned(run), run.index(STAGE))
+        tokens, exact = llm.count_tokens(asks_for(judge, _planned(run), work.missing))
+    by_principle = Counter(work.missing.values())
+    return {
+        "run": str(run.path),
+        "comparisons": work.comparisons,
+        "calls": len(work.missing),
+        "calls_kept": work.kept,
+        "calls_after_fault": work.failed_before,
+        "answers_unused": work.unused,
+        "calls_by_principle": dict(by_principle.most_common()),
+        "prompt_tokens": tokens,
+        "prompt_tokens_are": "exact" if exact else "an estimate",
+        "completion_tokens_at_most": (
+            len(work.missing) * judge.model.verdict_tokens * judge.model.samples
+        ),
+        "changes": changes(run.state(STAGE), facts(judge, constitution_path, {})),
+        "protocol": judge.protocol,
+        "judge": judge.model.model,
+    }
+
+
+def _constitution_path(run: Run) -> Path:
+    path = run.settings.label.constitution
+    if not path:
+        raise InputError("label", "constitution", got="nothing", expected="--constitution FILE")
+    return Path(path)
+
+
+def judge_of(run: Run, constitution: Path, control_tokens: Iterable[str] = ()) -> Judge:
+    """The judge that a run's settings describe, with its constitution checked."""
+    settings = run.settings
+    judge = Judge(
+        constitutions.load(constitution), settings.judge, settings.label, tuple(control_tokens)
+    )
+    judge.constitution.require(judge.protocol, constitution)
+    return judge
+
+
+def take_in(run: Run) -> dict[str, Any]:
+    """Turn `label.pairs` into comparisons.jsonl and human.jsonl, once all of it has been checked.
+
+    Without `label.pairs` the comparisons that an earlier stage left are taken.
+    """
+    source = run.settings.label.pairs
+    if source is None:
+        return {"pairs": str(_own_comparisons(run))}
+    choices: list[HumanChoice] = []
+    rows = 0
+    digest = hashlib.sha256()
+
+    def fresh() -> Iterator[Comparison]:
+        nonlocal rows
+        for pair, is_new in unique(islice(read_pairs(source), run.settings.label.limit)):
+            rows += 1
+            if pair.human:
+                choices.append(pair.human)
+            if is_new:
+                digest.update(pair.comparison.id.encode("ascii"))
+                yield pair.comparison
+
+    distinct = run.write("comparisons.jsonl", fresh())
+    run.write("human.jsonl", choices)
+    if not distinct:
+        raise InputError(source, "", got="no pairs at all", expected="at least one")
+    return {
+        "pairs": source,
+        "rows": rows,
+        "repeated_rows": rows - distinct,
+        "digest": digest.hexdigest(),
+    }
+
+
+def _own_comparisons(run: Run) -> Path:
+    path = run.file("comparisons.jsonl")
+    if not path.exists():
+        raise InputError("label", "pairs", got="nothing", expected="--pairs FILE")
+    return path
+
+
+def comparisons(run: Run) -> Iterator[Comparison]:
+    """What is to be judged, a row at a time."""
+    return islice(run.read("comparisons.jsonl", Comparison), run.settings.label.limit)
+
+
+def _planned(run: Run) -> Iterator[Comparison]:
+    """What `comparisons` will give once `take_in` has run."""
+    label = run.settings.label
+    if label.pairs is None:
+        _own_comparisons(run)
+        return comparisons(run)
+    pairs = unique(islice(read_pairs(label.pairs), label.limit))
+    return (pair.comparison for pair, is_new in pairs if is_new)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The calls that some comparisons need, and which of them are still to be made."""
+
+    comparisons: int
+    kept: int  # distinct calls that have an answer
+    missing: dict[bytes, str]  # id -> principle id, of calls to be made
+    failed_before: int  # of these, asked before without an answer
+    unused: int  # answers in the journal that nothing needs now
+
+    def line(self) -> str:
+        parts = [f"{self.comparisons:,} comparisons, {len(self.missing):,} calls to make"]
+        parts += [f"{self.kept:,} answers kept"] if self.kept else []
+        parts += [f"{self.failed_before:,} asked again after a fault"] if self.failed_before else []
+        parts += [f"{self.unused:,} answers no longer used"] if self.unused else []
+        return "; ".join(parts)
+
+
+def count(judge: Judge, rows: Iterable[Comparison], index: Index) -> Work:
+    """Hold the cells of these comparisons against what the journal has."""
+    kept: set[bytes] = set()
+    missing: dict[bytes, str] = {}
+    total = 0
+    for total, comparison in enumerate(rows, 1):
+        for cell in judge.cells(comparison):
+            key = bytes.fromhex(cell.id)
+            if key in index.answered:
+                kept.add(key)
+            else:
+                missing[key] = cell.principle.id
+    failed = sum(key in index.failed for key in missing)
+    return Work(total, len(kept), missing, failed, len(index.answered) - len(kept))
+
+
+def asks_for(judge: Judge, rows: Iterable[Comparison], missing: Iterable[bytes]) -> Iterator[Ask]:
+    """The missing calls, each once, made when they are wanted."""
+    left = set(missing)
+    for comparison in rows:
+        for cell in judge.cells(comparison):
+            key = bytes.fromhex(cell.id)
+            if key in left:
+                left.remove(key)
+                yield judge.ask(cell, comparison)
+
+
+def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
+    """Make verdicts.jsonl and labels.jsonl again from the journal; returns what they hold.
+
+    A comparison with a call that was never made has no label row yet.
+    """
+    totals: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
+    null_labels: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    rules = (judge.constitution, judge.protocol, run.settings.label.quorum)
+    with (
+        jsonl.replacing(run.file("verdicts.jsonl")) as verdict_file,
+        jsonl.replacing(run.file("labels.jsonl")) as label_file,
+    ):
+        for comparison in comparisons(run):
+            cells = judge.cells(comparison)
+            verdicts = []
+            for cell in cells:
+                row = journal.newest(cell.id)
+                if row is None:
+                    continue
+                verdict = judge.verdict(cell, comparison, row)
+                verdicts.append(verdict)
+                totals["hard_verdicts"] += row["logprobs"] is None and verdict.fault is None
+                faults.update([verdict.fault] if verdict.fault else [])
+                tokens.update(verdict.usage)
+                verdict_file.write(jsonl.dumps(as_row(verdict)) + "\n")
+            totals["verdicts"] += len(verdicts)
+            if len(verdicts) < len(cells):
+                totals["unfinished"] += 1
+                continue
+            found = label_of(comparison, verdicts, *rules)
+            null_labels.update([found.fault] if found.fault else [])
+            totals["labels"] += 1
+            totals["first_wins"] += (found.p_first or 0) > 0.5
+            label_file.write(jsonl.dumps(as_row(found)) + "\n")
+    return {
+        "labels": totals["labels"],
+        "labels_null": dict(null_labels),
+        "unfinished": totals["unfinished"],
+        "first_wins": totals["first_wins"],
+        "verdicts": totals["verdicts"],
+        "hard_verdicts": totals["hard_verdicts"],
+        "faults": dict(faults),
+        "fault_rate": faults.total() / max(1, totals["verdicts"]),
+        "tokens": dict(tokens),
+    }
+
+
+def _check_faults(run: Run, results: dict[str, Any]) -> None:
+    allowed = run.settings.label.max_fault_rate
+    if results["fault_rate"] > allowed:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in results["faults"].items())
+        raise TooManyFaults(
+            f"{run.path}: {results['fault_rate']:.1%} of the calls have no answer ({kinds}), "
+            f"--max-fault-rate is {allowed:.1%}; the same command asks those again"
+        )
+
+
+def facts(judge: Judge, constitution: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """What a labelling used, so that the next one can say what changed."""
+    return {
+        "data": data,
+        "judge": judge.model.identity(),
+        "protocol": judge.protocol,
+        "template": content_id(judge.template.text),
+        "constitution": {
+            "file": str(constitution),
+            "name": judge.constitution.name,
+            "digest": judge.constitution.digest(),
+            "preamble": content_id(judge.constitution.preamble),
+            "principles": {p.id: p.digest(judge.protocol) for p in judge.constitution.principle},
+        },
+    }
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs from the last labelling in what calls depend on, a line each."""
+    if not before:
+        return []
+    lines = []
+    for key in ("judge", "protocol", "template"):
+        if before.get(key) != now[key]:
+            lines.append(f"{key} changed{_difference(before.get(key), now[key])}")
+    if now["data"] and before["data"].get("digest") != now["data"].get("digest"):
+        lines.append("the data changed")
+    old, new = before["constitution"], now["constitution"]
+    if old["preamble"] != new["preamble"]:
+        lines.append("the constitution's preamble changed")
+    for name in old["principles"].keys() | new["principles"].keys():
+        was, is_now = old["principles"].get(name), new["principles"].get(name)
+        if was != is_now:
+            what = "is new" if was is None else "is gone" if is_now is None else "was edited"
+            lines.append(f"principle {name!r} {what}")
+    if not lines and old["digest"] != new["digest"]:
+        lines.append(
+            "only weights or rules of the constitution changed: no call is needed for that"
+        )
+    return lines
+
+
+def _difference(before: Any, now: Any) -> str:
+    """What changed in a setting, or in a table of them."""
+    if not isinstance(now, dict):
+        return f": {before} -> {now}" if len(str(now)) < 64 else ""  # a digest tells nothing
+    moved = [key for key in now if now[key] != (before or {}).get(key)]
+    return ": " + ", ".join(f"{key} {(before or {}).get(key)} -> {now[key]}" for key in moved)
+
+
+def damage(journal: Journal) -> list[str]:
+    """Lines of the journal that fail their checksum, for the person to know."""
+    return [
+        f"{journal.path}:{found.line}: damaged (key {found.key}); it does not count and is asked again"
+        for found in journal.index.damage
+    ]

@@ -1,0 +1,83 @@
+"""The fake: answers from rules, for tests and for trying things out at no cost.
+
+    --judge scripted:rules.jsonl
+
+A rule is {"match": REGEX, "text": "A"} or {"match": REGEX, "logprobs": {"A": -0.1, "B": -2.3}};
+the first whose regex is found in what is asked answers. {"fault": "refused"} is an answer, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+from aif import jsonl
+from aif.errors import InputError, shown
+from aif.llm import Answer, Ask
+
+Reply = Callable[[Ask], Answer]
+
+
+class ScriptedLLM:
+    """An LLM whose answers are a function of the ask. It keeps every ask it saw in `asked`."""
+
+    control_tokens: tuple[str, ...] = ()
+
+    def __init__(self, reply: Reply):
+        self._reply = reply
+        self.asked: list[Ask] = []
+
+    @classmethod
+    def from_file(cls, path: str) -> ScriptedLLM:
+        rules = [_rule(row, f"{path}:{number}") for number, row in jsonl.read(Path(path))]
+
+        def reply(ask: Ask) -> Answer:
+            said = words(ask)
+            for pattern, answer in rules:
+                if pattern.search(said):
+                    return answer
+            return Answer("", fault="unparsed", detail="no rule matches")
+
+        return cls(reply)
+
+    def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
+        for ask in asks:
+            self.asked.append(ask)
+            yield replace(self._reply(ask), key=ask.key)
+
+    def count_tokens(self, asks: Iterable[Ask]) -> tuple[int, bool]:
+        return sum(len(words(ask).split()) for ask in asks), True
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+def words(ask: Ask) -> str:
+    """All that an ask says, as one text."""
+    return "\n".join(m["content"] for m in ask.messages) if ask.messages else ask.text or ""
+
+
+def _rule(row: dict, where: str) -> tuple[re.Pattern[str], Answer]:
+    try:
+        pattern = re.compile(row.get("match", ""), re.DOTALL)
+    except (re.error, TypeError):
+        raise InputError(where, "match", got=shown(row["match"]), expected="a regex") from None
+    text = row.get("text")
+    if text is None and "logprobs" not in row and "fault" not in row:
+        raise InputError(where, "", got=shown(row), expected="text, logprobs or fault")
+    return pattern, Answer(
+        key="",
+        texts=() if text is None else (text,),
+        finish="stop",
+        logprobs=row.get("logprobs"),
+        fault=row.get("fault"),
+    )

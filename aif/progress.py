@@ -1,0 +1,113 @@
+"""How far a stage is: a live bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+PLAIN_EVERY_S = 5.0
+LIVE_EVERY_S = 0.1
+
+
+class Progress:
+    """Reports on stderr, so that stdout stays clean for results. `quiet` reports nothing."""
+
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet
+        self._live = not quiet and sys.stderr.isatty()
+        self._bar = None
+        self._task = None
+        self._due = 0.0
+
+    def start(self, what: str, total: int) -> None:
+        """A new piece of work of `total` calls."""
+        self.finish()
+        self._what, self._total, self._done, self._faults = what, total, 0, 0
+        self._began = time.monotonic()
+        self._due = self._began + (0 if self._live else PLAIN_EVERY_S)
+        if self._live and total:
+            self._bar, self._task = _bar(what, total)
+
+    def update(self, done: int, faults: int) -> None:
+        """So many calls are durable, so many of them faults. Cheap enough to call for each."""
+        self._done, self._faults = done, faults
+        now = time.monotonic()
+        if self._quiet or now < self._due:
+            return
+        self._show(now)
+
+    def _show(self, now: float) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, faults=self._faults)
+            self._due = now + LIVE_EVERY_S
+            return
+        rate = self._done / max(now - self._began, 1e-9)
+        left = f"{(self._total - self._done) / rate:,.0f} s" if rate else "?"
+        self.say(
+            f"{self._what}: {self._done:,}/{self._total:,}, {rate:,.1f}/s, {left} left, "
+            f"{self._faults:,} faults"
+        )
+        self._due = now + PLAIN_EVERY_S
+
+    def say(self, line: str) -> None:
+        """A line for the person at the terminal."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """End the current piece of work and show where it stands."""
+        if self._bar is not None:
+            self._show(time.monotonic())
+            self._bar.stop()
+            self._bar = None
+        elif not self._quiet and self._due and self._total:
+            self._show(time.monotonic())
+        self._due = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.finish()
+
+
+def _bar(what: str, total: int):
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task) -> Text:
+            return Text(f"{task.finished_speed or task.speed or 0:,.1f}/s")
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[faults]:,} faults"),
+        console=Console(stderr=True),
+        expand=True,
+    )
+    task = bar.add_task(what, total=total, faults=0)
+    bar.start()
+    return bar, task

@@ -1,0 +1,125 @@
+"""A run folder: who may write to it, and where its files are.
+
+    runs/first/
+      run.toml            settings, yours to edit
+      comparisons.jsonl   what is judged                      human.jsonl  what people chose
+      verdicts.jsonl      one row a call that counts now      labels.jsonl one row a comparison
+      label.json          what the last labelling used and came to
+      journal/label.jsonl every paid answer, append-only
+
+Everything but run.toml and the journals can be made again from these two.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from aif import jsonl
+from aif.config import Settings
+from aif.errors import AifError, InputError, RunBusy, shown
+from aif.journal import Index, Journal
+from aif.records import as_row
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+Row = TypeVar("Row")
+
+
+class Run:
+    """A folder and the settings that hold in it."""
+
+    def __init__(self, path: Path, settings: Settings):
+        if not _NAME.fullmatch(path.name):
+            raise InputError(
+                "run folder",
+                "",
+                got=shown(path.name),
+                expected="letters, digits, _ . -, at most 64, the first a letter or digit",
+            )
+        self.path = path
+        self.settings = settings
+
+    def file(self, name: str) -> Path:
+        """A file of the run. Raises if somebody put a symbolic link in its place."""
+        path = self.path / name
+        for part in (path, path.parent):
+            if part.is_symlink():
+                raise InputError(part, "", got="a symbolic link", expected="a plain file or folder")
+        return path
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the run for this process. Raises RunBusy if another one holds it.
+
+        The kernel drops the lock when its holder dies, so a lock is never stale.
+        """
+        try:
+            self.file("lock").parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise AifError(f"{self.path}: cannot be written: {error.strerror}") from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "?"
+                raise RunBusy(
+                    f"{self.path}: another process (pid {holder}) is writing to this run; "
+                    "wait for it or stop it"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode("ascii"), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def journal(self, stage: str) -> Journal:
+        """The stage's paid answers, open for writing; hold the run first."""
+        return Journal.open(self.file("journal") / f"{stage}.jsonl")
+
+    def index(self, stage: str) -> Index:
+        """Which of the stage's answers are there; touches nothing."""
+        return Index.read(self.file("journal") / f"{stage}.jsonl")
+
+    def write(self, name: str, rows: Iterable[Any]) -> int:
+        """Replace a JSONL file by these records, atomically; returns how many there were."""
+        return jsonl.write(self.file(name), map(as_row, rows))
+
+    def read(self, name: str, kind: type[Row]) -> Iterator[Row]:
+        """The records of a JSONL file of this run."""
+        path = self.file(name)
+        for number, row in jsonl.read(path):
+            try:
+                yield kind(**row)
+            except TypeError:
+                raise InputError(
+                    f"{path}:{number}", "", got=shown(row), expected=f"a {kind.__name__} row"
+                ) from None
+
+    def keep_settings(self) -> None:
+        """Write run.toml if there is none, so that the next command needs no flags."""
+        path = self.file("run.toml")
+        if not path.exists():
+            with jsonl.replacing(path) as file:
+                file.write(tomli_w.dumps(self.settings.to_keep()))
+
+    def write_state(self, stage: str, state: dict[str, Any]) -> None:
+        """Keep what a stage used and came to, as STAGE.json."""
+        with jsonl.replacing(self.file(f"{stage}.json")) as file:
+            json.dump(state, file, indent=1)
+            file.write("\n")
+
+    def state(self, stage: str) -> dict[str, Any]:
+        """What `write_state` kept, or {}: it is a note about the run, never its truth."""
+        try:
+            return jsonl.loads(self.file(f"{stage}.json").read_text("ascii"))
+        except (FileNotFoundError, ValueError):
+            return {}

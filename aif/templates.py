@@ -1,0 +1,112 @@
+"""Text with holes: Jinja in a sandbox, and judged text made harmless before it goes in.
+
+A template with blocks `system` and `user` makes a chat; one without makes a plain text to continue.
+Whatever comes from data (prompts, responses) is passed through `neutralised` and only ever reaches
+a template as a variable, so neither `{{ }}` nor a chat's control tokens in it do anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from aif.errors import AifError, InputError
+from aif.records import Message
+
+_PACKAGED = Path(__file__).parent / "prompt_templates"  # where a wheel puts them
+BUILTIN = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[1] / "prompts" / "templates"
+MAX_TEMPLATE = 100_000  # bytes
+
+# What chat formats use as control tokens: <|im_end|>, <｜User｜>, <s>, [INST], <<SYS>>,
+# <start_of_turn>, <think>, <unused12>, ... A judge behind HTTP does not tell its tokenizer, so
+# the shapes are matched; a local one adds its exact list.
+_CONTROL = re.compile(
+    r"<(?=[|｜][^<>\n]{1,64}[|｜]>"
+    r"|/?[a-z]+(?:_[a-z0-9]+)+/?>"
+    r"|/?(?:s|bos|eos|pad|unk|mask|cls|sep|think(?:ing)?|sp|filename|reponame|image|audio|video)>"
+    r"|/?(?:unused|reserved|extra_id|extra|0x)[\w-]{0,16}>"
+    r"|</?SYS>>|[A-Z]{2,16}(?:_[A-Z]+)*>)"
+    r"|\[(?=/?(?:[A-Z]{2,16}(?:_[A-Z]+)*)\])",
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def neutralised(text: str, tokens: Iterable[str] = ()) -> str:
+    """`text` with every control token broken by a space after its first character.
+
+    `tokens` are the exact added and special tokens of the judge, where they are known. Lone
+    surrogates, which no server accepts, become U+FFFD.
+    """
+    text = _SURROGATE.sub("\ufffd", text)
+    text = _CONTROL.sub(lambda match: match[0] + " ", text)
+    for token in tokens:
+        if token in text:
+            text = text.replace(token, token[0] + " " + token[1:] if len(token) > 1 else " ")
+    return text
+
+
+class Template:
+    """A compiled template. `text` is its source, which enters the ids of what it renders."""
+
+    def __init__(self, text: str, where: object):
+        self.text = text
+        self._where = where
+        environment = ImmutableSandboxedEnvironment(
+            undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        try:
+            self._compiled = environment.from_string(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(
+                f"{where}:{error.lineno}", "", got=error.message or "", expected="a Jinja template"
+            ) from None
+
+    @classmethod
+    def named(cls, name: str) -> Template:
+        """A built-in template, as `pairwise.chat`."""
+        return cls.load(BUILTIN / f"{name}.jinja")
+
+    @classmethod
+    def load(cls, path: Path) -> Template:
+        try:
+            text = path.read_bytes()[: MAX_TEMPLATE + 1].decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise InputError(path, "", got=str(reason), expected="a Jinja template") from None
+        if len(text) > MAX_TEMPLATE:
+            raise InputError(path, "", got="a larger file", expected=f"at most {MAX_TEMPLATE:,}")
+        return cls(text, path)
+
+    @cached_property
+    def is_chat(self) -> bool:
+        return "user" in self._compiled.blocks
+
+    def chat(self, variables: dict[str, Any]) -> list[Message]:
+        """Render the blocks as messages; an empty system message is left out."""
+        messages = []
+        for role in ("system", "user"):
+            if role in self._compiled.blocks:
+                content = self._render_block(role, variables).strip()
+                if content:
+                    messages.append({"role": role, "content": content})
+        return messages
+
+    def plain(self, variables: dict[str, Any]) -> str:
+        """Render the whole as one text. Trailing space is cut: it would split the next token."""
+        return self._guarded(lambda: self._compiled.render(variables)).rstrip()
+
+    def _render_block(self, role: str, variables: dict[str, Any]) -> str:
+        block = self._compiled.blocks[role]
+        return self._guarded(lambda: "".join(block(self._compiled.new_context(variables))))
+
+    def _guarded(self, render: Any) -> str:
+        try:
+            return render()
+        except jinja2.TemplateError as error:  # SecurityError and UndefinedError among them
+            raise AifError(f"{self._where}: {error}") from None
