@@ -113,8 +113,8 @@ class Constitution(Strict):
         for principle in self.principle:
             for key in ("compare", "grade"):
                 text = getattr(principle, key)
-                if text and not text.endswith("?"):
-                    notes.append(f"{principle.id}.{key}: does not end in a question mark")
+                if text and "?" not in text:
+                    notes.append(f"{principle.id}.{key}: asks no question")
             if not principle.compare and not principle.grade:
                 notes.append(f"{principle.id}: neither compare nor grade, so it cannot be judged")
             yes = sum(example.verdict for example in principle.example)

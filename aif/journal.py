@@ -12,6 +12,7 @@ again. One process may write at a time; the run's lock sees to that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -151,10 +152,8 @@ class Journal:
     def _give_up(self, error: OSError) -> None:
         # After a failed fsync the kernel may drop the pages and report success next time
         # (https://lwn.net/Articles/752063/), so what is not known to be durable is cut off again.
-        try:
+        with contextlib.suppress(OSError):  # if not now, the next open repairs the tail
             os.ftruncate(self._descriptor, self.index.end)
-        except OSError:
-            pass  # the next open repairs the tail
         with self._changed:
             self._error = AifError(
                 f"{self.path}: could not be written: {error.strerror}; what is durable is kept "

@@ -49,25 +49,29 @@ def loads(text: str) -> Any:
 def read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSONL file with their line numbers; blank lines are passed over."""
     try:
-        file = open(path, "rb")  # bytes: only \n ends a line
+        with open(path, "rb") as file:  # bytes: only \n ends a line
+            yield from _rows(file, path)
     except FileNotFoundError:
         raise InputError(path, "", got="no such file", expected="a JSONL file") from None
     except OSError as error:
         raise AifError(f"{path}: {error.strerror}") from None
-    with file, jsonlines.Reader(file, loads=loads) as reader:
-        for number in itertools.count(1):
-            try:
-                yield number, reader.read(type=dict)
-            except EOFError:
-                return
-            except jsonlines.InvalidLineError as error:
-                if error.line.strip():
-                    raise InputError(
-                        f"{path}:{number}",
-                        "",
-                        got=_reason(error),
-                        expected="a JSON object on one line",
-                    ) from None
+
+
+def _rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = jsonlines.Reader(file, loads=loads)
+    for number in itertools.count(1):
+        try:
+            yield number, reader.read(type=dict)
+        except EOFError:
+            return
+        except jsonlines.InvalidLineError as error:
+            if error.line.strip():
+                raise InputError(
+                    f"{path}:{number}",
+                    "",
+                    got=_reason(error),
+                    expected="a JSON object on one line",
+                ) from None
 
 
 def _reason(error: jsonlines.InvalidLineError) -> str:

@@ -187,7 +187,8 @@ def count(judge: Judge, rows: Iterable[Comparison], index: Index) -> Work:
     kept: set[bytes] = set()
     missing: dict[bytes, str] = {}
     total = 0
-    for total, comparison in enumerate(rows, 1):
+    for comparison in rows:
+        total += 1
         for cell in judge.cells(comparison):
             key = bytes.fromhex(cell.id)
             if key in index.answered:
@@ -218,6 +219,7 @@ def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
     faults: Counter[str] = Counter()
     null_labels: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
+    details: dict[str, str] = {}  # one example of each fault
     rules = (judge.constitution, judge.protocol, run.settings.label.quorum)
     with (
         jsonl.replacing(run.file("verdicts.jsonl")) as verdict_file,
@@ -233,7 +235,9 @@ def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
                 verdict = judge.verdict(cell, comparison, row)
                 verdicts.append(verdict)
                 totals["hard_verdicts"] += row["logprobs"] is None and verdict.fault is None
-                faults.update([verdict.fault] if verdict.fault else [])
+                if verdict.fault:
+                    faults[verdict.fault] += 1
+                    details.setdefault(verdict.fault, row["detail"])
                 tokens.update(verdict.usage)
                 verdict_file.write(jsonl.dumps(as_row(verdict)) + "\n")
             totals["verdicts"] += len(verdicts)
@@ -253,6 +257,7 @@ def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
         "verdicts": totals["verdicts"],
         "hard_verdicts": totals["hard_verdicts"],
         "faults": dict(faults),
+        "fault_details": details,
         "fault_rate": faults.total() / max(1, totals["verdicts"]),
         "tokens": dict(tokens),
     }
@@ -261,7 +266,11 @@ def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
 def _check_faults(run: Run, results: dict[str, Any]) -> None:
     allowed = run.settings.label.max_fault_rate
     if results["fault_rate"] > allowed:
-        kinds = ", ".join(f"{n:,} {kind}" for kind, n in results["faults"].items())
+        details = results["fault_details"]
+        kinds = ", ".join(
+            f"{n:,} {kind}" + (f": {details[kind]}" if details[kind] else "")
+            for kind, n in results["faults"].items()
+        )
         raise TooManyFaults(
             f"{run.path}: {results['fault_rate']:.1%} of the calls have no answer ({kinds}), "
             f"--max-fault-rate is {allowed:.1%}; the same command asks those again"
@@ -321,6 +330,6 @@ def _difference(before: Any, now: Any) -> str:
 def damage(journal: Journal) -> list[str]:
     """Lines of the journal that fail their checksum, for the person to know."""
     return [
-        f"{journal.path}:{found.line}: damaged (key {found.key}); it does not count and is asked again"
+        f"{journal.path}:{found.line}: damaged (key {found.key}); it is asked again if needed"
         for found in journal.index.damage
     ]

@@ -42,7 +42,7 @@ def is_refusal(text: str) -> bool:
 
 @lru_cache
 def _patterns(options: tuple[str, str]) -> tuple[re.Pattern[str], ...]:
-    # An option may come quoted, in brackets, in bold, or after a noun: **B**, (b), [[B]], Output (b)
+    # An option may be quoted, bracketed, bold, or after a noun: **B**, (b), [[B]], Output (b)
     one = "|".join(re.escape(option) for option in sorted(options, key=len, reverse=True))
     noun = r"(?:(?:output|response|answer|option|assistant|summary|text)\s*)?"
     token = rf"{noun}[\"'`*(\[]*\b({one})\b[\"'`*)\]]*"

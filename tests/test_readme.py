@@ -1,0 +1,72 @@
+"""The README's commands, run as they stand."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server import serving
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands(title: str) -> list[str]:
+    """The lines of the console blocks under a heading."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    section = re.search(rf"^(#+) {title}\n(.*?)(?=^\1 |\Z)", readme, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"```console\n(.*?)```", section[2], re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A place that looks like the checkout, as far as the commands see it."""
+    place = tmp_path_factory.mktemp("checkout")
+    for name in ("constitutions", "prompts"):
+        shutil.copytree(ROOT / name, place / name)
+    return place
+
+
+def run(line: str, folder: Path) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        line, shell=True, cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_the_three_daily_jobs(folder):
+    batch, edit, swap = (
+        commands(title) for title in ("Run a batch", "Edit a constitution", "Swap a judge")
+    )
+    plan, label, status, export = (run(line, folder) for line in batch)
+    assert "96 calls to make" in plan
+    assert "96 calls made" in label
+    assert "next: aif export runs/first" in status
+    assert "12 rows" in export
+
+    _, copied, _, check, planned, edited = (run(line, folder) for line in edit)
+    assert "0 calls made, 96 kept" in copied
+    assert "4 principles, ok" in check
+    assert "24 calls to make, 72 answers kept" in planned
+    assert "good-cheer' was edited" in edited
+    assert "24 calls made, 72 kept" in edited
+
+    with serving() as server:
+        there = swap[0].replace("http://localhost:8000/v1", server.base_url)
+        swapped = run(there.replace("MODEL", "test-model"), folder)
+    assert "judge changed" in swapped
+    back = run(swap[1], folder)
+    assert "0 calls made, 96 kept" in back
+
+
+def test_the_two_commands_are_in_the_makefile():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in commands("aif"):
+        if line.startswith("make "):
+            assert line.split()[1] in targets
