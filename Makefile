@@ -2,7 +2,7 @@
 # make test   the test suite
 # Both set up .venv first, with nothing but Python 3.11+ and a package index.
 
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP = .venv/bin/python -m pip --disable-pip-version-check install -q
 # Without an NVIDIA driver a plain `torch` would bring several GB of CUDA.

@@ -1,7 +1,7 @@
 """Reading a verdict from a judge's text, where log-probabilities are not to be had.
 
 A text that does not clearly name one option has no verdict: it is never taken for a tie, a no or
-the first option.
+the first option. Repeats in the patterns are bounded, so that no text takes long to read.
 """
 
 from __future__ import annotations
@@ -14,25 +14,45 @@ _REFUSAL = re.compile(
     r"|as an ai)\b",
     re.IGNORECASE,
 )
+_ALONE = 80  # characters that a bare option may take with all its decoration
+_NEGATED = re.compile(
+    r"(?:\b(?:not|neither|nor|whether|if|unless)|n't)(?:\s+\w+)?(?:\s+that)?\s+$", re.IGNORECASE
+)
+_UNCLEAR = re.compile(
+    r"\b(?:not|cannot|neither|nor|or|both|ties?|tied|equal|equally|worse|worst)\b|n't\b",
+    re.IGNORECASE,
+)
+# Words that may follow the option A; before any other, "A" is taken for the article.
+_NO_ARTICLE = (
+    r"(?!\s+(?!(?:is|was|has|does|seems|appears|because|since|as|over|by|and|or|for|but|while)\b)"
+    r"[a-z])"
+)
 
 
 def parse_choice(text: str, options: tuple[str, str]) -> int | None:
     """Index of the option that `text` chooses, or None.
 
     In this order: the text is the option alone; it starts with the option as a whole line or
-    sentence; the last explicit statement ("B is better", "answer: B", "[[B]]"); the only option
-    that the text mentions at all.
+    sentence (and is no list of both); the last explicit statement ("B is better", "answer: B",
+    "[[B]]"); the only option that the text mentions at all.
     """
-    alone, leading, stated, mentioned = _patterns(options)
+    alone, leading, stated, mentioned, anywhere = _patterns(options)
     text = text.strip().replace("’", "'")
-    for pattern in (alone, leading):
-        if match := pattern.match(text):
-            return _index(match[1], options)
-    if statements := list(stated.finditer(text)):
-        last = statements[-1]
-        return _index(last[last.lastindex], options)
-    named = {_index(match[match.lastindex], options) for match in mentioned.finditer(text)}
-    return named.pop() if len(named) == 1 else None
+    if len(text) <= _ALONE and (match := alone.fullmatch(text)):
+        return _index(match, options)
+    if leading.match(text) and len(leads := _named(leading, text, options)) == 1:
+        return leads.pop()
+    statements = [
+        match
+        for match in stated.finditer(text)
+        if not _NEGATED.search(text, max(0, match.start() - 40), match.start())
+    ]
+    if statements:
+        return _index(statements[-1], options)
+    if _UNCLEAR.search(text) or len(_named(anywhere, text, options)) != 1:
+        return None
+    named = _named(mentioned, text, options)
+    return named.pop() if named else None
 
 
 def is_refusal(text: str) -> bool:
@@ -44,28 +64,45 @@ def is_refusal(text: str) -> bool:
 def _patterns(options: tuple[str, str]) -> tuple[re.Pattern[str], ...]:
     # An option may be quoted, bracketed, bold, or after a noun: **B**, (b), [[B]], Output (b)
     one = "|".join(re.escape(option) for option in sorted(options, key=len, reverse=True))
-    noun = r"(?:(?:output|response|answer|option|assistant|summary|text)\s*)?"
-    token = rf"{noun}[\"'`*(\[]*\b({one})\b[\"'`*)\]]*"
-    verbs = r"(?:is|was|seems|appears(?: to be)?)\s+(?:the\s+|clearly\s+|slightly\s+|much\s+)*"
+    opening, closing = r"[\"'`*(\[]{0,4}", r"[\"'`*)\]]{0,4}"
+    noun = r"(?:\b(?:output|response|answer|option|assistant|summary|text)\s{0,4})?"
+    ends = r"(?=\s{0,4}(?:[.,:;!](?!\w)|\n|$|\s-\s))"
+    if all(len(option) == 1 for option in options):
+        # A lone lower-case "a" in running text is an article: marked, or in upper case.
+        upper = "|".join(re.escape(option.upper()) for option in options)
+        token = (
+            rf"(?:[\"'`*(\[]{{1,4}}({one})[\"'`*)\]]{{1,4}}"
+            rf"|(?<![\w'])((?-i:{upper}))(?![\w'])(?-i:{_NO_ARTICLE}))"
+        )
+        mentioned = anywhere = token
+    else:  # "yes" and "no" are words, too: a mention counts where a clause ends with it
+        token = rf"{opening}\b({one})\b{closing}"
+        mentioned, anywhere = rf"\b({one})\b{closing}{ends}", rf"\b({one})\b"
+    verbs = (
+        r"(?:is|was|seems|appears(?:\s+to\s+be)?)\s{1,4}"
+        r"(?:(?:the|clearly|slightly|much)\s{1,4}){0,4}"
+    )
     stated = (
-        rf"{token}\s+{verbs}(?:better|best|preferred|preferable|superior|winner|correct)\b"
-        rf"|(?:answer|verdict|winner|choice|decision|choose|prefer|select)\b(?:\s+is)?\s*[:=]?\s*"
-        rf"[\"'`*(\[]*{token}"
-        rf"|\[\[\s*({one})\s*\]\]"
+        rf"{noun}{token}\s{{1,4}}{verbs}"
+        r"(?:better|best|preferred|preferable|superior|winner|correct)\b"
+        r"|\b(?:answer|verdict|winner|choice|decision|choose|prefer|select)\b(?:\s{1,4}is)?"
+        rf"\s{{0,4}}[:=]?\s{{0,4}}{opening}{noun}{token}"
+        rf"|\[\[\s{{0,4}}({one})\s{{0,4}}\]\]"
     )
-    flags = re.IGNORECASE
-    # A lone lower-case "a" in running text is an article: mentions count in brackets or upper case.
-    single = all(len(option) == 1 for option in options)
-    upper = "|".join(re.escape(option.upper()) for option in options)
-    loose = rf"[(\[]((?i:{one}))[)\]]|(?<![\w'])({upper})(?![\w'])" if single else None
-    mentioned = re.compile(loose) if loose else re.compile(rf"\b({one})\b", flags)
-    return (
-        re.compile(rf"\W*{token}\W*$", flags),
-        re.compile(rf"[\"'`*(\[]*\b({one})\b[\"'`*)\]]*\s*(?:[.,:;!\n-]|$)", flags),
-        re.compile(stated, flags),
+    found = (
+        rf"\W*{noun}{opening}\b({one})\b\W*",
+        rf"(?:^|[.,;:!/\n]\s{{0,4}}){opening}\b({one})\b{closing}{ends}",
+        stated,
         mentioned,
+        anywhere,
     )
+    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in found)
 
 
-def _index(option: str, options: tuple[str, str]) -> int:
-    return [o.casefold() for o in options].index(option.casefold())
+def _named(pattern: re.Pattern[str], text: str, options: tuple[str, str]) -> set[int]:
+    return {_index(match, options) for match in pattern.finditer(text)}
+
+
+def _index(match: re.Match[str], options: tuple[str, str]) -> int:
+    said = match[match.lastindex or 0].casefold()
+    return [option.casefold() for option in options].index(said)

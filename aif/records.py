@@ -33,10 +33,13 @@ FAULTS = {
 SERVICE_FAULTS = frozenset({"backend", "timeout", "rate_limited"})
 
 
+# ASCII, so that any text goes, lone surrogates too. One encoder: json.dumps would build one a call.
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
 def content_id(*parts: object) -> str:
     """The sha256 (64 hex digits) of the canonical JSON of `parts`."""
-    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))  # ASCII, so any str goes
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+    return hashlib.sha256(_canonical(parts).encode("ascii")).hexdigest()
 
 
 def as_row(record: Any) -> dict[str, Any]:

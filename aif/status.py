@@ -8,57 +8,53 @@ from aif.constitution import Constitution
 from aif.pipeline import STAGES
 from aif.run import Run
 
+COUNTS = ("prompts", "responses", "comparisons", "labels", "unfinished")  # of a stage's summary
+
 
 def status(run: Run) -> dict[str, Any]:
-    """Stages with their counts. Reads only, so it may run while a stage is writing."""
+    """The stages that were begun. Reads only, so it may run while a stage is writing."""
     stages = {}
     for stage in STAGES:
-        state = run.state(stage.name)
-        index = run.index(stage.name)
-        stages[stage.name] = {
-            "done": run.file(stage.writes).exists(),
-            "answers": len(index.answered),
-            "faults": len(index.failed),
-            "damaged_lines": len(index.damage),
-            **{key: state[key] for key in _SHOWN if key in state},
-        }
-    waiting = [name for name, stage in stages.items() if not stage["done"]]
-    return {"run": str(run.path), "stages": stages, "next": _next(run, stages, waiting)}
+        index, state = run.index(stage.name), run.state(stage.name)
+        if state or index.answered or index.failed:
+            stages[stage.name] = {
+                **{key: state[key] for key in COUNTS if key in state},
+                "null": sum(state.get("labels_null", {}).values()),
+                "answers": len(index.answered),
+                "faults": len(index.failed),
+                "damaged_lines": len(index.damage),
+                "tokens": state.get("tokens", {}),
+                "written": run.file(stage.writes).exists(),
+            }
+    return {"run": str(run.path), "stages": stages, "next": _next(run, stages)}
 
 
-_SHOWN = ("responses", "comparisons", "labels", "labels_null", "unfinished", "faults_by", "tokens")
-
-
-def _next(run: Run, stages: dict[str, Any], waiting: list[str]) -> str:
-    labelled = stages["label"]
-    if labelled["done"]:
-        if labelled.get("unfinished") or labelled["faults"]:
-            return f"aif label --out {run.path}"
-        return f"aif export {run.path}"
-    started = run.settings.respond.prompts or not run.settings.label.pairs
-    return (
-        f"aif {waiting[0]} {run.path}"
-        if started and waiting[0] != "label"
-        else (f"aif label --out {run.path}")
-    )
+def _next(run: Run, stages: dict[str, Any]) -> str:
+    """The command that takes the run further."""
+    first = "respond" if run.settings.respond.prompts else "label"
+    for stage in STAGES[[s.name for s in STAGES].index(first) :]:
+        found = stages.get(stage.name)
+        if not found or not found["written"] or found["faults"] or found.get("unfinished"):
+            return f"aif {stage.name} {'--out ' if stage.name == 'label' else ''}{run.path}"
+    return f"aif export {run.path}"
 
 
 def lines(summary: dict[str, Any]) -> list[str]:
     """A line a stage, and the command that comes next."""
     told = [summary["run"]]
     for name, stage in summary["stages"].items():
-        facts = [f"{stage['answers']:,} answers", f"{stage['faults']:,} faults"]
-        facts += [f"{stage[key]:,} {key}" for key in _SHOWN if isinstance(stage.get(key), int)]
-        if stage["damaged_lines"]:
-            facts.append(f"{stage['damaged_lines']:,} damaged lines")
-        told.append(f"  {name:8} {'done' if stage['done'] else '-':5} {', '.join(facts)}")
+        facts = [f"{stage[key]:,} {key}" for key in COUNTS if stage.get(key)]
+        for key in ("null", "answers", "faults", "damaged_lines"):
+            facts += [f"{stage[key]:,} {key.replace('_', ' ')}"] if stage[key] else []
+        facts += [f"{n:,} {kind.replace('_', ' ')}" for kind, n in stage["tokens"].items()]
+        told.append(f"  {name:8} {', '.join(facts)}")
     return [*told, f"next: {summary['next']}"]
 
 
 def constitution_lines(constitution: Constitution) -> list[str]:
     """A constitution as a person reads it."""
-    rule = f"{constitution.principles} principles, combined by {constitution.combine}"
-    told = [f"{constitution.name}: {constitution.description or 'no description'}", rule]
+    told = [f"{constitution.name}: {constitution.description or 'no description'}"]
+    told.append(f"{constitution.principles} principles, combined by {constitution.combine}")
     told.append(f"digest {constitution.digest()}")
     for principle in constitution.principle:
         told.append(f"\n{principle.id}  weight {principle.weight:g}")

