@@ -11,7 +11,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,21 +67,22 @@ def _pay(
     tally: Tally,
 ) -> None:
     failing = 0
-    for answer in llm.answer(asks):
-        row = row_of(answer)
-        journal.append(row)
-        fault = row["fault"]
-        if fault is None:
-            tally.answered += 1
-        else:
-            tally.faults[fault] += 1
-        progress.update(journal.durable, tally.faults.total())
-        failing = failing + 1 if fault in SERVICE_FAULTS else 0
-        if failing >= GONE_AFTER:
-            raise JudgeStopped(
-                f"the last {failing} calls failed ({FAULTS[fault]}: {answer.detail}); "
-                "stopped before the rest fail too, the same command resumes"
-            )
+    with closing(llm.answer(asks)) as answers:
+        for answer in answers:
+            row = row_of(answer)
+            journal.append(row)
+            fault = row["fault"]
+            if fault is None:
+                tally.answered += 1
+            else:
+                tally.faults[fault] += 1
+            progress.update(journal.durable, tally.faults.total())
+            failing = failing + 1 if fault in SERVICE_FAULTS else 0
+            if failing >= GONE_AFTER:
+                raise JudgeStopped(
+                    f"the last {failing} calls failed ({FAULTS[fault]}: {answer.detail}); "
+                    "stopped before the rest fail too, the same command resumes"
+                )
 
 
 def _until(stop: threading.Event, asks: Iterable[Ask]) -> Iterator[Ask]:
@@ -104,10 +105,12 @@ def draining(progress: Progress) -> Iterator[threading.Event]:
         if stop.is_set():
             os._exit(Interrupted.exit_code)
         stop.set()
-        progress.say(
-            f"stopping: waiting up to {DRAIN_S:.0f} s for calls in flight; again to leave at once"
-        )
         signal.setitimer(signal.ITIMER_REAL, DRAIN_S)
+        # Ctrl-C also ends the `tee` that reads our stderr, and may come in the middle of a print.
+        with suppress(OSError, RuntimeError):
+            progress.say(
+                f"stopping: up to {DRAIN_S:g} s for calls in flight; again to leave at once"
+            )
 
     def late(number: int, frame: object) -> None:
         raise Interrupted(

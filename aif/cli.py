@@ -100,7 +100,9 @@ def _report(error: Exception, debug: bool) -> int:
         return 1
     line = str(error) if isinstance(error, AifError) else f"{type(error).__name__}: {error}"
     hint = "" if isinstance(error, AifError) else " (a fault of aif; --debug shows where)"
-    print(f"aif: {' '.join(line.split())}{hint}", file=sys.stderr)
+    # A key or a text from a file may hold terminal escapes; they are shown, not obeyed.
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(line.split()))
+    print(f"aif: {plain}{hint}", file=sys.stderr)
     return error.exit_code if isinstance(error, AifError) else 1
 
 

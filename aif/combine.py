@@ -9,6 +9,8 @@ from aif.constitution import Constitution, Principle
 from aif.judge import ORDERS, log_odds, probability
 from aif.records import Comparison, Label, Verdict
 
+ROUNDING = 1e-9  # in log-odds: what is even is exactly even, thresholds hold from both sides
+
 
 def label_of(
     comparison: Comparison,
@@ -54,7 +56,11 @@ def _evidence(verdicts: Sequence[Verdict], protocol: str) -> float | None:
     # pairwise: half the difference of log-odds in the two orders, as both speak of the first
     # response here. pointwise: the difference of two grades is the log-odds of the comparison
     # (Bradley-Terry with the grade's log-odds as strength).
-    return sum(found) / 2 if protocol == "pairwise" else sum(found)
+    return _settled(sum(found) / 2 if protocol == "pairwise" else sum(found))
+
+
+def _settled(found: float) -> float:
+    return 0.0 if abs(found) < ROUNDING else found
 
 
 def _fault(
@@ -76,17 +82,19 @@ def _combined(counted: Sequence[tuple[Principle, float]], constitution: Constitu
         if (vetoed := _veto(counted, constitution.veto)) is not None:
             return vetoed
     elif constitution.combine == "lexicographic":
+        enough = log_odds(0.5 + constitution.margin) - ROUNDING
         for _, found in counted:  # the file's order is the order of rank
-            if abs(probability(found) - 0.5) >= constitution.margin:
+            if abs(found) >= enough:
                 return found
     weight = sum(principle.weight for principle, _ in counted)
-    return sum(principle.weight * found for principle, found in counted) / weight
+    return _settled(sum(principle.weight * found for principle, found in counted) / weight)
 
 
 def _veto(counted: Sequence[tuple[Principle, float]], threshold: float) -> float | None:
     """The strongest veto, unless both responses are vetoed or neither is."""
-    against_first = [found for _, found in counted if probability(found) <= threshold]
-    against_second = [found for _, found in counted if probability(found) >= 1 - threshold]
+    enough = log_odds(1 - threshold) - ROUNDING
+    against_first = [found for _, found in counted if found <= -enough]
+    against_second = [found for _, found in counted if found >= enough]
     if bool(against_first) == bool(against_second):
         return None
     return min(against_first) if against_first else max(against_second)
@@ -96,8 +104,13 @@ def _order_agreement(
     by_principle: dict[str, list[Verdict]], evidence: dict[str, float | None]
 ) -> float | None:
     agree = [
-        len({verdict.p_first > 0.5 for verdict in by_principle[name] if verdict.p_first}) == 1
+        len({_winner(v.p_first) for v in by_principle[name] if v.p_first is not None}) == 1
         for name, found in evidence.items()
         if found is not None
     ]
     return sum(agree) / len(agree) if agree else None
+
+
+def _winner(p_first: float) -> int:
+    """1: the first, -1: the second, 0: neither."""
+    return (p_first > 0.5) - (p_first < 0.5)

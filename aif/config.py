@@ -176,8 +176,9 @@ def checked(model: type[T], data: dict[str, Any], where: object) -> T:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _explained(model, first, where) from None
+        found = error.errors()
+        unknown = [e for e in found if e["type"] == "extra_forbidden"]  # a slip of the pen is why
+        raise _explained(model, [*unknown, *found][0], where) from None  # a key is missing
 
 
 def _explained(model: type[BaseModel], error: Any, where: object) -> InputError:

@@ -16,11 +16,11 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from aif.config import Strict, checked, read_toml
 from aif.errors import InputError, shown
@@ -35,12 +35,6 @@ def _said(text: str) -> str:
     if not text.strip():
         raise ValueError("a text that is not empty")
     return text.strip()
-
-
-def _finite(weight: float) -> float:
-    if not math.isfinite(weight):
-        raise ValueError("a finite number")
-    return weight
 
 
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_said)]
@@ -58,7 +52,7 @@ class Principle(Strict):
     """One thing to look for, as an instruction to critique and revise and as questions."""
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
-    weight: Annotated[float, Field(gt=0, le=1e6), AfterValidator(_finite)] = 1.0
+    weight: float = Field(1.0, gt=0, le=1e6, allow_inf_nan=False)
     critique: Text | None = None
     revision: Text | None = None
     compare: Text | None = None
@@ -87,13 +81,13 @@ class Constitution(Strict):
     margin: float = Field(0.1, ge=0, lt=0.5)
     principle: list[Principle] = Field(min_length=1, max_length=MAX_PRINCIPLES)
 
-    @model_validator(mode="after")
-    def _ids_differ(self) -> Self:
-        ids = [principle.id for principle in self.principle]
-        for name in ids:
-            if ids.count(name) > 1:
-                raise ValueError(f"principle ids that differ ({name!r} stands twice)")
-        return self
+    @field_validator("principle")
+    @classmethod
+    def _ids_differ(cls, principles: list[Principle]) -> list[Principle]:
+        for name, times in Counter(principle.id for principle in principles).items():
+            if times > 1:
+                raise ValueError(f"ids that differ ({name!r} stands {times} times)")
+        return principles
 
     def require(self, protocol: str, where: object) -> None:
         """Raise InputError unless every principle has the question that `protocol` puts."""

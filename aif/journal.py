@@ -13,6 +13,7 @@ again. One process may write at a time; the run's lock sees to that.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import threading
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from aif.errors import AifError
-from aif.jsonl import dumps, loads, sync_folder
+from aif.jsonl import dumps, sync_folder
 
 _HEAD = re.compile(rb'\{"id":"([0-9a-f]{64})","fault":(null|"\w+")')
 _LOOSE_ID = re.compile(rb'"id":"([^"]{1,80})"')
@@ -34,7 +35,10 @@ _LINGER_S = 0.02  # rows that arrive within this share one fsync
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A line that fails its checksum. `key` is its id, as far as it can still be read."""
+    """A line that fails its checksum. `key` is its id as far as it can still be read.
+
+    A lost line end makes one line of two rows, which then has two ids.
+    """
 
     line: int
     key: str
@@ -47,6 +51,7 @@ class Index:
     answered: dict[bytes, int] = field(default_factory=dict)  # -> offset of the newest good row
     failed: dict[bytes, int] = field(default_factory=dict)  # the same for ids with only faults
     damage: list[Damage] = field(default_factory=list)
+    lines: int = 0
     end: int = 0  # where the last whole line ends
 
     @classmethod
@@ -54,10 +59,10 @@ class Index:
         """Look at a journal without touching it; a file that is not there is empty."""
         index = cls()
         if path.exists():
-            for offset, size, found in scan(path):
+            for index.lines, (offset, size, found) in enumerate(scan(path), 1):
                 index.end = offset + size
-                if isinstance(found, Damage):
-                    index.damage.append(found)
+                if isinstance(found, str):
+                    index.damage.append(Damage(index.lines, found))
                 else:
                     index.note(*found, offset)
         return index
@@ -88,16 +93,19 @@ class Journal:
     @classmethod
     def open(cls, path: Path) -> Journal:
         """Read what is there, repair the tail, and be ready to append."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = -1
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
             sync_folder(path.parent)
+            os.fsync(descriptor)  # what a killed process wrote may be in memory only; it counts now
+            index = Index.read(path)
+            _cut_torn_line(descriptor, index)
         except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
             raise AifError(f"{path}: could not be opened: {error.strerror}") from error
-        journal = cls(path, descriptor, Index.read(path))
-        if os.fstat(descriptor).st_size > journal.index.end:  # a torn line is no answer: cut it off
-            os.ftruncate(descriptor, journal.index.end)
-            os.fsync(descriptor)
+        journal = cls(path, descriptor, index)
         journal._writer.start()
         return journal
 
@@ -132,7 +140,7 @@ class Journal:
                 group, self._waiting, self._busy = self._waiting, [], True
             try:
                 self._write(b"".join(line for line, _, _ in group))
-            except OSError as error:
+            except Exception as error:  # whatever it is, nobody may wait for it for ever
                 self._give_up(error)
                 return
             with self._changed:
@@ -149,15 +157,15 @@ class Journal:
             view = view[os.write(self._descriptor, view) :]
         os.fsync(self._descriptor)
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, error: Exception) -> None:
         # After a failed fsync the kernel may drop the pages and report success next time
         # (https://lwn.net/Articles/752063/), so what is not known to be durable is cut off again.
         with contextlib.suppress(OSError):  # if not now, the next open repairs the tail
             os.ftruncate(self._descriptor, self.index.end)
         with self._changed:
             self._error = AifError(
-                f"{self.path}: could not be written: {error.strerror}; what is durable is kept "
-                f"({self.durable:,} rows of this session), the same command resumes"
+                f"{self.path}: could not be written: {getattr(error, 'strerror', None) or error}; "
+                f"what is durable is kept ({self.durable:,} new rows), the same command resumes"
             )
             self._changed.notify_all()
 
@@ -171,8 +179,11 @@ class Journal:
         # A line is rarely over 4 kB; read on where it is.
         data = os.pread(self._descriptor, 4096, offset)
         while b"\n" not in data:
-            data += os.pread(self._descriptor, 1 << 20, offset + len(data))
-        return loads(data[: data.index(b"\n")].decode("ascii"))
+            more = os.pread(self._descriptor, 1 << 20, offset + len(data))
+            if not more:
+                raise AifError(f"{self.path}: something else has cut it short")
+            data += more
+        return json.loads(data[: data.index(b"\n")])
 
     def close(self) -> None:
         """Write what waits and close the file; an error in that is raised."""
@@ -200,14 +211,15 @@ def encode(row: dict[str, Any]) -> bytes:
     return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
 
-def scan(path: Path) -> Iterator[tuple[int, int, tuple[bytes, bool] | Damage]]:
-    """(offset, size, (id, is it a fault) or Damage) of every whole line; a torn tail is left out.
+def scan(path: Path) -> Iterator[tuple[int, int, tuple[bytes, bool] | str]]:
+    """(offset, size, (id, is it a fault)) of every whole line; a torn tail is left out.
 
-    Reads only, so a run can be looked at while another process writes it.
+    A line that fails its checksum has the ids that can still be read instead. Reads only, so a run
+    can be looked at while another process writes it.
     """
     offset = 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for line in file:
             if not line.endswith(b"\n"):
                 return
             head = _HEAD.match(line)
@@ -215,6 +227,18 @@ def scan(path: Path) -> Iterator[tuple[int, int, tuple[bytes, bool] | Damage]]:
             if head and line[-_TAIL:] == b',"crc":"%08x"}\n' % zlib.crc32(body):
                 yield offset, len(line), (bytes.fromhex(head[1].decode()), head[2] != b"null")
             else:
-                key = _LOOSE_ID.search(line)
-                yield offset, len(line), Damage(number, key[1].decode("latin-1") if key else "?")
+                yield offset, len(line), _ids_in(line)
             offset += len(line)
+
+
+def _ids_in(damaged: bytes) -> str:
+    return ", ".join(key.decode("latin-1") for key in _LOOSE_ID.findall(damaged)) or "?"
+
+
+def _cut_torn_line(descriptor: int, index: Index) -> None:
+    """Cut off what stands after the last whole line: it is no answer, but it is reported."""
+    torn = os.fstat(descriptor).st_size - index.end
+    if torn:
+        index.damage.append(Damage(index.lines + 1, _ids_in(os.pread(descriptor, torn, index.end))))
+        os.ftruncate(descriptor, index.end)
+        os.fsync(descriptor)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,10 +80,10 @@ def _reason(error: jsonlines.InvalidLineError) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
-    """Write a file whole or not at all: a temporary one beside it, fsync, rename, fsync folder."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file whole or not at all: a `.part` beside it, fsync, rename, fsync the folder."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with open(handle, "w", encoding="ascii", newline="\n") as file:
+        with open(temporary, "x", encoding="ascii", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -92,7 +92,8 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     except OSError as error:
         raise AifError(f"{path}: could not be written: {error.strerror}") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

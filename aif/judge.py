@@ -140,6 +140,8 @@ class Judge:
             return None, answer.fault
         if answer.logprobs is not None:
             first, second = (answer.logprobs[option] for option in self.options)
+            if not (math.isfinite(first) and math.isfinite(second)):
+                return None, "malformed"
             return probability(first - second), None
         choices = [parse_choice(text, self.options) for text in answer.texts]
         parsed = [choice for choice in choices if choice is not None]
@@ -157,7 +159,7 @@ class Judge:
             "fault": fault,
             "texts": list(answer.texts),
             "finish": answer.finish,
-            "logprobs": answer.logprobs,
+            "logprobs": None if fault else answer.logprobs,  # JSON has no NaN
             "detail": answer.detail,
             "usage": answer.usage,
         }
@@ -215,15 +217,19 @@ def delimiter(comparison: Comparison) -> str:
 
 
 def probability(log_odds: float) -> float:
-    """The logistic function, with the log-odds cut at +-30."""
-    return 1 / (1 + math.exp(-max(-MAX_LOG_ODDS, min(MAX_LOG_ODDS, log_odds))))
+    """The logistic function, with the log-odds cut at +-30.
+
+    It is rounded to what leaves 1 - p exact, so that swapped responses flip a label and no more.
+    """
+    p = 1 / (1 + math.exp(-max(-MAX_LOG_ODDS, min(MAX_LOG_ODDS, log_odds))))
+    return 1 - (1 - p)
 
 
 def log_odds(p: float) -> float:
-    """The inverse of `probability`, in +-30."""
-    smallest = 1 / (1 + math.exp(MAX_LOG_ODDS))
-    p = max(smallest, min(1 - smallest, p))
-    return math.log(p) - math.log1p(-p)
+    """The inverse of `probability`, in +-30; log_odds(1 - p) is -log_odds(p)."""
+    if not 0 < p < 1:
+        return MAX_LOG_ODDS if p >= 1 else -MAX_LOG_ODDS
+    return max(-MAX_LOG_ODDS, min(MAX_LOG_ODDS, math.log(p) - math.log1p(-p)))
 
 
 def _why_unparsed(answer: Answer) -> str:

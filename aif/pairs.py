@@ -13,6 +13,7 @@ first either.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -136,12 +137,16 @@ def _scores(row: dict[str, Any], responses: list[Any], place: str) -> list[float
             if (
                 not isinstance(found, list)
                 or len(found) != len(responses)
-                or not all(isinstance(n, int | float) for n in found)
+                or not all(map(_is_number, found))
             ):
                 raise InputError(place, key, got=shown(found), expected="a number per response")
             return [sign * number for number in found]
     found = [r.get("overall_score") if isinstance(r, dict) else None for r in responses]
-    return found if all(isinstance(n, int | float) for n in found) else None
+    return found if all(map(_is_number, found)) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _chosen_rejected(row: dict[str, Any], place: str) -> tuple[list[Message], str, str]:
@@ -221,6 +226,8 @@ def _response(value: Any, where: str) -> str:
     """A response as text: itself, or the last message of a conversation."""
     if isinstance(value, str):
         return value
+    if isinstance(value, bool):  # PandaLM's file has the answer "True" as a JSON true
+        return str(value)
     if isinstance(value, dict):
         for key in ("content", "value", "text", "response"):
             if isinstance(value.get(key), str):

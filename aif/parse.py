@@ -72,7 +72,7 @@ def _patterns(options: tuple[str, str]) -> tuple[re.Pattern[str], ...]:
         upper = "|".join(re.escape(option.upper()) for option in options)
         token = (
             rf"(?:[\"'`*(\[]{{1,4}}({one})[\"'`*)\]]{{1,4}}"
-            rf"|(?<![\w'])((?-i:{upper}))(?![\w'])(?-i:{_NO_ARTICLE}))"
+            rf"|(?<![\w'])((?-i:{upper}))(?![\w']|[.-]\w)(?-i:{_NO_ARTICLE}))"
         )
         mentioned = anywhere = token
     else:  # "yes" and "no" are words, too: a mention counts where a clause ends with it

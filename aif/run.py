@@ -61,25 +61,34 @@ class Run:
 
         The kernel drops the lock when its holder dies, so a lock is never stale.
         """
-        try:
-            self.file("lock").parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            raise AifError(f"{self.path}: cannot be written: {error.strerror}") from None
+        descriptor = -1
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "?"
-                raise RunBusy(
-                    f"{self.path}: another process (pid {holder}) is writing to this run; "
-                    "wait for it or stop it"
-                ) from None
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode("ascii"), 0)
+                self.file("lock").parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+                descriptor = os.open(self.file("lock"), flags, 0o666)
+                self._hold(descriptor)
+                for left_over in self.path.glob(".*.part"):  # of a process that was killed
+                    left_over.unlink()
+            except OSError as error:
+                raise AifError(f"{self.path}: cannot be written: {error.strerror}") from None
             yield
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _hold(self, lock: int) -> None:
+        """Lock it and leave the process id in it, for whoever comes second."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "?"
+            raise RunBusy(
+                f"{self.path}: another process (pid {holder}) is writing to this run; "
+                "wait for it or stop it"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode("ascii"), 0)
 
     def journal(self, stage: str) -> Journal:
         """The stage's paid answers, open for writing; hold the run first."""

@@ -23,16 +23,25 @@ _PACKAGED = Path(__file__).parent / "prompt_templates"  # where a wheel puts the
 BUILTIN = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[1] / "prompts" / "templates"
 MAX_TEMPLATE = 100_000  # bytes
 
-# What chat formats use as control tokens: <|im_end|>, <｜User｜>, <s>, [INST], <<SYS>>,
-# <start_of_turn>, <think>, <unused12>, ... A judge behind HTTP does not tell its tokenizer, so
-# the shapes are matched; a local one adds its exact list.
+# What chat formats use as control tokens. A judge behind HTTP does not tell its tokenizer, so the
+# shapes are matched; a local one adds its exact list. Where a shape is also plain writing ([NOTE],
+# <b>, <T>), only the names that are known to be tokens count.
 _CONTROL = re.compile(
-    r"<(?=[|｜][^<>\n]{1,64}[|｜]>"
-    r"|/?[a-z]+(?:_[a-z0-9]+)+/?>"
-    r"|/?(?:s|bos|eos|pad|unk|mask|cls|sep|think(?:ing)?|sp|filename|reponame|image|audio|video)>"
-    r"|/?(?:unused|reserved|extra_id|extra|0x)[\w-]{0,16}>"
-    r"|</?SYS>>|[A-Z]{2,16}(?:_[A-Z]+)*>)"
-    r"|\[(?=/?(?:[A-Z]{2,16}(?:_[A-Z]+)*)\])",
+    r"""
+    <(?=[|｜][^<>\n]{1,64}[|｜]>             # <|im_end|>, <｜User｜>, <|START_OF_TURN_TOKEN|>
+      | /?[a-z]+(?:_[a-z0-9]+)+/?>           # <start_of_turn>, <tool_call>, <extra_id_0>
+      | /?(?:s|bos|eos|pad|unk|mask|cls|sep|sp|sop|eop|eod|eot|eoh|eoa|think(?:ing)?
+          |filename|reponame|image|audio|video)>
+      | /?(?:unused|reserved|extra|0x|fim-|seed:)[\w:-]{1,32}>
+      | </?SYS>>                             # <<SYS>>
+      | (?:BOS|EOS|PAD|UNK|MASK|CLS|SEP|PRE|SUF|MID|EOT|EOD|ENC|[A-Z]+(?:_[A-Z0-9]+)+)>)
+  | \[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|THINK|ARGS
+          |CALL_ID|IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|TRANSCRIBE|PREFIX|SUFFIX|MIDDLE
+          |[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS|@BOS@|(?:UNUSED|REFERENCE)_[A-Z_]+\d+|unused\d+)\]
+      | \|[^\[\]\n]{1,64}\|\])               # [|endofturn|]
+  | >(?=>[A-Z_]{3,20}<<)                     # >>QUESTION<<
+    """,
+    re.VERBOSE,
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -75,13 +84,15 @@ class Template:
     @classmethod
     def load(cls, path: Path) -> Template:
         try:
-            text = path.read_bytes()[: MAX_TEMPLATE + 1].decode("utf-8")
+            data = path.read_bytes()
+            if len(data) > MAX_TEMPLATE:
+                raise InputError(
+                    path, "", got="a larger file", expected=f"at most {MAX_TEMPLATE:,}"
+                )
+            return cls(data.decode("utf-8"), path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise InputError(path, "", got=str(reason), expected="a Jinja template") from None
-        if len(text) > MAX_TEMPLATE:
-            raise InputError(path, "", got="a larger file", expected=f"at most {MAX_TEMPLATE:,}")
-        return cls(text, path)
 
     @cached_property
     def is_chat(self) -> bool:
@@ -108,5 +119,5 @@ class Template:
     def _guarded(self, render: Any) -> str:
         try:
             return render()
-        except jinja2.TemplateError as error:  # SecurityError and UndefinedError among them
+        except Exception as error:  # a template is a program: it can divide by zero, too
             raise AifError(f"{self._where}: {error}") from None

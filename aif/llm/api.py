@@ -13,9 +13,9 @@ import asyncio
 import base64
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
 import aiohttp
 import httpx2
@@ -136,8 +136,11 @@ class ApiLLM:
         except (openai.APIConnectionError, httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             return self._broken(error)
         answer = self._read(ask, response.content)
-        # A detail quotes the body, cut short; were it cut first, half a key could be left over.
-        return self._read(ask, self._address.redact(response.content)) if answer.fault else answer
+        if answer.fault is None:
+            return answer
+        # The detail quotes the body, cut short. Were that redacted, half a key could be left over.
+        redacted = self._read(ask, self._address.redact(response.content))
+        return replace(answer, detail=redacted.detail or answer.fault)
 
     def _read(self, ask: Ask, raw: bytes) -> Answer:
         model = self._name if self._settings.check_model else None
@@ -155,9 +158,10 @@ class ApiLLM:
     def _refused(self, ask: Ask, response: httpx2.Response) -> Answer | Failure:
         """What an error status means for this ask, or `JudgeStopped` if for all of them."""
         status = response.status_code
-        code, message = _reason(self._address.redact(response.content))
-        detail = f"HTTP {status}: {message or code}".removesuffix(": ")
+        code, message = _reason(response.content)
         words = f"{code} {message}".casefold()
+        said = " ".join(filter(None, _reason(self._address.redact(response.content))))
+        detail = f"HTTP {status}: {said}".removesuffix(": ")
         if status == 402 or (status == 429 and (code in NO_QUOTA or "billing" in words)):
             raise self._stopped("no quota left", detail)
         if status in RETRIED or status >= 500:
@@ -205,17 +209,14 @@ class Address:
                     expected="the key for api.openai.com (or set base_url for another server)",
                 )
             return cls(None, key, {}, {}, "api.openai.com", (key,))
-        shown_url = without_secrets(settings.base_url) or ""
-        parts = urlsplit(settings.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            expected = "http://host:port/v1 or https://..."
-            raise InputError("settings", "base_url", got=shown(shown_url), expected=expected)
+        parts = _http_url(settings.base_url)
         query = dict(parse_qsl(parts.query))
         userinfo, _, host = parts.netloc.rpartition("@")
         url = urlunsplit((parts.scheme, host, parts.path, "", ""))
         basic = base64.b64encode(unquote(userinfo).encode()).decode()
         headers = {"Authorization": f"Basic {basic}"} if userinfo else {}
         secrets = [key, basic, unquote(userinfo), unquote(parts.password or ""), *query.values()]
+        shown_url = without_secrets(settings.base_url) or ""
         return cls(url, key or PLACEHOLDER, headers, query, shown_url, tuple(filter(None, secrets)))
 
     def redact(self, text: bytes) -> bytes:
@@ -223,6 +224,18 @@ class Address:
         for secret in self.secrets:
             text = text.replace(secret.encode(), b"***")
         return text
+
+
+def _http_url(text: str) -> SplitResult:
+    try:
+        parts = urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:  # a port over 65535, half an IPv6 address
+        pass
+    tail = text.rpartition("@")[2].partition("?")[0]  # what stands before and after may be secret
+    expected = "http://host:port/v1 or https://..."
+    raise InputError("settings", "base_url", got=shown(tail), expected=expected)
 
 
 def _contents(ask: Ask) -> list[str]:

@@ -43,7 +43,9 @@ def load_model(name: str, dtype: str, device: str) -> Any:
         place = torch.device(_device(device))
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise InputError("device", "", got=shown(device), expected=f"a usable one ({_line(error)})")
+        raise InputError(
+            "device", "", got=shown(device), expected=f"a usable one ({_line(error)})"
+        ) from None
     kind = _dtype(dtype, place)
     model = _loaded(AutoModelForCausalLM, name, dtype=kind, use_safetensors=True)
     # A checkpoint's own sampling defaults (top_p, repetition penalty, ...) would leak into every
@@ -91,7 +93,7 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _loaded(auto: Any, name: str, **options: Any) -> Any:
     """`auto.from_pretrained`, its long tracebacks made one line."""
-    folder = bundled_folder() if name == BUNDLED else Path(name)
+    folder = bundled_folder() if name == BUNDLED else Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     try:
         if looks_local and not folder.is_dir():

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import Any
 
-from aif.errors import AifError, Interrupted
 from aif.llm import Answer, Ask
 from aif.llm.pace import InFlight
+from aif.llm.signals import Deferred
 
-PATIENCE_S = 0.2  # the longest the loop runs before Python may handle a signal
+PATIENCE_S = 0.2  # the longest turn of the loop
 LINGER_S = 0.005  # from the first answer of a batch to handing the batch over
 GRACE_S = 5.0  # for the requests under way when something makes it impossible to go on
 
@@ -42,16 +41,21 @@ class Crew:
 
     def answers(self) -> Iterator[Answer]:
         """Every answer as it comes; then what a worker or `asks` raised, if anything."""
-        self._loop.set_exception_handler(self._on_error)
+        give_up = None
         try:
-            give_up = None
-            while self._working:
-                yield from self._loop.run_until_complete(self._some())
-                if self._failure is not None:
-                    give_up = give_up or self._loop.time() + GRACE_S
-                    late = self._loop.time() > give_up or isinstance(self._failure, Interrupted)
-                    if late or not self._limit.busy:
-                        break
+            with Deferred(self._loop, self._rouse) as signals:
+                while self._working:
+                    signals.hold()
+                    try:
+                        self._loop.run_until_complete(self._turn())
+                    finally:
+                        signals.release()
+                    yield from self._take()
+                    signals.deliver()
+                    if self._failure is not None:
+                        give_up = give_up or self._loop.time() + GRACE_S
+                        if not self._limit.busy or self._loop.time() > give_up:
+                            break
             yield from self._take()
             if self._failure is not None:
                 raise self._failure
@@ -83,14 +87,6 @@ class Crew:
         self._ended = True
         self._limit.shut()
 
-    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """A signal handler that raises may do so inside a callback of the loop, which would only
-        log it."""
-        error = context.get("exception")
-        self._fail(error) if isinstance(error, AifError) else loop.default_exception_handler(
-            context
-        )
-
     def _deliver(self, answer: Answer) -> None:
         if not self._ready:
             self._loop.call_later(LINGER_S, self._rouse)
@@ -100,14 +96,12 @@ class Crew:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
-    async def _some(self) -> list[Answer]:
-        """What has come in, after waiting for it a little while at most."""
-        if self._working:
-            self._wake = self._loop.create_future()
-            timer = self._loop.call_later(PATIENCE_S, self._rouse)
-            await self._wake
-            timer.cancel()
-        return self._take()
+    async def _turn(self) -> None:
+        """Let the workers run until there are answers, or for a little while."""
+        self._wake = self._loop.create_future()
+        timer = self._loop.call_later(PATIENCE_S, self._rouse)
+        await self._wake
+        timer.cancel()
 
     def _take(self) -> list[Answer]:
         batch, self._ready = self._ready, []

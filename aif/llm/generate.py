@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -19,6 +19,9 @@ BUCKET = 16  # tokens
 ROWS_CPU, ROWS_CUDA = 16, 64
 # A float32 product with one or two rows takes another kernel (gemv), which rounds differently.
 MIN_ROWS = 4
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,10 @@ def generate(
     for _, members in sorted(like.items()):
         for start in range(0, len(members), rows):
             part = members[start : start + rows]
-            yield from halving(
-                lambda some: _batch(model, [draws[i] for i in some], eos, pad), part
-            )
+            yield from halving(lambda some: _batch(model, [draws[i] for i in some], eos, pad), part)
 
 
-def halving[Item, Result](
+def halving(
     run: Callable[[list[Item]], list[Result]], items: list[Item], tries: int = 2
 ) -> list[tuple[Item, Result | RuntimeError]]:
     """`run(items)`, in halves and then quarters when the device has not the memory for all."""

@@ -1,0 +1,125 @@
+"""Settings: where they come from, which one wins, and what is refused."""
+
+import tomllib
+
+import pytest
+
+from aif.config import LLMSettings, Settings, load_settings, parse_set, without_secrets
+from aif.errors import InputError
+from aif.run import Run
+
+
+def settings(tmp_path, toml: str = "", **given):
+    path = tmp_path / "run.toml"
+    path.write_text(toml, "utf-8")
+    return load_settings(path, {key.replace("__", "."): value for key, value in given.items()})
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    assert load_settings(tmp_path / "none.toml", {}) == Settings()
+    toml = "[judge]\nconcurrency = 3\nmodel = 'openai:file'\n"
+    found = settings(tmp_path, toml, judge__model="openai:flag", label__seed=None)
+    assert (found.judge.model, found.judge.concurrency) == ("openai:flag", 3)
+    assert (found.judge.attempts, found.label.seed) == (6, 0)
+
+
+def test_set_wins_over_a_flag(tmp_path, monkeypatch):
+    from aif.cli import open_run
+
+    given = {"label.seed": 1, "label.limit": 5}
+    found = open_run(tmp_path / "r", given, ["label.seed=2"]).settings.label
+    assert (found.seed, found.limit) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("a.b=5", 5),
+        ("a.b=0.5", 0.5),
+        ("a.b=true", True),
+        ("a.b='5'", "5"),
+        ("a.b=http://x/v1?k=1", "http://x/v1?k=1"),
+        ("a.b=2024.jsonl", "2024.jsonl"),
+        ("a.b=", ""),
+        (" a.b =x", "x"),
+    ],
+)
+def test_set_takes_a_toml_value_or_text(argument, value):
+    key, found = parse_set(argument)
+    assert (key, found, type(found)) == ("a.b", value, type(value))
+
+
+@pytest.mark.parametrize("argument", ["label.seed", "=5", " =5"])
+def test_set_without_key_and_value_is_refused(argument):
+    with pytest.raises(InputError, match=r"--set: got .*, expected table\.key=value"):
+        parse_set(argument)
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ("[jugde]\n", "jugde: got an unknown key, expected judge perhaps"),
+        ("[judge]\nmodle = 'x'", "judge.modle: got an unknown key, expected model perhaps"),
+        ("[label]\nseed = '1'", "label.seed: got '1', expected a valid integer"),
+        ("[label]\nseed = 1.0", "label.seed: got 1.0, expected a valid integer"),
+        ("[label]\nquorum = 0", "label.quorum: got 0, expected greater than 0"),
+        ("[label]\nprotocol = 'both'", "label.protocol: got 'both', expected 'auto', 'pairwise'"),
+        ("[judge]\nmodel = ''", "judge.model: got '', expected"),
+        ("[judge]\nlogprobs = 1", "judge.logprobs: got 1, expected a valid boolean"),
+        ("[judge]\ntimeout_s = 0", "judge.timeout_s: got 0, expected greater than 0"),
+        ("judge = 3", "judge: got 3, expected"),
+        ("[judge\n", "got bad TOML"),
+    ],
+)
+def test_an_error_in_run_toml_names_it(tmp_path, toml, said):
+    with pytest.raises(InputError) as error:
+        settings(tmp_path, toml, label__limit=1)
+    assert str(error.value).startswith(f"{tmp_path}/run.toml: {said}")
+
+
+def test_an_error_on_the_command_line_names_that(tmp_path):
+    for key, said in [
+        ("label.limt", "command line: label.limt: got an unknown key, expected limit perhaps"),
+        ("label.limit.x", "command line: label.limit"),
+        ("label.limit", "command line: label.limit: got 0, expected greater than or equal to 1"),
+    ]:
+        with pytest.raises(InputError) as error:
+            load_settings(tmp_path / "run.toml", {key: 0})
+        assert str(error.value).startswith(said)
+
+
+def test_a_partial_policy_table_keeps_its_own_temperature(tmp_path):
+    found = settings(tmp_path, "[policy]\nmax_tokens = 9\n[judge]\nmax_tokens = 9\n")
+    assert (found.policy.temperature, found.judge.temperature) == (1.0, 0.0)
+    assert settings(tmp_path, policy__max_tokens=9).policy.temperature == 1.0
+
+
+SECRET_URL = "https://user:hunter2@host:8000/v1?api_key=hunter2#hunter2"
+
+
+def test_urls_lose_their_secrets():
+    assert without_secrets(SECRET_URL) == "https://host:8000/v1"
+    assert without_secrets(None) is None
+    assert "hunter2" not in str(LLMSettings(base_url=SECRET_URL).identity())
+
+
+def test_run_toml_holds_what_differs_and_no_secret(tmp_path):
+    given = {"judge.base_url": SECRET_URL, "label.seed": 4, "policy.max_tokens": 9}
+    run = Run(tmp_path / "r", load_settings(tmp_path / "none", given))
+    run.path.mkdir()
+    run.keep_settings()
+    text = (run.path / "run.toml").read_text()
+    assert "hunter2" not in text
+    assert tomllib.loads(text) == {
+        "judge": {"base_url": "https://host:8000/v1"},
+        "label": {"seed": 4},
+        "policy": {"max_tokens": 9},
+    }
+    assert load_settings(run.path / "run.toml", {}).label.seed == 4
+
+
+def test_run_toml_is_the_users_and_never_overwritten(tmp_path):
+    run = Run(tmp_path, load_settings(tmp_path / "none", {"label.seed": 4}))
+    (tmp_path / "run.toml").write_text("# mine\n")
+    run.keep_settings()
+    assert (tmp_path / "run.toml").read_text() == "# mine\n"
