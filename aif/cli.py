@@ -116,6 +116,7 @@ def open_run(path: Path, given: dict[str, Any], sets: list[str] | None) -> Run:
 
 
 def existing_run(path: Path, sets: list[str] | None = None) -> Run:
+    """The run at `path`, for verbs that make none."""
     from aif.errors import InputError
 
     if not path.is_dir():

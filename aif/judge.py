@@ -113,7 +113,7 @@ class Judge:
             "preamble": self.constitution.preamble,
             "question": cell.principle.question(self.protocol),
             "examples": cell.principle.example,
-            "delimiter": delimiter(comparison),
+            "delimiter": delimiter(comparison, cell.order),
             "prompt": [
                 {"role": message["role"], "content": self._harmless(message["content"])}
                 for message in comparison.prompt
@@ -207,12 +207,12 @@ def texts_in_order(comparison: Comparison, order: str) -> tuple[str, ...]:
     return tuple(comparison.first if which == "a" else comparison.second for which in order)
 
 
-def delimiter(comparison: Comparison) -> str:
-    """A marker that the judged text cannot contain, since it is a digest of that text.
+def delimiter(comparison: Comparison, order: str) -> str:
+    """A marker that the text which a call shows cannot contain, since it is a digest of that text.
 
     A response that wants to fake the end of its own section would have to know it beforehand.
     """
-    texts = sorted((comparison.first, comparison.second))
+    texts = sorted(texts_in_order(comparison, order))
     return content_id("delimiter", comparison.prompt_id, texts)[:12]
 
 

@@ -90,19 +90,24 @@ BODIES: dict[str, Callable[[Body], bytes]] = {
 
 
 async def respond(http: web.BaseRequest, fault: dict[str, Any], body: Body) -> web.StreamResponse:
-    """Answer a request with the fault of this kind."""
+    """Answer a request with the fault of this kind.
+
+    With `echo` an error's message repeats the caller's key, as some servers do.
+    """
     kind = fault["kind"]
     if kind in STATUSES:
         return refuse(http, fault)
     if kind in BODIES:
         content = BODIES[kind](body)
+        if fault.get("echo"):
+            content = content.replace(b"engine", http.headers["Authorization"].encode())
         form = "text/html" if kind == "html" else "application/json"
         return web.Response(body=content, content_type=form)
     return await WIRE[kind](http, json.dumps(body).encode())
 
 
 def refuse(http: web.BaseRequest, fault: dict[str, Any]) -> web.Response:
-    """An error status; with `echo` the message repeats the caller's key, as some servers do.
+    """An error status.
 
     `retry_after` is sent as it is, but for "date+N": an HTTP date N seconds from now; `skew`
     moves the server's own clock (both its dates) by that many seconds.

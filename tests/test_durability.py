@@ -247,6 +247,17 @@ def test_a_file_size_limit_is_loud_and_resumes_without_it(make_job, bytes_):
     finish(job, answered(job), clean.labels)
 
 
+def test_a_journal_that_breaks_with_calls_in_flight_ends_in_one_line(make_job, server):
+    job = make_job(100, server.base_url)
+    limit = (24_000, 24_000)  # comparisons.jsonl fits, the journal does not
+    done = job.label(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert done.returncode == 1
+    (told,) = errors(done.stderr)
+    assert "label.jsonl: could not be written: File too large" in told
+    assert "pending" not in done.stderr, "a request was left behind"
+    finish(job, answered(job), unfaulted(job).labels)
+
+
 @pytest.mark.slow
 def test_an_input_output_error_at_any_fsync_is_loud(strace, small):
     job, labels = small
@@ -591,13 +602,13 @@ def test_odd_rows_get_an_outcome_and_the_run_goes_on(make_job, server):
     rows += [{"id": "9", "prompt": "p", "response_a": a, "response_b": b} for a, b in odd]
     rows += [rows[0], rows[0] | {"id": "another id"}]
     write_jsonl(job.pairs, rows)
-    done = job.label_here("--json")
+    done = job.label_here("--json", "--max-fault-rate", "0.3")
     assert done.exit_code == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["data"]["rows"], summary["data"]["repeated_rows"]) == (9, 2)
     found = [row["fault"] for row in read_jsonl(job.run / "labels.jsonl")]
-    assert found == [None, None, None, None, "identical", "identical", None]
-    assert server.stats()["requests"] == summary["calls_made"] == 10
+    assert found == [None, "too_long", None, None, "identical", "identical", None]
+    assert summary["calls_made"] == 10
 
 
 def test_a_huge_answer_is_a_fault_of_its_row(make_job, server):

@@ -253,6 +253,10 @@ def test_mean_logit_weighs():
     assert combined({"a": 1.0, "b": -2.0}) == pytest.approx((3 * 1 - 2) / 4)
 
 
+def test_principles_that_balance_are_exactly_even():
+    assert combined({"a": 2.0, "b": -6.0}) == 0.0  # 3 x 2 against 6, less the rounding
+
+
 def test_veto_overrules_unless_it_is_mutual():
     veto = {"combine": "veto", "veto": 0.1}
     assert combined({"a": 2.0, "b": -3.0, "c": -4.0}, **veto) == pytest.approx(-4)  # strongest

@@ -189,6 +189,16 @@ def test_a_score_that_is_no_number_is_not_a_preference():
     assert pair.human is None
 
 
+def test_the_id_is_of_prompt_first_and_second():
+    base = {"prompt": "Hi", "response_a": "x", "response_b": "y"}
+    changes = [{}, {"prompt": "Bye"}, {"response_a": "z"}, {"response_b": "z"}]
+    changes += [{"response_a": "y", "response_b": "x"}, {"prompt": [*ASKED]}]
+    found = [pair.comparison.id for change in changes for pair in pairs_of(base | change, "row")]
+    assert len(set(found)) == len(changes)
+    same = {"id": "7", "source": "elsewhere", "label": 1}
+    assert next(pairs_of(base | same, "row")).comparison.id == found[0]
+
+
 def test_rows_that_repeat_are_marked():
     rows = [SHAPES["chosen"], SHAPES["trl"], SHAPES["scores"]]
     pairs = (pair for row in rows for pair in pairs_of(row, "row"))

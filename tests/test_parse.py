@@ -5,11 +5,11 @@ import time
 from collections import defaultdict
 
 import pytest
+from bench import llmbar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aif.parse import is_refusal, parse_choice
-from tests.bench import llmbar
 
 AB, YES_NO = ("A", "B"), ("Yes", "No")
 

@@ -1,6 +1,7 @@
 """Judged text is data: no control token and no template syntax in it does anything."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -37,6 +38,7 @@ FAMILIES = {
     "exaone": "[|system|] [|user|] [|assistant|] [|endofturn|]",
     "seed": "<seed:bos> <seed:think> </seed:think>",
     "nemotron": "<extra_id_1> <SPECIAL_10>",
+    "florence": "<loc_12>",
     "code llama": "<PRE> <SUF> <MID> <EOT>",
 }
 TOKENS = [token for line in FAMILIES.values() for token in line.split()]
@@ -122,6 +124,15 @@ def test_no_mixture_of_tokens_and_text_yields_an_added_token(tokenizer):
         assert not added & set(found)
 
     mixtures()
+
+
+@pytest.mark.parametrize(
+    "piece", ["<", "<a_", "<A_", "[", "[|", "<|", "|>", ">>A", "<unused", "a_"]
+)
+def test_a_megabyte_is_neutralised_in_linear_time(piece):
+    start = time.process_time()
+    neutralised("<" + piece * (1_000_000 // len(piece)), ["<|im_end|>"])
+    assert time.process_time() - start < 5
 
 
 @given(st.lists(PIECES, max_size=10))

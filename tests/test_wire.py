@@ -107,7 +107,9 @@ def test_a_logprob_that_is_none_is_malformed(value):
 @pytest.mark.parametrize("value", [-9999.0, -1e300, -float("1e308"), -(10**400)])
 def test_an_impossible_token_has_a_finite_logprob(value):
     found = read(CHAT, chat_reply({"A": -0.01, "B": value})).logprobs
-    assert math.isfinite(found["A"]) and math.isfinite(found["B"]) and found["B"] < -4
+    assert math.isfinite(found["A"])
+    assert math.isfinite(found["B"])
+    assert found["B"] < -4
 
 
 def test_the_older_endpoints_shape():
@@ -133,6 +135,14 @@ def test_samples_are_in_the_order_of_their_index_and_a_cut_one_shows():
     ]
     answer = read(ask, {"choices": choices})
     assert (answer.texts, answer.finish) == (("zero", "one"), "length")
+
+
+@pytest.mark.parametrize(
+    "error", ["the engine died", {"message": "the engine died"}, {"detail": "the engine\ndied"}]
+)
+def test_an_error_beside_choices_is_malformed(error):
+    answer = read(CHAT, chat_reply({"A": -0.1, "B": -3.0}) | {"error": error})
+    assert (answer.fault, answer.detail) == ("malformed", "error: the engine died")
 
 
 @pytest.mark.parametrize(
@@ -214,10 +224,12 @@ def check_sound(answer) -> None:
     """Either a fault with a reason and nothing else, or something to read."""
     if answer.fault is not None:
         assert answer.fault in FAULTS
-        assert answer.detail and "\n" not in answer.detail
+        assert answer.detail
+        assert "\n" not in answer.detail
         assert (answer.texts, answer.logprobs) == ((), None)
         return
-    assert len(answer.texts) == 1 and isinstance(answer.texts[0], str)
+    assert len(answer.texts) == 1
+    assert isinstance(answer.texts[0], str)
     answer.texts[0].encode()  # no surrogate is left
     if answer.logprobs is None:
         assert answer.texts[0].strip()

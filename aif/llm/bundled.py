@@ -51,7 +51,21 @@ def load_model(name: str, dtype: str, device: str) -> Any:
     # A checkpoint's own sampling defaults (top_p, repetition penalty, ...) would leak into every
     # generate() call: unset values are filled from here.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    _head_in_float32(model)
     return model.to(place).eval()
+
+
+def _head_in_float32(model: Any) -> None:
+    """Compute logits in float32 whatever the rest is in.
+
+    Logits are often near 20, where bfloat16 numbers are 0.125 apart: log-odds of two options
+    would be multiples of that, and half of all close calls ties.
+    """
+    head = model.get_output_embeddings()
+    # A weight of its own: the embedding, which may be tied to it, stays as it is.
+    head.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
+    head.float()
+    head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
 
 
 def quiet() -> None:

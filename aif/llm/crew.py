@@ -56,7 +56,6 @@ class Crew:
                         give_up = give_up or self._loop.time() + GRACE_S
                         if not self._limit.busy or self._loop.time() > give_up:
                             break
-            yield from self._take()
             if self._failure is not None:
                 raise self._failure
         finally:

@@ -17,8 +17,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 BUCKET = 16  # tokens
 ROWS_CPU, ROWS_CUDA = 16, 64
-# A float32 product with one or two rows takes another kernel (gemv), which rounds differently.
-MIN_ROWS = 4
+# A float32 product of 1 to 11 rows may take another kernel, which sums in another order, unless
+# the rows are a multiple of 4 (measured: MKL, AVX-512, one and two threads; bfloat16 never does).
+ROW_STEP = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -84,9 +85,8 @@ def halving(
 @torch.inference_mode()
 def _batch(model: Any, draws: list[Draw], eos: set[int], pad: int) -> list[Drawn | RuntimeError]:
     """Draws of one width and one max_tokens, together."""
-    cuda = model.device.type == "cuda"
-    filler = (ROWS_CUDA if cuda else MIN_ROWS) - len(draws)
-    rows = draws + [draws[-1]] * filler
+    step = ROWS_CUDA if model.device.type == "cuda" else ROW_STEP
+    rows = draws + [draws[-1]] * (-len(draws) % step)
     width = draws[0].width
     ids_BT = torch.full((len(rows), width), pad)
     mask_BT = torch.zeros_like(ids_BT)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -40,6 +39,15 @@ from aif.journal import Index
 start = time.perf_counter()
 index = Index.read(Path(sys.argv[1]))
 print(len(index.answered), time.perf_counter() - start)
+"""
+
+# The kernel counts a child's peak memory from its parent's size on, so the parent is a small one.
+LAUNCH = """
+import os, sys
+pid = os.posix_spawn(sys.executable, [sys.executable, *sys.argv[1:]], os.environ)
+_, status, usage = os.wait4(pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
@@ -103,7 +111,6 @@ def build(folder: Path, base_url: str, comparisons: int) -> list[str]:
 
 def drop_lines(path: Path, count: int) -> None:
     """Take `count` rows out of a journal, spread over it."""
-    # A line at a time: a child's peak memory, as the kernel counts it, starts at its parent's.
     with path.open("rb") as file:
         dropped = set(random.Random(2).sample(range(sum(1 for _ in file)), count))
         file.seek(0)
@@ -115,15 +122,14 @@ def drop_lines(path: Path, count: int) -> None:
 def timed(command: list[str]) -> tuple[float, int, str]:
     """Wall seconds, peak bytes in memory and standard output of a process of its own."""
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        said = out.read()
-    if process.returncode:
-        raise RuntimeError(f"{command[:3]} ended with {process.returncode}: {said}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024, said
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, *command], cwd=ROOT, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"{command[:3]} ended with {done.returncode}: {done.stderr}")
+    *said, peak = done.stdout.splitlines()
+    return seconds, int(peak) * 1024, "\n".join(said)
 
 
 def measure(comparisons: int, missing: int, folder: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Recorded judges on LLMBar (Zeng et al. 2023, 2310.07641), through our aggregation and our parser.
 
-    python -m tests.bench.llmbar --data ../shared/data/llmbar [--json]
+    python tests/bench/llmbar.py --data ../shared/data/llmbar [--json]
 
 First table: every judge and prompting method on the 100 expert-labelled items of Natural. The
 recorded final verdicts of both orders become `Verdict` rows, `label_of` makes labels of them, and

@@ -9,11 +9,11 @@ from peer_clock import MAX_TOKENS, MODEL, measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from aif.config import LLMSettings  # noqa: E402
-from aif.journal import Journal  # noqa: E402
-from aif.llm import Ask  # noqa: E402
-from aif.llm.api import ApiLLM  # noqa: E402
-from aif.records import content_id  # noqa: E402
+from aif.config import LLMSettings
+from aif.journal import Journal
+from aif.llm import Ask
+from aif.llm.api import ApiLLM
+from aif.records import content_id
 
 
 def run_aif(

@@ -7,11 +7,11 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 os.environ["DISTILABEL_LOG_LEVEL"] = "WARNING"  # or it prints a line for every request
 
-from distilabel.models import OpenAILLM  # noqa: E402
-from distilabel.pipeline import Pipeline  # noqa: E402
-from distilabel.steps import LoadDataFromDicts  # noqa: E402
-from distilabel.steps.tasks import ChatGeneration  # noqa: E402
-from peer_clock import MAX_TOKENS, MODEL, measure  # noqa: E402
+from distilabel.models import OpenAILLM
+from distilabel.pipeline import Pipeline
+from distilabel.steps import LoadDataFromDicts
+from distilabel.steps.tasks import ChatGeneration
+from peer_clock import MAX_TOKENS, MODEL, measure
 
 
 def run_distilabel(
