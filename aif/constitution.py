@@ -38,6 +38,7 @@ def _said(text: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_said)]
+Cue = Annotated[str, Field(max_length=64), AfterValidator(_said)]
 
 
 class Example(Strict):
@@ -57,16 +58,21 @@ class Principle(Strict):
     revision: Text | None = None
     compare: Text | None = None
     grade: Text | None = None
+    cue: Cue | None = None  # what plain text ends in before Yes or No; default: the question
     example: list[Example] = Field([], max_length=MAX_EXAMPLES)
 
     def question(self, protocol: str) -> str:
         """The question that a protocol puts; `Constitution.require` has seen that it is there."""
         return (self.compare if protocol == "pairwise" else self.grade) or ""
 
-    def digest(self, protocol: str) -> str:
+    def digest(self, protocol: str, form: str) -> str:
         """The id of everything in this principle that a verdict depends on."""
+        if protocol == "pairwise":
+            return content_id(self.compare)
         examples = [example.model_dump() for example in self.example]
-        return content_id(self.question(protocol), examples if protocol == "pointwise" else [])
+        if form == "text" and self.cue:  # a cue stands in the question's place
+            return content_id("cue", self.cue, examples)
+        return content_id(self.grade, examples)
 
 
 class Constitution(Strict):

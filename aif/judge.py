@@ -72,7 +72,7 @@ class Judge:
             self.protocol,
             self.template.text,
             self.constitution.preamble,
-            principle.digest(self.protocol),
+            principle.digest(self.protocol, self.form),
             self.model.identity(),
         )
 
@@ -112,6 +112,7 @@ class Judge:
         variables: dict[str, Any] = dict(zip(names, texts, strict=True)) | {
             "preamble": self.constitution.preamble,
             "question": cell.principle.question(self.protocol),
+            "cue": cell.principle.cue,
             "examples": cell.principle.example,
             "delimiter": delimiter(comparison, cell.order),
             "prompt": [

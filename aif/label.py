@@ -289,7 +289,9 @@ def facts(judge: Judge, constitution: Path, data: dict[str, Any]) -> dict[str, A
             "name": judge.constitution.name,
             "digest": judge.constitution.digest(),
             "preamble": content_id(judge.constitution.preamble),
-            "principles": {p.id: p.digest(judge.protocol) for p in judge.constitution.principle},
+            "principles": {
+                p.id: p.digest(judge.protocol, judge.form) for p in judge.constitution.principle
+            },
         },
     }
 

@@ -145,13 +145,13 @@ def test_each_shared_prefix_is_computed_once_at_every_level_and_kept(llm, asks, 
 
 def test_memory_is_bounded_and_the_static_prefix_outlives_the_rest(llm, asks, together, counted):
     scorer, computed = counted
-    scorer.limits = type(scorer.limits)(batch=256, kept=6 * BLOCK)
+    scorer.limits = type(scorer.limits)(batch=256, kept=3 * BLOCK)
     some = [0, 4, 8, 12, 16, 20]  # six different pairs of texts after one preamble
     for i in some:
         (logprobs_V,) = scored(scorer, llm, [asks[i]])
         assert torch.equal(logprobs_V, together[i])
-        assert len(scorer.blocks) <= 6
-    assert len(computed) > 6  # so some were dropped
+        assert len(scorer.blocks) <= 3
+    assert len(computed) > 4  # so some were dropped
     assert computed.count(llm._tokens(asks[0])[:BLOCK]) == 1
 
 
@@ -183,7 +183,8 @@ def test_pad_is_not_eos(llm):
 
 
 def test_control_tokens_are_all_named(llm):
-    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>"} <= llm.control_tokens
+    known = {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>"}
+    assert known <= set(llm.control_tokens)
 
 
 def chats(n: int, **options) -> list[Ask]:

@@ -71,10 +71,10 @@ class LocalLLM(LLM):
         return PrefixScorer(self.model)
 
     @property
-    def control_tokens(self) -> frozenset[str]:
+    def control_tokens(self) -> tuple[str, ...]:
         """Strings that the tokenizer reads as control rather than text, like `<|im_end|>`."""
         added = self.tokenizer.get_added_vocab()
-        return frozenset(added) | frozenset(self.tokenizer.all_special_tokens)
+        return tuple(sorted({*added, *self.tokenizer.all_special_tokens}))
 
     def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
         asks = iter(asks)
