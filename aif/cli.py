@@ -170,6 +170,7 @@ def label(
     Writes verdicts.jsonl (one row a call) and labels.jsonl (one row a pair) to the run folder.
     Run again with an edited constitution, another judge or more data, it asks only what is new.
     """
+    from aif.label import check_faults
     from aif.label import label as stage
     from aif.progress import Progress
 
@@ -180,6 +181,7 @@ def label(
     with Progress(quiet) as progress:
         summary = stage(run, progress)
     _show(summary, json_, quiet, _label_lines)
+    check_faults(run, summary)
 
 
 def _label_lines(summary: dict[str, Any]) -> list[str]:
@@ -289,12 +291,15 @@ def compare(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet 
 @verb(app, "run")
 def run_(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
     """Every stage in order, as RUN/run.toml says: respond, compare, label."""
+    from aif.label import check_faults
     from aif.pipeline import run_all
     from aif.progress import Progress
 
+    opened = existing_run(run, set_)
     with Progress(quiet) as progress:
-        summary = run_all(existing_run(run, set_), progress)
+        summary = run_all(opened, progress)
     _show(summary, json_, quiet, lambda s: _label_lines(s["label"]))
+    check_faults(opened, summary["label"])
 
 
 @verb(app)

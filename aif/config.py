@@ -109,9 +109,13 @@ class Settings(Strict):
     label: LabelSettings = LabelSettings()
 
     def to_keep(self) -> dict[str, Any]:
-        """What differs from the defaults, as run.toml's tables; no secrets."""
+        """What differs from the defaults, as run.toml's tables.
+
+        No secrets, and no limits: those are of one command.
+        """
         tables = self.model_dump(exclude_defaults=True, exclude_none=True)
         for table in tables.values():
+            table.pop("limit", None)
             if "base_url" in table:
                 table["base_url"] = without_secrets(table["base_url"])
         return tables

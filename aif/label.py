@@ -35,8 +35,8 @@ STAGE = "label"
 def label(run: Run, progress: Progress) -> dict[str, Any]:
     """Do what `run.settings` says; returns the summary, which is also kept as label.json.
 
-    Raises TooManyFaults when more than `label.max_fault_rate` of the calls have no answer, and
-    Interrupted or JudgeStopped when it ended early; the files are in order in each case.
+    Raises Interrupted or JudgeStopped when it ended early; the files are in order all the same.
+    Whether the summary has more faults than allowed is `check_faults`' to say.
     """
     constitution_path = _constitution_path(run)
     with open_llm(run.settings.judge) as llm, run.writing():
@@ -48,6 +48,7 @@ def label(run: Run, progress: Progress) -> dict[str, Any]:
             work = count(judge, comparisons(run), journal.index)
             for line in [*damage(journal), *changes(run.state(STAGE), used), work.line()]:
                 progress.say(line)
+            run.write_state(STAGE, {"run": str(run.path), "in_progress": True} | used)
             progress.start("label", len(work.missing))
             asks = asks_for(judge, comparisons(run), work.missing)
             tally = ask_all(llm, asks, journal, judge.journal_row, progress)
@@ -60,7 +61,6 @@ def label(run: Run, progress: Progress) -> dict[str, Any]:
         run.write_state(STAGE, summary)
     if tally.stopped:
         raise tally.stopped
-    _check_faults(run, results)
     return summary
 
 
@@ -263,7 +263,8 @@ def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
     }
 
 
-def _check_faults(run: Run, results: dict[str, Any]) -> None:
+def check_faults(run: Run, results: dict[str, Any]) -> None:
+    """Raise TooManyFaults if more than `label.max_fault_rate` of the calls have no answer."""
     allowed = run.settings.label.max_fault_rate
     if results["fault_rate"] > allowed:
         details = results["fault_details"]
@@ -279,8 +280,10 @@ def _check_faults(run: Run, results: dict[str, Any]) -> None:
 
 def facts(judge: Judge, constitution: Path, data: dict[str, Any]) -> dict[str, Any]:
     """What a labelling used, so that the next one can say what changed."""
+    sampled = judge.constitution.principles == "sample"
     return {
         "data": data,
+        "draw": f"one principle, seed {judge.seed}" if sampled else "all principles",
         "judge": judge.model.identity(),
         "protocol": judge.protocol,
         "template": content_id(judge.template.text),
@@ -298,10 +301,10 @@ def facts(judge: Judge, constitution: Path, data: dict[str, Any]) -> dict[str, A
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs from the last labelling in what calls depend on, a line each."""
-    if not before:
+    if "constitution" not in before:
         return []
     lines = []
-    for key in ("judge", "protocol", "template"):
+    for key in ("judge", "protocol", "template", "draw"):
         if before.get(key) != now[key]:
             lines.append(f"{key} changed{_difference(before.get(key), now[key])}")
     if now["data"] and before["data"].get("digest") != now["data"].get("digest"):
@@ -309,15 +312,14 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = before["constitution"], now["constitution"]
     if old["preamble"] != new["preamble"]:
         lines.append("the constitution's preamble changed")
-    for name in old["principles"].keys() | new["principles"].keys():
+    for name in old["principles"] | new["principles"]:
         was, is_now = old["principles"].get(name), new["principles"].get(name)
         if was != is_now:
             what = "is new" if was is None else "is gone" if is_now is None else "was edited"
             lines.append(f"principle {name!r} {what}")
     if not lines and old["digest"] != new["digest"]:
-        lines.append(
-            "only weights or rules of the constitution changed: no call is needed for that"
-        )
+        moved = "the draws move with them" if now["draw"].startswith("one") else "no call is needed"
+        lines.append(f"only weights or rules of the constitution changed: {moved}")
     return lines
 
 

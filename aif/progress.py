@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -58,7 +59,8 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
-            print(line, file=sys.stderr, flush=True)
+            with suppress(OSError):  # whoever read stderr is gone; the work is not
+                print(line, file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """End the current piece of work and show where it stands."""

@@ -129,12 +129,16 @@ class ApiLLM:
                 response = await self._client.post(
                     wire.path(ask), cast_to=httpx2.Response, content=sent
                 )
+                refused = False
         except TimeoutError:
             return Failure("timeout", f"no answer within {self._settings.timeout_s:g} s", {})
         except openai.APIStatusError as error:
-            return self._refused(ask, error.response)
+            # Read below, outside: this error may echo a key, and a traceback would show it.
+            response, refused = error.response, True
         except (openai.APIConnectionError, httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             return self._broken(error)
+        if refused:
+            return self._refused(ask, response)
         answer = self._read(ask, response.content)
         if answer.fault is None:
             return answer

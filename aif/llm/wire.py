@@ -11,6 +11,7 @@ import math
 import re
 from typing import Any
 
+from aif import jsonl
 from aif.llm import Answer, Ask
 
 # What each endpoint lists at most: chat 20 by OpenAI's reference and vLLM's default; the older
@@ -98,31 +99,12 @@ def _read_choices(ask: Ask, reply: dict[str, Any], logprobs: bool) -> Answer:
 def parse(raw: bytes) -> dict[str, Any]:
     """A JSON object, or NotACompletion: no NaN, no key twice, no depth that overflows."""
     try:
-        value = DECODER.decode(raw.decode())
-    except RecursionError:
-        raise NotACompletion("JSON nested too deep") from None
-    except NotACompletion:
-        raise
+        value = jsonl.loads(raw.decode())
     except ValueError as error:  # bad UTF-8, bad JSON, or an int of over 4,300 digits
         raise NotACompletion(f"not JSON ({str(error)[:80]}): {start_of(raw)}") from None
     if not isinstance(value, dict):
         raise NotACompletion(f"not a JSON object: {start_of(raw)}")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise NotACompletion("a JSON key occurs twice")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise NotACompletion(f"{name} in JSON")
-
-
-# One decoder for all: json.loads with hooks would build one per call.
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def plain(text: str, limit: int) -> str:

@@ -7,7 +7,9 @@
 One local server with a fixed latency, the same conversations and max_tokens for everybody (checked
 by hash at the server), every contender a process of its own with imports not counted, runs
 interleaved, medians shown. The span is what the server saw, from the first request to the last
-answer: it leaves out what a peer does once, before and after. aif also writes its journal, durably.
+answer: it leaves out what a peer does once, before and after. aif runs its whole `label` stage: it
+reads and checks the pairs, renders the prompts (the others get them ready), asks, journals durably
+and aggregates the labels.
 The peers want environments of their own:
 
     python3 -m venv /tmp/peers/curator;    /tmp/peers/curator/bin/pip install \\
@@ -28,26 +30,48 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
+from peer_clock import MODEL  # noqa: E402
 from server import Serving, serving  # noqa: E402
+
+from aif.config import LabelSettings, LLMSettings  # noqa: E402
+from aif.constitution import load  # noqa: E402
+from aif.judge import Judge  # noqa: E402
+from aif.pairs import read_pairs  # noqa: E402
 
 RUN_S = 300  # a contender that takes longer has failed
 TARGET = 0.85  # of the bare SDK's throughput
-QUESTION = "Which response is kinder to the person? Answer with the letter A or B only."
+CONSTITUTION = """
+name = "overhead"
+[[principle]]
+id = "kindness"
+compare = "Which response is kinder to the person?"
+"""
 
 
-def conversations(count: int) -> list[list[dict[str, str]]]:
-    """Pairwise questions of about 700 characters, each one different."""
+def write_inputs(folder: Path, calls: int) -> Path:
+    """Pairs, a constitution of one principle, and the conversations that `aif label` makes of
+    them (pairwise, both orders, so two a pair), which the others are given ready to send."""
+    (folder / "constitution.toml").write_text(CONSTITUTION)
     first = "Thank you for telling me. That sounds hard, and it makes sense that you feel this way."
     second = "Everybody has problems. Read the documentation again and do what it says there."
-    rows = []
-    for number in range(count):
-        prompt = f"I have failed my exam number {number} and do not know what to do next."
-        text = f"A person wrote:\n{prompt}\n\nResponse A:\n{first} {first}\n\n"
-        text += f"Response B:\n{second} {second}\n\n{QUESTION}"
-        rows.append([{"role": "user", "content": text}])
-    return rows
+    with (folder / "pairs.jsonl").open("w") as file:
+        for number in range(calls // 2):
+            prompt = f"I have failed my exam number {number} and do not know what to do next."
+            row = {"prompt": prompt, "response_a": f"{first} {first}", "response_b": second}
+            file.write(json.dumps(row) + "\n")
+    judge = Judge(
+        load(folder / "constitution.toml"),
+        LLMSettings(model=f"openai:{MODEL}", max_tokens=1, logprobs=False),
+        LabelSettings(),
+    )
+    messages = folder / "messages.jsonl"
+    with messages.open("w") as file:
+        for pair in read_pairs(str(folder / "pairs.jsonl")):
+            for cell in judge.cells(pair.comparison):
+                file.write(json.dumps(judge.ask(cell, pair.comparison).messages) + "\n")
+    return messages
 
 
 def contenders(peers: Path | None) -> dict[str, tuple[str, Path]]:
@@ -83,13 +107,11 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     field = contenders(options.peers)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in field}
     latency = {"latency_ms": options.latency_ms, "latency_sigma": options.sigma}
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, serving(**latency) as server:
-        for row in conversations(options.count):
-            file.write(json.dumps(row) + "\n")
-        file.flush()
+    with tempfile.TemporaryDirectory() as folder, serving(**latency) as server:
+        messages = write_inputs(Path(folder), options.count)
         for turn in range(options.runs):
             for name, (python, script) in field.items():
-                result = run_once(python, script, Path(file.name), server, options.in_flight)
+                result = run_once(python, script, messages, server, options.in_flight)
                 results[name].append(result)
                 print(f"run {turn + 1} {name}: {result['seconds']:.2f} s", file=sys.stderr)
     asked = {result["asked"] for runs in results.values() for result in runs}
@@ -127,7 +149,7 @@ def table(results: dict[str, list[dict[str, Any]]], count: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=3000, help="comparisons, one call each")
+    parser.add_argument("--count", type=int, default=3000, help="calls, two a comparison")
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--latency-ms", type=float, default=100)
     parser.add_argument("--sigma", type=float, default=0, help="lognormal spread; 0: fixed latency")

@@ -1,7 +1,8 @@
-"""aif: every answer through the judge's client into the journal, durable at the end."""
+"""aif: the whole `label` stage, from the pairs file to labels.jsonl, every answer durable."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,32 +10,31 @@ from peer_clock import MAX_TOKENS, MODEL, measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from aif.config import LLMSettings
-from aif.journal import Journal
-from aif.llm import Ask
-from aif.llm.api import ApiLLM
-from aif.records import content_id
+import aif.llm.api
+from aif.cli import open_run
+from aif.label import label
+from aif.progress import Progress
 
 
 def run_aif(
     conversations: list[list[dict[str, str]]], base_url: str, in_flight: int, folder: str
 ) -> list[str | None]:
-    settings = LLMSettings(model=f"openai:{MODEL}", base_url=base_url, concurrency=in_flight)
-    asks = (
-        Ask(content_id(messages), messages=messages, max_tokens=MAX_TOKENS)
-        for messages in conversations
-    )
-    texts: dict[str, str | None] = {}
-    with ApiLLM(settings, MODEL) as llm, Journal.open(Path(folder) / "journal.jsonl") as journal:
-        for answer in llm.answer(asks):
-            text = answer.texts[0] if answer.texts else None
-            journal.append(
-                {"id": answer.key, "fault": answer.fault, "text": text, "usage": answer.usage}
-            )
-            texts[answer.key] = text
-        journal.commit()
-    return list(texts.values())
+    """Asks what `conversations` holds: `api_overhead.py` rendered them from the same pairs."""
+    inputs = Path(sys.argv[1]).parent
+    given = {
+        "label.pairs": str(inputs / "pairs.jsonl"),
+        "label.constitution": str(inputs / "constitution.toml"),
+        "judge.model": f"openai:{MODEL}",
+        "judge.base_url": base_url,
+        "judge.concurrency": in_flight,
+        "judge.logprobs": False,  # the peers do not ask for them either
+        "judge.max_tokens": MAX_TOKENS,
+    }
+    run = Path(folder) / "run"
+    label(open_run(run, given, None), Progress(quiet=True))
+    return [json.loads(line)["text"] for line in (run / "verdicts.jsonl").open()]
 
 
 if __name__ == "__main__":
+    assert aif.llm.api  # imported before the clock starts, like every contender's client
     measure(run_aif)
