@@ -132,8 +132,19 @@ def test_the_digest_of_a_principle_is_what_its_verdicts_depend_on(tmp_path):
     one = load(tmp_path, HEAD + PRINCIPLE).principle[0]
     same = load(tmp_path, HEAD + PRINCIPLE.replace("one", "uno") + "weight = 3").principle[0]
     other = load(tmp_path, HEAD + PRINCIPLE.replace("Is it kind?", "Is it warm?")).principle[0]
-    assert one.digest("pointwise") == same.digest("pointwise") != other.digest("pointwise")
-    assert one.digest("pairwise") == other.digest("pairwise")
+    graded = ("pointwise", "chat")
+    assert one.digest(*graded) == same.digest(*graded) != other.digest(*graded)
+    assert one.digest("pairwise", "chat") == other.digest("pairwise", "chat")
+
+
+def test_a_cue_stands_for_the_question_in_plain_text_alone(tmp_path):
+    cued = PRINCIPLE + 'cue = "Kind"\n'
+    one = load(tmp_path, HEAD + cued).principle[0]
+    asked = load(tmp_path, HEAD + cued.replace("Is it kind?", "Is it warm?")).principle[0]
+    other = load(tmp_path, HEAD + cued.replace("Kind", "Warm")).principle[0]
+    text, chat = ("pointwise", "text"), ("pointwise", "chat")
+    assert one.digest(*text) == asked.digest(*text) != other.digest(*text)
+    assert one.digest(*chat) == other.digest(*chat) != asked.digest(*chat)
 
 
 @pytest.mark.parametrize(

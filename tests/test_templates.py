@@ -157,6 +157,7 @@ def test_template_syntax_in_data_is_inert(name, attack):
         "prompt": [{"role": "user", "content": attack}],
         "preamble": attack,
         "question": attack,
+        "cue": attack,
         "examples": [example],
     } | dict.fromkeys(("first", "second", "response"), attack)
     if template.is_chat:
