@@ -12,7 +12,7 @@ depends on, so a cell is done when the journal holds that id, whoever asked and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,12 +187,6 @@ class Judge:
             fault=fault,
             usage=row["usage"],
         )
-
-    def cells_of(self, comparisons: Iterator[Comparison]) -> Iterator[tuple[Comparison, Cell]]:
-        """Every cell of every comparison, in order."""
-        for comparison in comparisons:
-            for cell in self.cells(comparison):
-                yield comparison, cell
 
 
 def resolved(model: LLMSettings, label: LabelSettings) -> tuple[str, str]:

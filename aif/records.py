@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,8 @@ FAULTS = {
 # Faults of the service rather than of the row: a long unbroken series means that it is gone.
 SERVICE_FAULTS = frozenset({"backend", "timeout", "rate_limited"})
 
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which UTF-8 cannot carry
 
 # ASCII, so that any text goes, lone surrogates too. One encoder: json.dumps would build one a call.
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode

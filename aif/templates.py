@@ -17,7 +17,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from aif.errors import AifError, InputError
-from aif.records import Message
+from aif.records import LONE_SURROGATE, Message
 
 _PACKAGED = Path(__file__).parent / "prompt_templates"  # where a wheel puts them
 BUILTIN = _PACKAGED if _PACKAGED.exists() else Path(__file__).parents[1] / "prompts" / "templates"
@@ -43,7 +43,6 @@ _CONTROL = re.compile(
     """,
     re.VERBOSE,
 )
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def neutralised(text: str, tokens: Iterable[str] = ()) -> str:
@@ -52,7 +51,7 @@ def neutralised(text: str, tokens: Iterable[str] = ()) -> str:
     `tokens` are the exact added and special tokens of the judge, where they are known. Lone
     surrogates, which no server accepts, become U+FFFD.
     """
-    text = _SURROGATE.sub("\ufffd", text)
+    text = LONE_SURROGATE.sub("\ufffd", text)
     text = _CONTROL.sub(lambda match: match[0] + " ", text)
     for token in tokens:
         if token in text:

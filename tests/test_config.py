@@ -123,3 +123,8 @@ def test_run_toml_is_the_users_and_never_overwritten(tmp_path):
     (tmp_path / "run.toml").write_text("# mine\n")
     run.keep_settings()
     assert (tmp_path / "run.toml").read_text() == "# mine\n"
+
+
+def test_a_limit_is_of_one_command_and_not_kept():
+    tables = Settings.model_validate({"label": {"limit": 4, "seed": 3}}).to_keep()
+    assert tables == {"label": {"seed": 3}}

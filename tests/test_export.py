@@ -94,3 +94,12 @@ def test_where_it_goes_and_what_is_refused(run, tmp_path):
     (run.path / "labels.jsonl").unlink()
     with pytest.raises(InputError, match=r"labels\.jsonl: got no such file"):
         export(run, "trl", None)
+
+
+def test_a_labelling_that_was_cut_off_is_not_exported(tmp_path):
+    run = Run(tmp_path / "cut", Settings())
+    run.path.mkdir()
+    run.write("labels.jsonl", [])
+    run.write_state("label", {"in_progress": True})
+    with pytest.raises(AifError, match="cut off"):
+        export(run, "trl", None)

@@ -401,10 +401,10 @@ def test_examples_do_not_matter_to_pairwise_and_secrets_to_nobody():
 def test_a_grade_that_comparisons_share_is_one_call():
     judge = judge_of(protocol="pointwise")
     rows = [comparison("x", "y"), comparison("x", "z"), comparison("z", "y")]
-    cells = [cell for _, cell in judge.cells_of(iter(rows))]
+    cells = [cell for row in rows for cell in judge.cells(row)]
     assert len(cells) == 6
     assert len({cell.id for cell in cells}) == 3
-    pairwise = [cell for _, cell in judge_of().cells_of(iter(rows))]
+    pairwise = [cell for row in rows for cell in judge_of().cells(row)]
     assert len({cell.id for cell in pairwise}) == 6
     swapped = [cell.id for cell in judge_of().cells(comparison("y", "x"))]
     assert swapped == [cell.id for cell in judge_of().cells(comparison("x", "y"))][::-1]

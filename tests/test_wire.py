@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aif.llm import Ask, wire
-from aif.records import FAULTS
+from aif.records import FAULTS, LONE_SURROGATE
 
 CHAT = Ask("k", messages=[{"role": "user", "content": "hi"}], options=("A", "B"))
 TEXT = Ask("k", text="hi", options=("Yes", "No"))
@@ -63,7 +63,7 @@ def test_a_seed_goes_with_a_temperature_only(temperature, seed, sent):
 @given(st.text(st.characters(exclude_categories=[]), min_size=1))
 def test_any_text_can_be_sent(text):
     sent = json.loads(wire.encode({"prompt": text}).decode("utf-8"))["prompt"]
-    assert sent == wire.SURROGATES.sub("\ufffd", text)
+    assert sent == LONE_SURROGATE.sub("\ufffd", text)
 
 
 def test_variants_of_an_option_add_up():

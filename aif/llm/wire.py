@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from typing import Any
 
 from aif import jsonl
 from aif.llm import Answer, Ask
+from aif.records import LONE_SURROGATE
 
 # What each endpoint lists at most: chat 20 by OpenAI's reference and vLLM's default; the older
 # one 5 by OpenAI's (vLLM would take 20, but a server that follows the reference refuses it).
 CHAT_TOP, TEXT_TOP = 20, 5
 
 IMPOSSIBLE = -9999.0  # what OpenAI and vLLM send for a probability of 0
-
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class NotACompletion(ValueError):
@@ -59,7 +57,7 @@ def encode(sent: dict[str, Any]) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return SURROGATES.sub("\ufffd", text).encode()
+        return LONE_SURROGATE.sub("\ufffd", text).encode()
 
 
 def read(ask: Ask, raw: bytes, *, model: str | None, logprobs: bool) -> Answer:
@@ -151,7 +149,7 @@ def _text(choice: dict[str, Any], chat: bool) -> str:
         return ""
     if not isinstance(text, str):
         raise NotACompletion(f"the text is of type {type(text).__name__}")
-    return text if text.isascii() else SURROGATES.sub("\ufffd", text)
+    return text if text.isascii() else LONE_SURROGATE.sub("\ufffd", text)
 
 
 def _finish(choices: list[dict[str, Any]]) -> str | None:
