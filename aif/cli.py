@@ -108,8 +108,9 @@ def _report(error: Exception, debug: bool) -> int:
 
 def open_run(path: Path, given: dict[str, Any], sets: list[str] | None) -> Run:
     """The run at `path` with run.toml and the command line's settings."""
-    from aif.config import load_settings, parse_set
+    from aif.config import parse_set
     from aif.run import Run
+    from aif.settings import load_settings
 
     settings = load_settings(path / "run.toml", given | dict(map(parse_set, sets or [])))
     return Run(path, settings)

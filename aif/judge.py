@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aif.config import LabelSettings, LLMSettings
 from aif.constitution import Constitution, Principle
-from aif.llm import BUNDLED, Answer, Ask
+from aif.llm import Answer, Ask
 from aif.parse import is_refusal, parse_choice
 from aif.records import Comparison, Verdict, content_id
+from aif.settings import BUNDLED, LabelSettings, LLMSettings
 from aif.templates import Template, neutralised
 
 OPTIONS = {"pairwise": ("A", "B"), "pointwise": ("Yes", "No")}

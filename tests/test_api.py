@@ -15,11 +15,11 @@ from contextlib import contextmanager
 import pytest
 from server import hash_of, p_of, serving
 
-from aif.config import LLMSettings
 from aif.errors import InputError, Interrupted, JudgeStopped
 from aif.llm import Ask, crew, open_llm
 from aif.llm.api import ApiLLM
 from aif.llm.signals import Deferred
+from aif.settings import LLMSettings
 
 KEY = "sk-planted-secret-0123456789"
 

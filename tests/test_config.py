@@ -4,9 +4,10 @@ import tomllib
 
 import pytest
 
-from aif.config import LLMSettings, Settings, load_settings, parse_set, without_secrets
+from aif.config import parse_set
 from aif.errors import InputError
 from aif.run import Run
+from aif.settings import LLMSettings, Settings, load_settings, without_secrets
 
 
 def settings(tmp_path, toml: str = "", **given):

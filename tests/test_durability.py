@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 from server import hash_of, serving
 
 from aif import constitution as constitutions
-from aif.config import LabelSettings, LLMSettings
 from aif.journal import Index
 from aif.judge import Judge
 from aif.pairs import read_pairs
+from aif.settings import LabelSettings, LLMSettings
 
 NO_KILLS = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=none", "true"]
 

@@ -14,10 +14,10 @@ PACKAGE = ROOT / "aif"
 FLOORS = [
     "errors records",
     "jsonl config parse progress",
-    "constitution journal templates",
-    "run pairs llm",
+    "constitution journal settings templates",
+    "run pairs llm pretrained",
     "llm.wire llm.pace llm.signals llm.generate llm.scripted",
-    "llm.crew llm.score llm.bundled",
+    "llm.crew llm.score",
     "llm.api llm.local",
     "judge asking",
     "combine",
@@ -29,7 +29,7 @@ FLOORS = [
 FLOOR_OF = {name: number for number, line in enumerate(FLOORS) for name in line.split()}
 STAGES = {"respond", "compare", "label"}
 
-LOCAL = {"llm.local", "llm.bundled", "llm.generate", "llm.score"}  # loaded for a local model alone
+LOCAL = {"llm.local", "pretrained", "llm.generate", "llm.score"}  # loaded for a local model alone
 HEAVY = {  # package -> modules that may import it where they are loaded
     "torch": LOCAL,
     "transformers": LOCAL,

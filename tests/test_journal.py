@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aif import jsonl
-from aif.config import Settings
 from aif.errors import AifError, InputError, RunBusy
 from aif.journal import Index, Journal, encode
 from aif.run import Run
+from aif.settings import Settings
 
 # All of Unicode, lone surrogates included, and often the characters that end lines elsewhere. (Two
 # surrogates that make a pair are one character as soon as they have been through JSON.)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from aif.combine import label_of
-from aif.config import LabelSettings, LLMSettings
 from aif.constitution import Constitution
 from aif.judge import Judge, log_odds, probability
 from aif.llm import Answer
 from aif.records import Comparison, Label
+from aif.settings import LabelSettings, LLMSettings
 
 HI = [{"role": "user", "content": "Hi"}]
 EXAMPLE = {"text": "Hello!", "verdict": True}

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aif import constitution
-from aif.config import LabelSettings, LLMSettings
 from aif.errors import AifError, InputError
 from aif.judge import Judge
 from aif.pairs import pairs_of, read_pairs, read_prompts, unique
+from aif.settings import LabelSettings, LLMSettings
 
 HI = [{"role": "user", "content": "Hi"}]
 ASKED = [

@@ -84,8 +84,8 @@ def tokenizer():
     """The bundled model's."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from aif.llm import BUNDLED
-    from aif.llm.bundled import load_tokenizer
+    from aif.pretrained import load_tokenizer
+    from aif.settings import BUNDLED
 
     try:
         return load_tokenizer(BUNDLED)[0]

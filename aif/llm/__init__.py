@@ -16,11 +16,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
-from aif.config import LLMSettings
 from aif.errors import AifError, InputError
 from aif.records import Message
-
-BUNDLED = "smollm2-135m"
+from aif.settings import BUNDLED, LLMSettings
 
 
 @dataclass(frozen=True, slots=True)

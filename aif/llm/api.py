@@ -21,11 +21,11 @@ import aiohttp
 import httpx2
 import openai
 
-from aif.config import LLMSettings, without_secrets
 from aif.errors import InputError, JudgeStopped, shown
 from aif.llm import Answer, Ask, wire
 from aif.llm.crew import Crew
 from aif.llm.pace import InFlight, wait_s
+from aif.settings import LLMSettings, without_secrets
 
 PLACEHOLDER = "none"  # a local server wants some key, any key
 RETRIED = {408, 409, 425, 429}  # and every 5xx

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from aif.config import LLMSettings
 from aif.errors import InputError, shown
 from aif.llm import LLM, Answer, Ask
-from aif.llm.bundled import load_model, load_tokenizer
 from aif.llm.generate import Draw, Drawn, generate
 from aif.llm.score import PrefixScorer
+from aif.pretrained import load_model, load_tokenizer
 from aif.records import content_id
+from aif.settings import LLMSettings
 
 LOOK_AHEAD = 512  # asks sorted together, so that what they share stands side by side
 MAX_CHARS_PER_TOKEN = 16  # a text with more than this a context token is refused untokenised
@@ -64,7 +64,9 @@ class LocalLLM(LLM):
     @cached_property
     def model(self) -> Any:
         """The transformers model; loaded when first wanted."""
-        return load_model(self.settings.model, self.settings.dtype, self.settings.device)
+        model = load_model(self.settings.model, self.settings.dtype, self.settings.device)
+        head_in_float32(model)
+        return model
 
     @cached_property
     def _scorer(self) -> PrefixScorer:
@@ -216,6 +218,19 @@ class LocalLLM(LLM):
         """The tokens that count for `option`; its first token where no single one spells it."""
         ids = self._ids_by_text.get(option.strip().casefold())
         return ids or self.tokenizer(option, add_special_tokens=False)["input_ids"][:1]
+
+
+def head_in_float32(model: Any) -> None:
+    """Compute logits in float32 whatever the rest is in.
+
+    Logits are often near 20, where bfloat16 numbers are 0.125 apart: log-odds of two options
+    would be multiples of that, and half of all close calls ties.
+    """
+    head = model.get_output_embeddings()
+    # A weight of its own: the embedding, which may be tied to it, stays as it is.
+    head.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
+    head.float()
+    head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
 
 
 def _draw(row: Row, sample: int) -> Draw:

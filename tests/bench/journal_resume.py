@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from server import serving
 
 from aif import constitution as constitutions
-from aif.config import LabelSettings, LLMSettings
 from aif.journal import encode
 from aif.judge import Judge
 from aif.pairs import read_pairs
+from aif.settings import LabelSettings, LLMSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "openai:test-model"

