@@ -20,6 +20,7 @@ FAULTS = {
     "refused": "the model declined to answer",
     "truncated": "the text was cut off before the verdict",
     "empty": "the model said nothing",
+    "unchanged": "the revision is the text that it was to revise",
     "identical": "both responses are the same text, so there is nothing to compare",
     "too_long": "the text does not fit the model's context",
     "rejected": "the server refused this request",
@@ -75,6 +76,52 @@ class Response:
     finish: str | None
     fault: str | None
     usage: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One round of critique and revision of one response.
+
+    `revision` is null with a `fault`; the next round then goes on from the text before. `id` is
+    that of the call which wrote the revision, or of the round's critique where that one failed.
+    """
+
+    id: str
+    response_id: str
+    prompt_id: str
+    round: int  # from 1
+    principle_id: str
+    reviser: str
+    critique: str | None
+    revision: str | None
+    fault: str | None
+    usage: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the judge says of a revision against the response that it came from."""
+
+    revision_id: str
+    response_id: str
+    round: int
+    comparison_id: str
+    p_revision: float | None
+    fault: str | None
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """The answer that most of a prompt's responses end in; null with a `fault`."""
+
+    prompt_id: str
+    answer: str | None
+    fault: str | None
+    share: float  # of all responses
+    responses: int
+    answered: int
+    response_ids: list[str]  # of responses with the voted answer, distinct texts
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ constitution = "constitutions/warm.toml"
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field
@@ -67,9 +67,58 @@ class RespondSettings(Strict):
     """Sampling responses to prompts."""
 
     prompts: str | None = None
+    shots: str | None = None  # solved examples, put before each prompt and not kept with it
     samples: int = Field(2, ge=1, le=1000)
     seed: int = 0
     limit: int | None = Field(None, ge=1)
+
+
+class ReviseSettings(Strict):
+    """Critique and revision of responses, round by round."""
+
+    constitution: str | None = None  # None: label.constitution
+    rounds: int = Field(4, ge=1, le=64)
+    template: str | None = None
+    keep_refusals: bool = False  # a revision that declines is a fault, unless this is set
+    seed: int = 0
+    limit: int | None = Field(None, ge=1)
+
+
+class FilterSettings(Strict):
+    """Keeping revisions only where the judge prefers them to the response they came from."""
+
+    threshold: float = Field(0.5, ge=0, lt=1)  # kept above this probability
+
+
+class VoteSettings(Strict):
+    """Majority votes over the answers that sampled responses end in."""
+
+    answer: str | None = None  # a regex whose first group is the answer; None: the usual phrases
+    min_share: float = Field(0.0, ge=0, le=1)  # of the prompt's responses, to count as a vote
+    per_prompt: int | None = Field(None, ge=1)  # voted responses kept a prompt; None: all
+
+
+class LoraSettings(Strict):
+    """Low-rank adapters in place of full fine-tuning (Hu et al. 2021, 2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+
+
+class SFTSettings(Strict):
+    """Supervised fine-tuning. `data` maps a source to how often an epoch shows each row of it."""
+
+    model: str | None = None  # None: the policy
+    objective: Literal["response", "lm"] = "response"
+    data: dict[str, Annotated[float, Field(gt=0)]] = {"revisions": 1.0}
+    revisions: Literal["last", "first", "all"] = "all"
+    filtered: bool = False  # only revisions that `aif filter` kept
+    loss_on: Literal["response", "assistant"] = "response"  # the last turn, or every assistant's
+    max_tokens: int = Field(1024, ge=8)  # of an example
+    seed: int = 0
+    lora: LoraSettings | None = None
 
 
 class CompareSettings(Strict):
@@ -96,8 +145,13 @@ class Settings(Strict):
     """Everything a run can be told, table by table."""
 
     policy: PolicySettings = PolicySettings()
+    reviser: PolicySettings | None = None  # None: the policy itself
     judge: LLMSettings = LLMSettings()
     respond: RespondSettings = RespondSettings()
+    revise: ReviseSettings = ReviseSettings()
+    filter: FilterSettings = FilterSettings()
+    vote: VoteSettings = VoteSettings()
+    sft: SFTSettings = SFTSettings()
     compare: CompareSettings = CompareSettings()
     label: LabelSettings = LabelSettings()
 
