@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from aif.errors import AifError, Interrupted, JudgeStopped
+from aif.errors import AifError, Interrupted, JudgeStopped, TooManyFaults
 from aif.journal import Journal
 from aif.llm import LLM, Answer, Ask
 from aif.progress import Progress
@@ -33,6 +33,36 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     stopped: AifError | None = None
 
+    def add(self, more: Tally) -> None:
+        """Take another tally into this one."""
+        self.answered += more.answered
+        self.faults.update(more.faults)
+        self.stopped = self.stopped or more.stopped
+
+
+@dataclass
+class Faults:
+    """Calls that came to nothing, by kind, with one example of each."""
+
+    calls: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    details: dict[str, str] = field(default_factory=dict)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Count a journal row, and its fault if it has one."""
+        self.calls += 1
+        if row["fault"]:
+            self.kinds[row["fault"]] += 1
+            self.details.setdefault(row["fault"], row["detail"])
+
+    def summary(self) -> dict[str, Any]:
+        """What `check_faults` reads."""
+        return {
+            "faults": dict(self.kinds),
+            "fault_details": self.details,
+            "fault_rate": self.kinds.total() / max(1, self.calls),
+        }
+
 
 def ask_all(
     llm: LLM,
@@ -46,15 +76,16 @@ def ask_all(
     Raises AifError at once when the journal cannot be written.
     """
     tally = Tally()
+    before = journal.durable
     try:
         with draining(progress) as stop:
-            _pay(llm, _until(stop, asks), journal, row_of, progress, tally)
+            _pay(llm, _until(stop, asks), journal, row_of, progress, tally, before)
             if stop.is_set():
                 tally.stopped = Interrupted("interrupted; the same command resumes")
     except (JudgeStopped, Interrupted) as error:
         tally.stopped = error
     journal.commit()
-    progress.update(journal.durable, tally.faults.total())
+    progress.update(journal.durable - before, tally.faults.total())
     return tally
 
 
@@ -65,6 +96,7 @@ def _pay(
     row_of: Callable[[Answer], dict[str, Any]],
     progress: Progress,
     tally: Tally,
+    before: int,
 ) -> None:
     failing = 0
     with closing(llm.answer(asks)) as answers:
@@ -76,13 +108,27 @@ def _pay(
                 tally.answered += 1
             else:
                 tally.faults[fault] += 1
-            progress.update(journal.durable, tally.faults.total())
+            progress.update(journal.durable - before, tally.faults.total())
             failing = failing + 1 if fault in SERVICE_FAULTS else 0
             if failing >= GONE_AFTER:
                 raise JudgeStopped(
                     f"the last {failing} calls failed ({FAULTS[fault]}: {answer.detail}); "
                     "stopped before the rest fail too, the same command resumes"
                 )
+
+
+def check_faults(summary: dict[str, Any], allowed: float) -> None:
+    """Raise TooManyFaults if more than this share of a stage's calls have no answer."""
+    if summary["fault_rate"] > allowed:
+        details = summary["fault_details"]
+        kinds = ", ".join(
+            f"{n:,} {kind}" + (f": {details[kind]}" if details[kind] else "")
+            for kind, n in summary["faults"].items()
+        )
+        raise TooManyFaults(
+            f"{summary['run']}: {summary['fault_rate']:.1%} of the calls have no answer ({kinds}), "
+            f"--max-fault-rate is {allowed:.1%}; the same command asks those again"
+        )
 
 
 def _until(stop: threading.Event, asks: Iterable[Ask]) -> Iterator[Ask]:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from aif.run import Run
-
-EPILOG = (
-    "Exit codes: 0 done; 1 error; 2 wrong usage; 3 done, but more calls failed than "
-    "--max-fault-rate; 130 interrupted, the same command resumes."
-)
+from aif.console import (
+    EPILOG,
+    BaseUrl,
+    Concurrency,
+    ConstitutionFile,
+    FaultRate,
+    File,
+    Json,
+    Judge,
+    Limit,
+    Out,
+    Pairs,
+    Protocol,
+    Quiet,
+    RunFolder,
+    Seed,
+    Set,
+    existing_run,
+    open_run,
+    run_stage,
+    show_summary,
+    verb,
+)  # fmt: skip
 
 app = typer.Typer(
     help="Label preferences with an LLM judge under a constitution you edit.",
@@ -32,97 +43,6 @@ constitution_app = typer.Typer(
     help="Look at a constitution file.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(constitution_app, name="constitution")
-
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/first.")]
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A constitution, in TOML.")]
-Out = Annotated[Path, typer.Option("--out", help="Run folder; one that exists is resumed.")]
-Pairs = Annotated[
-    str | None, typer.Option(help="JSONL of pairs, or hf:NAME[:SPLIT]; see the README for shapes.")
-]
-ConstitutionFile = Annotated[str | None, typer.Option("--constitution", help="TOML file.")]
-Judge = Annotated[
-    str | None,
-    typer.Option(
-        help="openai:MODEL, smollm2-135m (bundled), a folder or hub id, scripted:FILE.",
-    ),
-]
-BaseUrl = Annotated[str | None, typer.Option(help="Server of an openai: judge, ending in /v1.")]
-Protocol = Annotated[str | None, typer.Option(help="pairwise or pointwise; default: by judge.")]
-Concurrency = Annotated[int | None, typer.Option(help="Calls in flight at most.")]
-Limit = Annotated[int | None, typer.Option(help="Take the first N rows only.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of every draw.")]
-FaultRate = Annotated[
-    float | None, typer.Option(help="Share of calls without an answer from which to exit with 3.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any setting of run.toml; repeatable."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
-
-
-def verb(group: typer.Typer, name: str | None = None) -> Callable[[Callable], Callable]:
-    """Register a command whose errors become one line and an exit code."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def guarded(*args: Any, debug: bool, **kwargs: Any) -> None:
-            try:
-                function(*args, **kwargs)
-            except KeyboardInterrupt:
-                raise typer.Exit(130) from None
-            except Exception as error:
-                raise typer.Exit(_report(error, debug)) from None
-
-        signature = inspect.signature(function, eval_str=True)
-        last = inspect.Parameter(
-            "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
-        )
-        guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), last])
-        guarded.__annotations__ = {n: p.annotation for n, p in signature.parameters.items()}
-        guarded.__annotations__["debug"] = Debug
-        return group.command(name, epilog=EPILOG)(guarded)
-
-    return register
-
-
-def _report(error: Exception, debug: bool) -> int:
-    """Print an error as one line; returns the exit code."""
-    from aif.errors import AifError
-
-    if debug:
-        import traceback
-
-        traceback.print_exception(error)
-    if isinstance(error, BrokenPipeError):
-        return 1
-    line = str(error) if isinstance(error, AifError) else f"{type(error).__name__}: {error}"
-    hint = "" if isinstance(error, AifError) else " (a fault of aif; --debug shows where)"
-    # A key or a text from a file may hold terminal escapes; they are shown, not obeyed.
-    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(line.split()))
-    print(f"aif: {plain}{hint}", file=sys.stderr)
-    return error.exit_code if isinstance(error, AifError) else 1
-
-
-def open_run(path: Path, given: dict[str, Any], sets: list[str] | None) -> Run:
-    """The run at `path` with run.toml and the command line's settings."""
-    from aif.config import parse_set
-    from aif.run import Run
-    from aif.settings import load_settings
-
-    settings = load_settings(path / "run.toml", given | dict(map(parse_set, sets or [])))
-    return Run(path, settings)
-
-
-def existing_run(path: Path, sets: list[str] | None = None) -> Run:
-    """The run at `path`, for verbs that make none."""
-    from aif.errors import InputError
-
-    if not path.is_dir():
-        raise InputError(path, "", got="no such folder", expected="a run folder")
-    return open_run(path, {}, sets)
 
 
 def label_settings(
@@ -171,18 +91,14 @@ def label(
     Writes verdicts.jsonl (one row a call) and labels.jsonl (one row a pair) to the run folder.
     Run again with an edited constitution, another judge or more data, it asks only what is new.
     """
-    from aif.label import check_faults
-    from aif.label import label as stage
-    from aif.progress import Progress
+    from aif.asking import check_faults
 
     given = label_settings(
         pairs, constitution, judge, base_url, protocol, concurrency, limit, seed, max_fault_rate
     )
     run = open_run(out, given, set_)
-    with Progress(quiet) as progress:
-        summary = stage(run, progress)
-    _show(summary, json_, quiet, _label_lines)
-    check_faults(run, summary)
+    summary = run_stage("label", run, json_, quiet, _label_lines)
+    check_faults(summary, run.settings.label.max_fault_rate)
 
 
 def _label_lines(summary: dict[str, Any]) -> list[str]:
@@ -227,7 +143,7 @@ def plan(
     given = label_settings(
         pairs, constitution, judge, base_url, protocol, concurrency, limit, seed, max_fault_rate
     )
-    _show(planned(open_run(out, given, set_)), json_, False, _plan_lines)
+    show_summary(planned(open_run(out, given, set_)), json_, False, _plan_lines)
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
@@ -246,6 +162,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
 def respond(
     run: RunFolder,
     prompts: Annotated[str | None, typer.Option(help="JSONL with `prompt`, or hf:NAME.")] = None,
+    shots: Annotated[str | None, typer.Option(help="JSONL of examples to put before.")] = None,
     policy: Annotated[str | None, typer.Option(help="The model, named as a judge is.")] = None,
     samples: Annotated[int | None, typer.Option(help="Responses a prompt.")] = None,
     seed: Seed = None,
@@ -255,52 +172,136 @@ def respond(
     quiet: Quiet = False,
 ) -> None:
     """Sample responses to prompts: writes responses.jsonl."""
-    from aif.progress import Progress
-    from aif.respond import respond as stage
-
     given = {
         "respond.prompts": prompts,
+        "respond.shots": shots,
         "policy.model": policy,
         "respond.samples": samples,
         "respond.seed": seed,
         "respond.limit": limit,
     }
-    with Progress(quiet) as progress:
-        summary = stage(open_run(run, given, set_), progress)
-    _show(
-        summary,
-        json_,
-        quiet,
-        lambda s: [
-            f"{s['responses']:,} responses to {s['prompts']:,} prompts, {s['calls_made']:,} calls",
-            f"{s['run']}/responses.jsonl",
-        ],
-    )
+    run_stage("respond", open_run(run, given, set_), json_, quiet, _respond_lines)
+
+
+def _respond_lines(summary: dict[str, Any]) -> list[str]:
+    faults = sum(summary["faults"].values())
+    return [
+        f"{summary['responses']:,} responses to {summary['prompts']:,} prompts "
+        f"({faults:,} faults), {summary['calls_made']:,} calls",
+        f"{summary['run']}/responses.jsonl",
+    ]
+
+
+@verb(app)
+def revise(
+    run: RunFolder,
+    constitution: ConstitutionFile = None,
+    rounds: Annotated[int | None, typer.Option(help="Critiques and revisions each.")] = None,
+    reviser: Annotated[str | None, typer.Option(help="The model; default: the policy.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Server of an openai: reviser.")] = None,
+    seed: Seed = None,
+    limit: Limit = None,
+    max_fault_rate: FaultRate = None,
+    set_: Set = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Critique and revise responses, a principle a round: writes revisions.jsonl.
+
+    Every round is kept. Run again with an edited principle, it asks again only from the first
+    round on that used it.
+    """
+    from aif.asking import check_faults
+
+    given = {
+        "revise.constitution": constitution,
+        "revise.rounds": rounds,
+        "reviser.model": reviser,
+        "reviser.base_url": base_url,
+        "revise.seed": seed,
+        "revise.limit": limit,
+        "revise.max_fault_rate": max_fault_rate,
+    }
+    opened = existing_run(run, set_, given)
+    summary = run_stage("revise", opened, json_, quiet, _revise_lines)
+    check_faults(summary, opened.settings.revise.max_fault_rate)
+
+
+def _revise_lines(summary: dict[str, Any]) -> list[str]:
+    by_round = ", ".join(f"{n:,}" for n in summary["revisions_by_round"])
+    faults = ", ".join(f"{n:,} {kind}" for kind, n in summary["revision_faults"].items())
+    lines = [
+        f"{summary['revisions']:,} revisions of {summary['responses']:,} responses "
+        f"(by round: {by_round}), {summary['calls_made']:,} calls made, "
+        f"{summary['calls_kept']:,} kept"
+    ]
+    lines += [f"rounds that left the text as it was: {faults}"] if faults else []
+    if summary["unfinished"]:
+        lines.append(f"{summary['unfinished']:,} responses wait for calls that failed")
+    return [*lines, f"{summary['run']}/revisions.jsonl"]
+
+
+@verb(app, "filter")
+def filter_(
+    run: RunFolder,
+    judge: Judge = None,
+    base_url: BaseUrl = None,
+    max_fault_rate: FaultRate = None,
+    set_: Set = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Keep revisions that the judge prefers to their response: writes kept.jsonl."""
+    from aif.asking import check_faults
+
+    given = {
+        "judge.model": judge,
+        "judge.base_url": base_url,
+        "label.max_fault_rate": max_fault_rate,
+    }
+    opened = existing_run(run, set_, given)
+    summary = run_stage("filter", opened, json_, quiet, _filter_lines)
+    check_faults(summary, opened.settings.label.max_fault_rate)
+
+
+def _filter_lines(summary: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{summary['kept']:,} of {summary['revisions']:,} revisions kept "
+        f"({summary['kept_rate']:.0%}), {summary['calls_made']:,} calls made, "
+        f"{summary['calls_kept']:,} kept"
+    ]
+    for number, found in summary["by_round"].items():
+        mean = found["mean_p_revision"]
+        told = "" if mean is None else f", mean probability of being better {mean:.2f}"
+        lines.append(f"  round {number}: {found['kept_rate']:.0%} kept{told}")
+    return [*lines, f"{summary['run']}/kept.jsonl"]
+
+
+@verb(app)
+def vote(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
+    """Vote on the answers that responses end in: writes votes.jsonl. Asks nothing."""
+    run_stage("vote", existing_run(run, set_), json_, quiet, _vote_lines)
 
 
 @verb(app)
 def compare(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
     """Pair up a prompt's responses: writes comparisons.jsonl. Asks nothing."""
-    from aif.compare import compare as stage
-    from aif.progress import Progress
-
-    with Progress(quiet) as progress:
-        summary = stage(existing_run(run, set_), progress)
-    _show(summary, json_, quiet, lambda s: [f"{s['run']}/comparisons.jsonl"])
+    opened = existing_run(run, set_)
+    run_stage("compare", opened, json_, quiet, lambda s: [f"{s['run']}/comparisons.jsonl"])
 
 
 @verb(app, "run")
 def run_(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
     """Every stage in order, as RUN/run.toml says: respond, compare, label."""
-    from aif.label import check_faults
+    from aif.asking import check_faults
     from aif.pipeline import run_all
     from aif.progress import Progress
 
     opened = existing_run(run, set_)
     with Progress(quiet) as progress:
         summary = run_all(opened, progress)
-    _show(summary, json_, quiet, lambda s: _label_lines(s["label"]))
-    check_faults(opened, summary["label"])
+    show_summary(summary, json_, quiet, lambda s: _label_lines(s["label"]))
+    check_faults(summary["label"], opened.settings.label.max_fault_rate)
 
 
 @verb(app)
@@ -309,7 +310,7 @@ def status(run: RunFolder, json_: Json = False) -> None:
     from aif.status import lines
     from aif.status import status as found
 
-    _show(found(existing_run(run)), json_, False, lines)
+    show_summary(found(existing_run(run)), json_, False, lines)
 
 
 @verb(app)
@@ -326,7 +327,7 @@ def export(
         left = ", ".join(f"{n:,} {why}" for why, n in summary["left_out"].items())
         return [f"{summary['rows']:,} rows{f'; left out: {left}' if left else ''}", summary["file"]]
 
-    _show(write(existing_run(run), format, to), json_, False, told)
+    show_summary(write(existing_run(run), format, to), json_, False, told)
 
 
 @verb(constitution_app)
@@ -336,7 +337,7 @@ def check(file: File, json_: Json = False) -> None:
 
     found = load(file)
     notes = found.lint()
-    _show(
+    show_summary(
         {"file": str(file), "principles": len(found.principle), "notes": notes},
         json_,
         False,
@@ -355,19 +356,7 @@ def show(file: File, json_: Json = False) -> None:
 
     found = load(file)
     summary = found.model_dump() | {"digest": found.digest()}
-    _show(summary, json_, False, lambda _: constitution_lines(found))
-
-
-def _show(
-    summary: dict[str, Any],
-    as_json: bool,
-    quiet: bool,
-    lines: Callable[[dict[str, Any]], list[str]],
-) -> None:
-    if as_json:
-        print(json.dumps(summary))
-    elif not quiet:
-        print("\n".join(lines(summary)))
+    show_summary(summary, json_, False, lambda _: constitution_lines(found))
 
 
 def main() -> None:

@@ -16,7 +16,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,6 +51,15 @@ class Example(Strict):
     verdict: bool
 
 
+class Revised(Strict):
+    """A worked example of critique and revision, shown to the reviser before its own task."""
+
+    prompt: Text
+    response: Text
+    critique: Text
+    revision: Text
+
+
 class Principle(Strict):
     """One thing to look for, as an instruction to critique and revise and as questions."""
 
@@ -60,6 +71,7 @@ class Principle(Strict):
     grade: Text | None = None
     cue: Cue | None = None  # what plain text ends in before Yes or No; default: the question
     example: list[Example] = Field([], max_length=MAX_EXAMPLES)
+    revised: list[Revised] = Field([], max_length=MAX_EXAMPLES)
 
     def question(self, protocol: str) -> str:
         """The question that a protocol puts; `Constitution.require` has seen that it is there."""
@@ -95,6 +107,19 @@ class Constitution(Strict):
                 raise ValueError(f"ids that differ ({name!r} stands {times} times)")
         return principles
 
+    def drawn(self, principles: Sequence[Principle], *draw: object) -> list[Principle]:
+        """`principles` in the order in which they are drawn, without replacement, by weight.
+
+        A race of exponential clocks seeded by `draw` and the principle's id, so that editing,
+        adding or re-weighting one principle changes no order between two others.
+        """
+
+        def arrival(principle: Principle) -> float:
+            digest = content_id("draw", *draw, principle.id)
+            return -math.log((int(digest[:13], 16) + 0.5) / 16**13) / principle.weight
+
+        return sorted(principles, key=arrival)
+
     def require(self, protocol: str, where: object) -> None:
         """Raise InputError unless every principle has the question that `protocol` puts."""
         key = "compare" if protocol == "pairwise" else "grade"
@@ -117,6 +142,8 @@ class Constitution(Strict):
                     notes.append(f"{principle.id}.{key}: asks no question")
             if not principle.compare and not principle.grade:
                 notes.append(f"{principle.id}: neither compare nor grade, so it cannot be judged")
+            if bool(principle.critique) != bool(principle.revision):
+                notes.append(f"{principle.id}: only one of critique and revision")
             yes = sum(example.verdict for example in principle.example)
             if principle.example and not 0.25 <= yes / len(principle.example) <= 0.75:
                 notes.append(

@@ -169,6 +169,13 @@ class Journal:
             )
             self._changed.notify_all()
 
+    def damage(self) -> list[str]:
+        """A line for the person about every row that fails its checksum."""
+        return [
+            f"{self.path}:{found.line}: damaged (key {found.key}); it is asked again if needed"
+            for found in self.index.damage
+        ]
+
     def newest(self, key: str) -> dict[str, Any] | None:
         """The row that counts for an id: its answer, else its last fault, else None."""
         raw = bytes.fromhex(key)

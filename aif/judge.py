@@ -77,19 +77,11 @@ class Judge:
         )
 
     def principles_for(self, comparison: Comparison) -> list[Principle]:
-        """All of them, or the one that is drawn for this comparison, by weight.
-
-        The draw is a race of exponential clocks seeded per principle, so that editing, adding or
-        re-weighting one principle moves no comparison between two others.
-        """
+        """All of them, or the one that is drawn for this comparison, by weight."""
+        every = self.constitution.principle
         if self.constitution.principles == "all":
-            return self.constitution.principle
-
-        def arrival(principle: Principle) -> float:
-            digest = content_id("draw", self.seed, comparison.id, principle.id)
-            return -math.log((int(digest[:13], 16) + 0.5) / 16**13) / principle.weight
-
-        return [min(self.constitution.principle, key=arrival)]
+            return every
+        return self.constitution.drawn(every, self.seed, comparison.id)[:1]
 
     def cells(self, comparison: Comparison) -> list[Cell]:
         """The calls that a comparison needs; none when its two responses are the same text."""

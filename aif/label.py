@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from aif import constitution as constitutions
 from aif import jsonl
-from aif.asking import ask_all
-from aif.combine import label_of
-from aif.errors import InputError, TooManyFaults
-from aif.journal import Index, Journal
+from aif.asking import Faults, ask_all
+from aif.errors import InputError
+from aif.journal import Journal
 from aif.judge import Judge
-from aif.llm import Ask, open_llm
+from aif.judging import asks_for, constitution_path, count, judge_of, judged
+from aif.llm import open_llm
 from aif.pairs import read_pairs, unique
 from aif.progress import Progress
 from aif.records import Comparison, HumanChoice, as_row, content_id
@@ -36,17 +34,17 @@ def label(run: Run, progress: Progress) -> dict[str, Any]:
     """Do what `run.settings` says; returns the summary, which is also kept as label.json.
 
     Raises Interrupted or JudgeStopped when it ended early; the files are in order all the same.
-    Whether the summary has more faults than allowed is `check_faults`' to say.
+    Whether the summary has more faults than allowed is `asking.check_faults`' to say.
     """
-    constitution_path = _constitution_path(run)
+    path = constitution_path(run)
     with open_llm(run.settings.judge) as llm, run.writing():
-        judge = judge_of(run, constitution_path, llm.control_tokens)
+        judge = judge_of(run, path, llm.control_tokens)
         data = take_in(run)
         run.keep_settings()
         with run.journal(STAGE) as journal:
-            used = facts(judge, constitution_path, data)
+            used = facts(judge, path, data)
             work = count(judge, comparisons(run), journal.index)
-            for line in [*damage(journal), *changes(run.state(STAGE), used), work.line()]:
+            for line in [*journal.damage(), *changes(run.state(STAGE), used), work.line()]:
                 progress.say(line)
             run.write_state(STAGE, {"run": str(run.path), "in_progress": True} | used)
             progress.start("label", len(work.missing))
@@ -66,9 +64,9 @@ def label(run: Run, progress: Progress) -> dict[str, Any]:
 
 def plan(run: Run) -> dict[str, Any]:
     """What `label` would do with the same settings. Asks nothing and writes nothing."""
-    constitution_path = _constitution_path(run)
+    path = constitution_path(run)
     with open_llm(run.settings.judge) as llm:
-        judge = judge_of(run, constitution_path, llm.control_tokens)
+        judge = judge_of(run, path, llm.control_tokens)
         work = count(judge, _planned(run), run.index(STAGE))
         tokens, exact = llm.count_tokens(asks_for(judge, _planned(run), work.missing))
     by_principle = Counter(work.missing.values())
@@ -85,27 +83,10 @@ def plan(run: Run) -> dict[str, Any]:
         "completion_tokens_at_most": (
             len(work.missing) * judge.model.verdict_tokens * judge.model.samples
         ),
-        "changes": changes(run.state(STAGE), facts(judge, constitution_path, {})),
+        "changes": changes(run.state(STAGE), facts(judge, path, {})),
         "protocol": judge.protocol,
         "judge": judge.model.model,
     }
-
-
-def _constitution_path(run: Run) -> Path:
-    path = run.settings.label.constitution
-    if not path:
-        raise InputError("label", "constitution", got="nothing", expected="--constitution FILE")
-    return Path(path)
-
-
-def judge_of(run: Run, constitution: Path, control_tokens: Iterable[str] = ()) -> Judge:
-    """The judge that a run's settings describe, with its constitution checked."""
-    settings = run.settings
-    judge = Judge(
-        constitutions.load(constitution), settings.judge, settings.label, tuple(control_tokens)
-    )
-    judge.constitution.require(judge.protocol, constitution)
-    return judge
 
 
 def take_in(run: Run) -> dict[str, Any]:
@@ -164,87 +145,30 @@ def _planned(run: Run) -> Iterator[Comparison]:
     return (pair.comparison for pair, is_new in pairs if is_new)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The calls that some comparisons need, and which of them are still to be made."""
-
-    comparisons: int
-    kept: int  # distinct calls that have an answer
-    missing: dict[bytes, str]  # id -> principle id, of calls to be made
-    failed_before: int  # of these, asked before without an answer
-    unused: int  # answers in the journal that nothing needs now
-
-    def line(self) -> str:
-        parts = [f"{self.comparisons:,} comparisons, {len(self.missing):,} calls to make"]
-        parts += [f"{self.kept:,} answers kept"] if self.kept else []
-        parts += [f"{self.failed_before:,} asked again after a fault"] if self.failed_before else []
-        parts += [f"{self.unused:,} answers no longer used"] if self.unused else []
-        return "; ".join(parts)
-
-
-def count(judge: Judge, rows: Iterable[Comparison], index: Index) -> Work:
-    """Hold the cells of these comparisons against what the journal has."""
-    kept: set[bytes] = set()
-    missing: dict[bytes, str] = {}
-    total = 0
-    for comparison in rows:
-        total += 1
-        for cell in judge.cells(comparison):
-            key = bytes.fromhex(cell.id)
-            if key in index.answered:
-                kept.add(key)
-            else:
-                missing[key] = cell.principle.id
-    failed = sum(key in index.failed for key in missing)
-    return Work(total, len(kept), missing, failed, len(index.answered) - len(kept))
-
-
-def asks_for(judge: Judge, rows: Iterable[Comparison], missing: Iterable[bytes]) -> Iterator[Ask]:
-    """The missing calls, each once, made when they are wanted."""
-    left = set(missing)
-    for comparison in rows:
-        for cell in judge.cells(comparison):
-            key = bytes.fromhex(cell.id)
-            if key in left:
-                left.remove(key)
-                yield judge.ask(cell, comparison)
-
-
 def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
     """Make verdicts.jsonl and labels.jsonl again from the journal; returns what they hold.
 
     A comparison with a call that was never made has no label row yet.
     """
     totals: Counter[str] = Counter()
-    faults: Counter[str] = Counter()
+    faults = Faults()
     null_labels: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
-    details: dict[str, str] = {}  # one example of each fault
-    rules = (judge.constitution, judge.protocol, run.settings.label.quorum)
+    quorum = run.settings.label.quorum
     with (
         jsonl.replacing(run.file("verdicts.jsonl")) as verdict_file,
         jsonl.replacing(run.file("labels.jsonl")) as label_file,
     ):
         for comparison in comparisons(run):
-            cells = judge.cells(comparison)
-            verdicts = []
-            for cell in cells:
-                row = journal.newest(cell.id)
-                if row is None:
-                    continue
-                verdict = judge.verdict(cell, comparison, row)
-                verdicts.append(verdict)
+            verdicts, found = judged(judge, comparison, journal, quorum)
+            for verdict, row in verdicts:
                 totals["hard_verdicts"] += row["logprobs"] is None and verdict.fault is None
-                if verdict.fault:
-                    faults[verdict.fault] += 1
-                    details.setdefault(verdict.fault, row["detail"])
+                faults.add(row)
                 tokens.update(verdict.usage)
                 verdict_file.write(jsonl.dumps(as_row(verdict)) + "\n")
-            totals["verdicts"] += len(verdicts)
-            if len(verdicts) < len(cells):
+            if found is None:
                 totals["unfinished"] += 1
                 continue
-            found = label_of(comparison, verdicts, *rules)
             null_labels.update([found.fault] if found.fault else [])
             totals["labels"] += 1
             totals["first_wins"] += (found.p_first or 0) > 0.5
@@ -254,28 +178,11 @@ def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
         "labels_null": dict(null_labels),
         "unfinished": totals["unfinished"],
         "first_wins": totals["first_wins"],
-        "verdicts": totals["verdicts"],
+        "verdicts": faults.calls,
         "hard_verdicts": totals["hard_verdicts"],
-        "faults": dict(faults),
-        "fault_details": details,
-        "fault_rate": faults.total() / max(1, totals["verdicts"]),
         "tokens": dict(tokens),
+        **faults.summary(),
     }
-
-
-def check_faults(run: Run, results: dict[str, Any]) -> None:
-    """Raise TooManyFaults if more than `label.max_fault_rate` of the calls have no answer."""
-    allowed = run.settings.label.max_fault_rate
-    if results["fault_rate"] > allowed:
-        details = results["fault_details"]
-        kinds = ", ".join(
-            f"{n:,} {kind}" + (f": {details[kind]}" if details[kind] else "")
-            for kind, n in results["faults"].items()
-        )
-        raise TooManyFaults(
-            f"{run.path}: {results['fault_rate']:.1%} of the calls have no answer ({kinds}), "
-            f"--max-fault-rate is {allowed:.1%}; the same command asks those again"
-        )
 
 
 def facts(judge: Judge, constitution: Path, data: dict[str, Any]) -> dict[str, Any]:
@@ -329,11 +236,3 @@ def _difference(before: Any, now: Any) -> str:
         return f": {before} -> {now}" if len(str(now)) < 64 else ""  # a digest tells nothing
     moved = [key for key in now if now[key] != (before or {}).get(key)]
     return ": " + ", ".join(f"{key} {(before or {}).get(key)} -> {now[key]}" for key in moved)
-
-
-def damage(journal: Journal) -> list[str]:
-    """Lines of the journal that fail their checksum, for the person to know."""
-    return [
-        f"{journal.path}:{found.line}: damaged (key {found.key}); it is asked again if needed"
-        for found in journal.index.damage
-    ]

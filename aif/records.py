@@ -20,6 +20,8 @@ FAULTS = {
     "refused": "the model declined to answer",
     "truncated": "the text was cut off before the verdict",
     "empty": "the model said nothing",
+    "tied": "no answer has more votes than every other",
+    "unsure": "the answer with most votes has too small a share of them",
     "unchanged": "the revision is the text that it was to revise",
     "identical": "both responses are the same text, so there is nothing to compare",
     "too_long": "the text does not fit the model's context",
@@ -107,6 +109,7 @@ class Kept:
     round: int
     comparison_id: str
     p_revision: float | None
+    by_principle: dict[str, float | None]  # the same under each principle alone
     fault: str | None
     kept: bool
 

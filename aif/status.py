@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from aif.constitution import Constitution
-from aif.pipeline import STAGES
+from aif.pipeline import RUN, STAGES
 from aif.run import Run
 
-COUNTS = ("prompts", "responses", "comparisons", "labels", "unfinished")  # of a stage's summary
+# What is shown of a stage's summary, where it has it.
+COUNTS = ("prompts", "responses", "votes", "revisions", "kept", "examples", "steps")
+COUNTS += ("comparisons", "labels", "unfinished")
 
 
 def status(run: Run) -> dict[str, Any]:
@@ -30,10 +32,12 @@ def status(run: Run) -> dict[str, Any]:
 
 
 def _next(run: Run, stages: dict[str, Any]) -> str:
-    """The command that takes the run further."""
-    first = "respond" if run.settings.respond.prompts else "label"
-    for stage in STAGES[[s.name for s in STAGES].index(first) :]:
+    """The command that takes the run further: the first stage that is due or not done."""
+    due = RUN if run.settings.respond.prompts else RUN[RUN.index("label") :]
+    for stage in STAGES:
         found = stages.get(stage.name)
+        if not found and stage.name not in due:
+            continue
         if not found or not found["written"] or found["faults"] or found.get("unfinished"):
             return f"aif {stage.name} {'--out ' if stage.name == 'label' else ''}{run.path}"
     return f"aif export {run.path}"

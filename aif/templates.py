@@ -101,8 +101,8 @@ class Template:
         """Render the blocks as messages; an empty system message is left out."""
         messages = []
         for role in ("system", "user"):
-            if role in self._compiled.blocks:
-                content = self._render_block(role, variables).strip()
+            if self.has(role):
+                content = self.block(role, variables)
                 if content:
                     messages.append({"role": role, "content": content})
         return messages
@@ -111,9 +111,23 @@ class Template:
         """Render the whole as one text. Trailing space is cut: it would split the next token."""
         return self._guarded(lambda: self._compiled.render(variables)).rstrip()
 
-    def _render_block(self, role: str, variables: dict[str, Any]) -> str:
-        block = self._compiled.blocks[role]
-        return self._guarded(lambda: "".join(block(self._compiled.new_context(variables))))
+    def has(self, name: str) -> bool:
+        """Whether the template has a block of that name."""
+        return name in self._compiled.blocks
+
+    def require(self, *names: str) -> None:
+        """Raise InputError unless the template has these blocks."""
+        for name in names:
+            if not self.has(name):
+                raise InputError(
+                    self._where, "", got=f"no block {name!r}", expected=f"{{% block {name} %}}"
+                )
+
+    def block(self, name: str, variables: dict[str, Any]) -> str:
+        """Render one block, stripped."""
+        render = self._compiled.blocks[name]
+        context = self._compiled.new_context(variables)
+        return self._guarded(lambda: "".join(render(context))).strip()
 
     def _guarded(self, render: Any) -> str:
         try:

@@ -3,8 +3,8 @@
     python tests/server.py --port 8000 --latency-ms 100
     python tests/server.py --faults '[{"kind": "429", "retry_after": "0.1", "p": 0.02}]'
 
-It prints one line, its port. A verdict comes from the sha256 of the request's messages, so any
-two runs agree. `GET /stats` says what was asked; `POST /faults` replaces the faults, a list of
+It prints one line, its port. A verdict, or free text, comes from the sha256 of the request's
+messages, so any two runs agree. `GET /stats` says what was asked; `POST /faults` replaces the faults, a list of
 
     {"kind": NAME, "first": N}            the first N requests that match
     {"kind": NAME, "p": 0.02}             that share of requests, the same ones in every run
@@ -177,6 +177,7 @@ def p_of(prompt_hash: str) -> float:
 
 
 FILLERS = [{"token": f" w{i}", "logprob": -12.0 - i / 8, "bytes": [119]} for i in range(20)]
+VERDICT_TOKENS = 16  # a request for more, without log-probabilities, wants free text
 YES_NO = re.compile(r"\byes\b.*\bno\b", re.I | re.S)
 
 
@@ -187,6 +188,8 @@ def completion(request: dict[str, Any], prompt: str, prompt_hash: str) -> dict[s
     text = pair[0] if p >= 0.5 else pair[1]
     chat = "messages" in request
     listed = int((request.get("top_logprobs") if chat else request.get("logprobs")) or 0)
+    if not listed and (request.get("max_tokens") or 0) > VERDICT_TOKENS:
+        text = f"Words {prompt_hash[:16]}."
     choices = []
     for index in range(request.get("n") or 1):
         logprobs = option_logprobs(p, pair, text, listed, chat) if listed else None

@@ -105,7 +105,8 @@ def test_a_protocol_that_has_no_question_is_named(tmp_path):
     ("change", "note"),
     [
         (("Is it kind?", "Be kind."), "one.grade: asks no question"),
-        (("compare =", "critique ="), None),
+        (("compare =", "revision = 'Do so.'\ncritique ="), None),
+        (("compare =", "critique ="), "one: only one of critique and revision"),
         (("[[principle]]\n", "veto = 0.2\n[[principle]]\n"), "veto: has no effect"),
         (("[[principle]]\n", "margin = 0.2\n[[principle]]\n"), "margin: has no effect"),
         (("Is it kind?'", "Is it kind?'"), None),
@@ -123,6 +124,7 @@ def test_lint_of_principles_and_examples(tmp_path):
     notes = load(tmp_path, HEAD + PRINCIPLE + example * 3 + twin + mute).lint()
     assert [note.partition(":")[0] for note in notes] == [
         "one.example",
+        "mute",
         "mute",
         "two principles ask the same question",
     ]

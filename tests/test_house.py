@@ -19,15 +19,16 @@ FLOORS = [
     "llm.wire llm.pace llm.signals llm.generate llm.scripted",
     "llm.crew llm.score",
     "llm.api llm.local",
-    "judge asking",
+    "judge reviser asking",
     "combine",
-    "respond compare label export",
+    "judging",
+    "respond vote revise filter compare label export",
     "pipeline",
-    "status",
+    "status console",
     "cli",
 ]
 FLOOR_OF = {name: number for number, line in enumerate(FLOORS) for name in line.split()}
-STAGES = {"respond", "compare", "label"}
+STAGES = {"respond", "revise", "filter", "compare", "label"}
 
 LOCAL = {"llm.local", "pretrained", "llm.generate", "llm.score"}  # loaded for a local model alone
 HEAVY = {  # package -> modules that may import it where they are loaded

@@ -144,6 +144,7 @@ def test_neutralising_leaves_nothing_to_neutralise(parts):
 
 
 ATTACKS = ["{{ 7*7 }}", "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{# gone #}"]
+SHOWN = ("first", "second", "response", "critique_request", "revision_request")
 VARIABLES = {"delimiter": "0123", "examples": [], "preamble": "", "question": "?"}
 
 
@@ -159,8 +160,10 @@ def test_template_syntax_in_data_is_inert(name, attack):
         "question": attack,
         "cue": attack,
         "examples": [example],
-    } | dict.fromkeys(("first", "second", "response"), attack)
-    if template.is_chat:
+    } | dict.fromkeys(SHOWN, attack)
+    if template.has("critique"):
+        text = template.block("critique", variables) + template.block("revision", variables)
+    elif template.is_chat:
         text = "\n".join(message["content"] for message in template.chat(variables))
     else:
         text = template.plain(variables)
