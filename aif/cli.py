@@ -283,6 +283,20 @@ def vote(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = F
     run_stage("vote", existing_run(run, set_), json_, quiet, _vote_lines)
 
 
+def _vote_lines(summary: dict[str, Any]) -> list[str]:
+    faults = ", ".join(f"{n:,} {kind}" for kind, n in summary["faults"].items())
+    lines = [
+        f"{summary['votes']:,} votes on {summary['prompts']:,} prompts"
+        f"{f' (none: {faults})' if faults else ''}, {summary['responses_kept']:,} responses kept"
+    ]
+    if summary.get("prompts_with_gold"):
+        lines.append(
+            f"right, where the answer is known: {summary['accuracy_vote']:.1%} of votes, "
+            f"{summary['accuracy_single']:.1%} of single responses"
+        )
+    return [*lines, f"{summary['run']}/votes.jsonl"]
+
+
 @verb(app)
 def compare(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
     """Pair up a prompt's responses: writes comparisons.jsonl. Asks nothing."""

@@ -34,6 +34,9 @@ PAIR_NAMES = (
     ("output_1", "output_2"),
 )
 MAX_RESPONSES = 64
+# What stands for a demonstration's answer: the first of these that a row has.
+RESPONSE_NAMES = ("response", "completion", "output", "answer", "demonstration", "chosen")
+_HH_ANSWER = "\n\nAssistant:"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -244,3 +247,47 @@ def unique(pairs: Iterable[Pair]) -> Iterator[tuple[Pair, bool]]:
         key = bytes.fromhex(pair.comparison.id)
         yield pair, key not in seen
         seen.add(key)
+
+
+def read_dialogues(source: str) -> Iterator[tuple[str, list[Message]]]:
+    """(place, messages that end in an assistant's turn) of each demonstration in a file.
+
+    Shapes: `prompt` (or a name that stands for it) with one of RESPONSE_NAMES, or the whole
+    dialogue as `messages`, `conversations` or one of RESPONSE_NAMES, as chat messages or as HH's
+    text. Raises InputError at the first bad row.
+    """
+    for place, row in read_rows(source):
+        messages = _demonstration(row, place)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise InputError(
+                place, "", got=f"a dialogue of {len(messages)} turns, the last one's role "
+                + shown(messages[-1]["role"]), expected="a prompt and an assistant's answer to it",
+            )  # fmt: skip
+        if not messages[-1]["content"].strip():
+            raise InputError(place, "", got="an empty last turn", expected="a response")
+        yield place, messages
+
+
+def _demonstration(row: dict[str, Any], place: str) -> list[Message]:
+    name = next((name for name in RESPONSE_NAMES if name in row), None)
+    if name is None:
+        for key in ("messages", "conversations"):
+            if key in row:
+                return _messages(row[key], f"{place}: {key}")
+        raise InputError(
+            place, "", got=f"keys {', '.join(sorted(row)) or 'none'}",
+            expected=f"prompt with one of {', '.join(RESPONSE_NAMES)}, or messages",
+        )  # fmt: skip
+    if any(key in row for key in ("prompt", "instruction", "conversations")):
+        answer = _response(row[name], f"{place}: {name}")
+        return [*_prompt(row, place), {"role": "assistant", "content": answer}]
+    if isinstance(row[name], list):
+        return _messages(row[name], f"{place}: {name}")
+    text = _response(row[name], f"{place}: {name}")
+    cut = text.rfind(_HH_ANSWER) + len(_HH_ANSWER)
+    if cut < len(_HH_ANSWER) or not text.startswith("\n\nHuman:"):
+        raise InputError(
+            place, name, got="a text that is no dialogue",
+            expected=r"a prompt beside it, or \n\nHuman: ... \n\nAssistant: ...",
+        )  # fmt: skip
+    return [*_dialogue(text[:cut]), {"role": "assistant", "content": text[cut:].strip()}]

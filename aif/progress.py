@@ -22,18 +22,22 @@ class Progress:
         self._task = None
         self._due = 0.0
 
-    def start(self, what: str, total: int) -> None:
-        """A new piece of work of `total` calls."""
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """A new piece of work of `total` calls or steps, `done` of them by an earlier run."""
         self.finish()
-        self._what, self._total, self._done, self._faults = what, total, 0, 0
+        self._what, self._total, self._done, self._note = what, total, done, ""
+        self._before = done
         self._began = time.monotonic()
         self._due = self._began + (0 if self._live else PLAIN_EVERY_S)
         if self._live and total:
-            self._bar, self._task = _bar(what, total)
+            self._bar, self._task = _bar(what, total, done)
 
-    def update(self, done: int, faults: int) -> None:
-        """So many calls are durable, so many of them faults. Cheap enough to call for each."""
-        self._done, self._faults = done, faults
+    def update(self, done: int, faults: int = 0, note: str = "") -> None:
+        """So many calls are durable, so many of them faults. Cheap enough to call for each.
+
+        A `note`, as "loss 1.2", stands in the place of the faults.
+        """
+        self._done, self._note = done, note or f"{faults:,} faults"
         now = time.monotonic()
         if self._quiet or now < self._due:
             return
@@ -41,14 +45,14 @@ class Progress:
 
     def _show(self, now: float) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, faults=self._faults)
+            self._bar.update(self._task, completed=self._done, note=self._note)
             self._due = now + LIVE_EVERY_S
             return
-        rate = self._done / max(now - self._began, 1e-9)
+        rate = (self._done - self._before) / max(now - self._began, 1e-9)
         left = f"{(self._total - self._done) / rate:,.0f} s" if rate else "?"
         self.say(
             f"{self._what}: {self._done:,}/{self._total:,}, {rate:,.1f}/s, {left} left, "
-            f"{self._faults:,} faults"
+            f"{self._note}"
         )
         self._due = now + PLAIN_EVERY_S
 
@@ -84,7 +88,7 @@ class Progress:
         self.finish()
 
 
-def _bar(what: str, total: int):
+def _bar(what: str, total: int, done: int):
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -106,10 +110,10 @@ def _bar(what: str, total: int):
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[faults]:,} faults"),
+        TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
         expand=True,
     )
-    task = bar.add_task(what, total=total, faults=0)
+    task = bar.add_task(what, total=total, completed=done, note="")
     bar.start()
     return bar, task

@@ -16,7 +16,7 @@ Message = dict[str, str]  # {"role": "user", "content": "..."}, as every chat AP
 
 # Why a row has no answer. No number ever stands for one of these.
 FAULTS = {
-    "unparsed": "the text holds no verdict",
+    "unparsed": "the text holds no verdict or answer",
     "refused": "the model declined to answer",
     "truncated": "the text was cut off before the verdict",
     "empty": "the model said nothing",

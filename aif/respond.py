@@ -1,6 +1,9 @@
 """Sample responses to prompts: prompts -> (calls, journal/respond.jsonl) -> responses.jsonl.
 
 {"id": "...", "prompt_id": "...", "policy": "smollm2-135m", "sample": 0, "text": "...", ...}
+
+`respond.shots` are solved examples (rows with `prompt` and `response`) that stand before every
+prompt as earlier turns. They are not kept with the prompt, so that training goes without them.
 """
 
 from __future__ import annotations
@@ -14,30 +17,32 @@ from aif.asking import ask_all
 from aif.errors import InputError
 from aif.journal import Journal
 from aif.llm import Answer, Ask, open_llm
-from aif.pairs import read_prompts
+from aif.pairs import read_dialogues, read_prompts
 from aif.progress import Progress
-from aif.records import Prompt, Response, content_id
+from aif.records import Message, Prompt, Response, content_id
 from aif.run import Run
 
 STAGE = "respond"
+NEXT_TURN = "\n\nUser:"  # as `_transcript` has it
 
 
 def respond(run: Run, progress: Progress) -> dict[str, Any]:
     """Sample `respond.samples` responses to each prompt from `[policy]`; returns the summary."""
     with open_llm(run.settings.policy) as llm, run.writing():
+        shots = read_shots(run.settings.respond.shots)
         prompts = take_in(run)
         run.keep_settings()
         with run.journal(STAGE) as journal:
             asks = [
                 ask
                 for prompt in prompts
-                for ask in asks_for(run, prompt)
+                for ask in asks_for(run, prompt, shots)
                 if bytes.fromhex(ask.key) not in journal.index.answered
             ]
             progress.start("respond", len(asks))
             tally = ask_all(llm, asks, journal, _journal_row, progress)
             progress.finish()
-            rows = list(_responses(run, prompts, journal))
+            rows = list(_responses(run, prompts, shots, journal))
         written = run.write("responses.jsonl", rows)
         summary = {
             "run": str(run.path),
@@ -65,26 +70,52 @@ def take_in(run: Run) -> list[Prompt]:
     return prompts
 
 
-def asks_for(run: Run, prompt: Prompt) -> Iterator[Ask]:
-    """One call a sample; its id is of prompt, policy, seed and the sample's number."""
+def read_shots(source: str | None) -> list[Message]:
+    """The solved examples of a file, one after the other, as the turns of one conversation."""
+    if source is None:
+        return []
+    turns: list[Message] = []
+    for place, dialogue in read_dialogues(source):
+        if any(message["role"] == "system" for message in dialogue):
+            raise InputError(
+                place, "", got="a system message", expected="one in the prompts, not in the shots"
+            )
+        turns += dialogue
+    if not turns:
+        raise InputError(source, "", got="no shots at all", expected="at least one")
+    return turns
+
+
+def asks_for(run: Run, prompt: Prompt, shots: list[Message]) -> Iterator[Ask]:
+    """One call a sample; its id is of prompt, policy, seed, the sample's number and any shots."""
     policy, settings = run.settings.policy, run.settings.respond
+    messages = _with_shots(prompt.messages, shots)
+    of_shots = [shots] if shots else []  # without any, the id is what it was before there were any
     for sample in range(settings.samples):
         key = content_id(
-            "response", prompt.id, policy.identity(), policy.form, settings.seed, sample
+            "response", prompt.id, policy.identity(), policy.form, settings.seed, sample, *of_shots
         )
         yield Ask(
             key=key,
-            messages=prompt.messages if policy.form != "text" else None,
-            text=_transcript(prompt) if policy.form == "text" else None,
+            messages=messages if policy.form != "text" else None,
+            text=_transcript(messages) if policy.form == "text" else None,
             max_tokens=policy.response_tokens,
             temperature=policy.temperature,
             seed=int(key[:8], 16),
         )
 
 
-def _transcript(prompt: Prompt) -> str:
+def _with_shots(messages: list[Message], shots: list[Message]) -> list[Message]:
+    """The shots before the prompt's turns, but after its system message."""
+    start = 0
+    while start < len(messages) and messages[start]["role"] == "system":
+        start += 1
+    return [*messages[:start], *shots, *messages[start:]]
+
+
+def _transcript(messages: list[Message]) -> str:
     """The conversation as text, for a model that has no chat form."""
-    turns = [f"{message['role'].title()}: {message['content']}" for message in prompt.messages]
+    turns = [f"{message['role'].title()}: {message['content']}" for message in messages]
     return "\n\n".join([*turns, "Assistant:"])
 
 
@@ -101,11 +132,22 @@ def _journal_row(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _responses(run: Run, prompts: list[Prompt], journal: Journal) -> Iterator[Response]:
+def _own_turn(row: dict[str, Any]) -> dict[str, Any]:
+    """The row less what a base model makes up after its turn: the user's next one, and so on."""
+    said, more, _ = (row["text"] or "").partition(NEXT_TURN)
+    if row["fault"] or not more:
+        return row
+    return row | {"text": said, "finish": "stop", "fault": None if said.strip() else "empty"}
+
+
+def _responses(
+    run: Run, prompts: list[Prompt], shots: list[Message], journal: Journal
+) -> Iterator[Response]:
     for prompt in prompts:
-        for sample, ask in enumerate(asks_for(run, prompt)):
+        for sample, ask in enumerate(asks_for(run, prompt, shots)):
             row = journal.newest(ask.key)
             if row is not None:
+                row = _own_turn(row) if ask.text is not None else row
                 yield Response(
                     id=ask.key,
                     prompt_id=prompt.id,

@@ -80,6 +80,9 @@ class ReviseSettings(Strict):
     rounds: int = Field(4, ge=1, le=64)
     template: str | None = None
     keep_refusals: bool = False  # a revision that declines is a fault, unless this is set
+    max_fault_rate: float = Field(
+        0.05, ge=0, le=1
+    )  # of calls; what was said badly is no fault here
     seed: int = 0
     limit: int | None = Field(None, ge=1)
 
@@ -107,18 +110,44 @@ class LoraSettings(Strict):
     targets: str | list[str] = "all-linear"
 
 
-class SFTSettings(Strict):
-    """Supervised fine-tuning. `data` maps a source to how often an epoch shows each row of it."""
+class TrainSettings(Strict):
+    """How a model is trained, whatever it learns from. The weights that learn stay float32."""
 
     model: str | None = None  # None: the policy
-    objective: Literal["response", "lm"] = "response"
-    data: dict[str, Annotated[float, Field(gt=0)]] = {"revisions": 1.0}
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)  # of the optimizer; None: as the epochs come to
+    batch_size: int = Field(32, ge=1)  # sequences an optimizer step, over all devices
+    micro_tokens: int | None = Field(None, ge=1)  # run at once; None: 16,384, on a CPU 2,048
+    learning_rate: float | None = Field(None, ge=0)  # None: 2e-5, with LoRA 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)  # 0: gradients are not clipped
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+    device: str = "auto"
+    gradient_checkpointing: bool = False  # less memory for a third more time
+    packing: bool | None = None  # no padding; None: where the attention is for it
+    eval_fraction: float = Field(0.05, ge=0, lt=1)  # of the prompts, held out; 0: none
+    eval_every: int | None = Field(None, ge=1)  # steps; None: once an epoch
+    load_best: bool = True  # end with the weights of the lowest eval loss
+    save_every: int | None = Field(None, ge=1)  # steps between checkpoints; None: ten minutes
+    keep_checkpoints: int = Field(2, ge=1)  # the newest; the best is kept besides
+    seed: int = 0
+    lora: LoraSettings | None = None
+
+
+class SFTSettings(TrainSettings):
+    """Supervised fine-tuning. `data` maps a source to how often an epoch shows each row of it."""
+
+    objective: Literal["response", "lm"] = "response"  # lm: plain text, every token of it
+    data: dict[str, Annotated[float, Field(gt=0)]] = Field({"revisions": 1.0})
     revisions: Literal["last", "first", "all"] = "all"
     filtered: bool = False  # only revisions that `aif filter` kept
     loss_on: Literal["response", "assistant"] = "response"  # the last turn, or every assistant's
     max_tokens: int = Field(1024, ge=8)  # of an example
-    seed: int = 0
-    lora: LoraSettings | None = None
 
 
 class CompareSettings(Strict):

@@ -13,9 +13,14 @@ PACKAGE = ROOT / "aif"
 # Lowest first: a module imports from floors below its own, and from no other.
 FLOORS = [
     "errors records",
-    "jsonl config parse progress",
+    "jsonl config parse answers progress",
     "constitution journal settings templates",
     "run pairs llm pretrained",
+    "train train.dialogues train.losses train.checkpoint train.metrics",
+    "train.tokens train.model",
+    "train.batch",
+    "train.trainer",
+    "train.sft",
     "llm.wire llm.pace llm.signals llm.generate llm.scripted",
     "llm.crew llm.score",
     "llm.api llm.local",
@@ -28,12 +33,14 @@ FLOORS = [
     "cli",
 ]
 FLOOR_OF = {name: number for number, line in enumerate(FLOORS) for name in line.split()}
-STAGES = {"respond", "revise", "filter", "compare", "label"}
+STAGES = {"train.sft", "respond", "vote", "revise", "filter", "compare", "label"}
 
 LOCAL = {"llm.local", "pretrained", "llm.generate", "llm.score"}  # loaded for a local model alone
+TRAIN = {"train.batch", "train.losses", "train.model", "train.sft", "train.tokens", "train.trainer"}
 HEAVY = {  # package -> modules that may import it where they are loaded
-    "torch": LOCAL,
-    "transformers": LOCAL,
+    "torch": LOCAL | TRAIN,
+    "transformers": LOCAL | TRAIN,
+    "peft": set(),
     "safetensors": LOCAL,
     "gguf": LOCAL,
     "openai": {"llm.api"},
@@ -41,7 +48,7 @@ HEAVY = {  # package -> modules that may import it where they are loaded
     "httpx2": {"llm.api"},
     "datasets": set(),
     "pandas": set(),
-    "numpy": set(),
+    "numpy": TRAIN,
     "rich": set(),
     "trl": set(),
     "matplotlib": set(),

@@ -1,0 +1,152 @@
+"""Which sequences an optimizer step learns from, and how they lie in memory.
+
+Step k of a run is a pure function of (rows, settings, k): the data order needs no state, so a
+resumed run goes on in the middle of an epoch with exactly the rows that it would have had.
+
+Each step's rows are a uniform draw. Only inside the step are they sorted by length, and cut into
+micro-batches of so many tokens: padding is saved without making some steps all short and others
+all long, as grouping across steps does.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from aif.train.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences that are run at once.
+
+    Padded: [B, T], pads on the right, `position_ids` None. No attention mask is needed: with
+    causal attention nothing looks at what comes after it, and no loss is taken there.
+    Packed: [1, T], `position_ids` begin anew with every sequence, from which transformers tells
+    them apart (`masking_utils.find_packed_sequence_indices`, and the flash-attention path).
+    """
+
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor  # True where the token itself is learned
+    position_ids: torch.Tensor | None
+
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """The keyword arguments of `losses.nll_forward`, on `device`."""
+        tensors = {"input_ids": self.input_ids, "loss_mask": self.loss_mask}
+        tensors["position_ids"] = self.position_ids
+        return {k: None if v is None else v.to(device) for k, v in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step learns from."""
+
+    batches: list[Batch]
+    tokens: int  # real ones, without padding
+    loss_items: int  # what the sum of all batches' losses is divided by: here the learned tokens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become micro-batches of at most `micro_tokens` positions (or one longer row)."""
+
+    micro_tokens: int
+    packing: bool
+    pad_id: int
+
+    def step(self, rows: Sequence[Tokens]) -> Step:
+        """All of `rows`, the longest first."""
+        learned = sum(int(row.loss_mask_T.sum()) for row in rows)
+        return Step(
+            [self._batch(group) for group in self.groups(rows)], sum(map(len, rows)), learned
+        )
+
+    def groups(self, rows: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+        """Rows that lie in one micro-batch each."""
+        group: list[Tokens] = []
+        size = 0
+        for row in sorted(rows, key=len, reverse=True):
+            size = size + len(row) if self.packing else (len(group) + 1) * len((group or [row])[0])
+            if group and size > self.micro_tokens:
+                yield group
+                group, size = [], len(row)
+            group.append(row)
+        if group:
+            yield group
+
+    def _batch(self, rows: list[Tokens]) -> Batch:
+        if self.packing:
+            position_ids = np.concatenate([np.arange(len(row)) for row in rows])
+            return Batch(
+                _tensor(np.concatenate([row.ids_T for row in rows])[None]),
+                _tensor(np.concatenate([row.loss_mask_T for row in rows])[None], torch.bool),
+                _tensor(position_ids[None]),
+            )
+        width = max(map(len, rows))
+        ids_BT = np.full((len(rows), width), self.pad_id)
+        mask_BT = np.zeros((len(rows), width), bool)
+        for n, row in enumerate(rows):
+            ids_BT[n, : len(row)] = row.ids_T
+            mask_BT[n, : len(row)] = row.loss_mask_T
+        return Batch(_tensor(ids_BT), _tensor(mask_BT, torch.bool), None)
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+
+
+class Steps(torch.utils.data.Dataset):
+    """All optimizer steps of a run; item k is step k."""
+
+    def __init__(
+        self,
+        rows: Sequence[Tokens],
+        weights: Mapping[str, float],
+        layout: Layout,
+        *,
+        batch_size: int,
+        epochs: float,
+        max_steps: int | None,
+        seed: int,
+    ):
+        self.rows, self.layout, self.seed, self.batch_size = rows, layout, seed, batch_size
+        self._by_source: dict[str, list[int]] = {}
+        for number, row in enumerate(rows):
+            self._by_source.setdefault(row.source, []).append(number)
+        self._weights = weights
+        self._max_steps, self._epochs = max_steps, epochs
+        self._epoch = lru_cache(maxsize=2)(self._order)
+
+    @cached_property
+    def per_epoch(self) -> int:
+        """Steps in an epoch; the last one may have fewer rows."""
+        return math.ceil(len(self._epoch(0)) / self.batch_size)
+
+    def __len__(self) -> int:
+        return self._max_steps or math.ceil(self._epochs * self.per_epoch)
+
+    def __getitem__(self, k: int) -> Step:
+        rows = [self.rows[n] for n in self.numbers(k)]
+        return self.layout.step(rows)
+
+    def numbers(self, k: int) -> list[int]:
+        """The rows of step k."""
+        epoch, step = divmod(k, self.per_epoch)
+        return self._epoch(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> list[int]:
+        """An epoch's rows, shuffled. A source of weight 1.3 is there once and 30 % of it twice."""
+        order: list[int] = []
+        for source, numbers in self._by_source.items():
+            share, times = math.modf(self._weights.get(source, 1.0))
+            order += numbers * int(times)
+            draw = random.Random(f"{self.seed} draw {epoch} {source}")
+            order += draw.sample(numbers, max(1, round(share * len(numbers))) if share else 0)
+        random.Random(f"{self.seed} shuffle {epoch}").shuffle(order)
+        return order

@@ -1,0 +1,90 @@
+"""The loss of a language model, taken only where there is one to take.
+
+A response is often a third of its sequence, and logits are large (a vocabulary of 128,000 is half a
+megabyte a position in float32). So the body runs over the whole sequence, and the head only over
+the positions before a learned token, in chunks whose logits are made again in the backward pass:
+[B, T, V] never exists.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_BYTES = 1 << 28  # of one chunk in float32
+
+
+def token_nll(head: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """-log p of each target token, [N], in float32; `head` maps [n, D] to logits [n, V]."""
+    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]
+    rows = max(1, LOGITS_BYTES // (4 * vocabulary))
+    if len(targets_N) <= rows:
+        return _nll(head, hidden_ND, targets_N)
+    parts = [
+        checkpoint(_nll, head, hidden, targets, use_reentrant=False)
+        for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _nll(head: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(hidden_ND).float(), targets_N, reduction="none")
+
+
+def learned(
+    hidden_BTD: torch.Tensor, input_ids: torch.Tensor, loss_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden states [N, D] that predict a learned token, those tokens [N]), row by row."""
+    mask = loss_mask[:, 1:]
+    return hidden_BTD[:, :-1][mask], input_ids[:, 1:][mask]
+
+
+def nll_forward(
+    model: Any,
+    input_ids: torch.Tensor,
+    loss_mask: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """The summed -log p of all learned tokens of a batch (see `batch.Batch`); a scalar."""
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    if not model.head_is_all:
+        logits_BTV = type(model).forward(model, **inputs).logits
+        logits_NV, targets_N = learned(logits_BTV, input_ids, loss_mask)
+        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+    hidden_BTD = model.base_model(**inputs).last_hidden_state
+    hidden_ND, targets_N = learned(hidden_BTD, input_ids, loss_mask)
+    return token_nll(model.get_output_embeddings(), hidden_ND, targets_N).sum()
+
+
+def forward_is_nll(model: Any) -> None:
+    """Make the forward of a causal language model `nll_forward`.
+
+    So the loss is inside of whatever wraps the model: autocast, adapters, data parallelism. Models
+    that do more to their logits than the head (a soft cap, a scale) are found by trying, and take
+    the long way: all logits at once.
+    """
+    model.head_is_all = _head_is_all(model)
+    model.forward = MethodType(nll_forward, model)
+
+
+def forward_is_own(model: Any) -> None:
+    """Undo `forward_is_nll`."""
+    vars(model).pop("forward", None)
+    vars(model).pop("head_is_all", None)
+
+
+@torch.no_grad()
+def _head_is_all(model: Any) -> bool:
+    was_training = model.training
+    model.eval()
+    ids_BT = torch.arange(4, device=model.device)[None] + 1
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    plain_BTV = model.get_output_embeddings()(hidden_BTD)
+    model.train(was_training)
+    return torch.allclose(logits_BTV.float(), plain_BTV.float(), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,45 @@
+"""What is measured while a stage trains: metrics.jsonl, one row a number.
+
+{"stage": "sft", "step": 10, "name": "eval_loss", "value": 2.31}
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from aif import jsonl
+from aif.run import Run
+
+FILE = "metrics.jsonl"
+EVERY_S = 10.0
+
+
+class Metrics:
+    """One stage's rows in metrics.jsonl; those of other stages stay.
+
+    The file is written whole, so it is valid at every moment, and at most every EVERY_S seconds.
+    """
+
+    def __init__(self, run: Run, stage: str):
+        self._run, self._stage = run, stage
+        path = run.file(FILE)
+        rows = (row for _, row in jsonl.read(path)) if path.exists() else ()
+        self._others = [row for row in rows if row.get("stage") != stage]
+        self._due = 0.0
+
+    def put(self, log: Iterable[dict[str, float]], now: bool = False) -> None:
+        """Make `log` all rows of the stage: each of its entries is a step's numbers by name.
+
+        Within EVERY_S seconds of the last time nothing happens, unless it has to be `now`.
+        """
+        if not now and time.monotonic() < self._due:
+            return
+        rows = (
+            {"stage": self._stage, "step": entry["step"], "name": name, "value": value}
+            for entry in log
+            for name, value in entry.items()
+            if name != "step"
+        )
+        jsonl.write(self._run.file(FILE), [*self._others, *rows])
+        self._due = time.monotonic() + EVERY_S

@@ -1,0 +1,142 @@
+"""Loading a model to train, and leaving it where any user of transformers finds it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import is_flash_attn_2_available
+
+from aif.errors import InputError, shown
+from aif.pretrained import bundled_folder, load_model, torch_dtype, usable_device
+from aif.settings import BUNDLED, LoraSettings, TrainSettings
+from aif.train.checkpoint import seal
+
+FULL_LEARNING_RATE = 2e-5
+LORA_LEARNING_RATE = 2e-4  # adapters begin at zero and take about ten times the rate
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def load_for_training(name: str, settings: TrainSettings) -> Any:
+    """The model of that name on its device, ready for `Trainer`; with `lora`, its adapters alone
+    learn.
+
+    Weights that learn are float32 and matrix products in bfloat16 where the hardware has them
+    (autocast): a bfloat16 weight has 8 bits and loses an update smaller than its 256th. Weights
+    that adapters leave frozen lose nothing, and are loaded as what they are multiplied in.
+    """
+    place = usable_device(settings.device)
+    kind = torch_dtype(settings.dtype, place)
+    frozen = str(kind).removeprefix("torch.") if settings.lora else "float32"
+    model = load_model(name, frozen, settings.device)
+    if place.type == "cuda" and kind == torch.bfloat16 and is_flash_attn_2_available():
+        model.set_attn_implementation("flash_attention_2")
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if settings.lora:
+        transformers.set_seed(settings.seed)
+        model = _with_adapters(model, settings.lora)
+        if settings.gradient_checkpointing:
+            model.enable_input_require_grads()
+    return model.train()
+
+
+def _with_adapters(model: Any, lora: LoraSettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft's ways
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(
+            "lora", "targets", got=shown(lora.targets),
+            expected=f"names of the model's linear layers ({shown(str(error), 160)})",
+        ) from error  # fmt: skip
+
+
+def inner(model: Any) -> Any:
+    """The transformers model itself, adapters or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def learning_rate(settings: TrainSettings) -> float:
+    """The one that is set, or the default of full fine-tuning or of LoRA."""
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    return LORA_LEARNING_RATE if settings.lora else FULL_LEARNING_RATE
+
+
+def packs(model: Any, settings: TrainSettings) -> bool:
+    """Whether sequences are packed without padding.
+
+    By default where attention itself skips what lies between sequences (flash attention). Under
+    sdpa a packed row costs the square of all its tokens, and padding by length costs less.
+    """
+    if settings.packing is not None:
+        return settings.packing
+    config = inner(model).config.get_text_config()
+    isolated = set(getattr(config, "layer_types", None) or ATTENTION) <= ATTENTION
+    return isolated and (config._attn_implementation or "").startswith("flash")
+
+
+def micro_tokens(model: Any, settings: TrainSettings) -> int:
+    """Positions that are run at once."""
+    return settings.micro_tokens or (2048 if inner(model).device.type == "cpu" else 16_384)
+
+
+def identity(name: str) -> Any:
+    """What a model is, beyond its name: its files' hashes, or a hub id's commit."""
+    folder = bundled_folder() if name == BUNDLED else Path(name).expanduser()
+    if not folder.is_dir():
+        return name, transformers.AutoConfig.from_pretrained(name)._commit_hash
+    files = (path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json"))
+    return [(path.name, _sha256(path)) for path in files]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(
+    folder: Path, model: Any, tokenizer: Any, name: str, ends: set[int], about: dict[str, Any]
+) -> None:
+    """Leave `model` in `folder`, whole or not at all: float32 safetensors and the tokenizer.
+
+    Adapters go to `folder`/adapter, and are merged into the model `name` that they were trained on,
+    in float32. `ends` are tokens that end a response; generation will stop at them.
+    """
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    if inner(model) is not model:
+        from peft import PeftModel
+
+        model.save_pretrained(new / "adapter")
+        base = load_model(name, "float32", "cpu")
+        model = PeftModel.from_pretrained(base, new / "adapter").merge_and_unload()
+    known = model.generation_config.eos_token_id
+    ends = ends | set(known if isinstance(known, list) else [known]) - {None}
+    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    seal(new, about)
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,269 @@
+"""Examples as tokens, each marked as learned or only read.
+
+A dialogue is rendered with the chat template, and its prompt's tokens are exactly those that a
+local model is given when it generates: the tokens of the rendered prompt by itself. What follows
+is tokenised in its context (SentencePiece writes a word differently at the start of a text), or
+apart from it in the rare case that a token would reach over the border.
+
+Learned are an assistant's text and the token that ends the turn; never the system, the user, the
+template's headers, the newline that a template puts after the end of a turn, or padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jinja2 import TemplateError
+
+from aif.errors import InputError, shown
+from aif.records import LONE_SURROGATE, Message
+from aif.train.dialogues import Example
+
+CHUNK = 256  # examples given to the tokenizer at once, which works on them in parallel
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One sequence; `loss_mask_T[t]` is True where token t is learned from the tokens before it."""
+
+    ids_T: np.ndarray  # int32
+    loss_mask_T: np.ndarray  # bool; its first is False, as nothing comes before it
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.ids_T)
+
+
+@dataclass
+class Tally:
+    """What did not fit."""
+
+    truncated: int = 0  # oldest turns left out, or the response cut at its end
+    dropped: int = 0  # no room for a single token of the response, or nothing in it
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A dialogue as text; a turn that is learned lies at text[start:end]."""
+
+    text: str
+    turns: list[tuple[int, int]]  # the last of them is the last turn
+
+
+class Tokeniser:
+    """Dialogues to tokens, as `tokenizer` and its template have it.
+
+    `chat` is False for a model that is sampled from plain text: the dialogue then is a transcript,
+    "User: ...\\n\\nAssistant: ...", and EOS follows. `ends` collects what tokens end a response.
+
+    Too long is more than `max_tokens`. Then the oldest whole turns are left out, but for a system
+    message, until it fits; if the last prompt is too long even alone, the response is cut at its
+    end, whose EOS is then not learned; and if not one token of it fits, the example is dropped.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_tokens: int,
+        loss_on: Literal["response", "assistant"] = "response",
+        chat: bool = True,
+    ):
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.loss_on = loss_on
+        self.chat = chat and bool(tokenizer.chat_template)
+        self.tally = Tally()
+        self.ends: set[int] = set()
+        self._control = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+
+    def dialogues(self, examples: Sequence[Example]) -> Iterator[Tokens]:
+        """The tokens of each example that is not dropped, in order.
+
+        Raises InputError where the template cannot take a dialogue or hides where its turns are.
+        """
+        for start in range(0, len(examples), CHUNK):
+            part = examples[start : start + CHUNK]
+            rendered = [self._rendered(_clean(example.messages)) for example in part]
+            for example, ids_mask in zip(part, self._tokenised(rendered, part), strict=True):
+                found = self._fitted(example, *ids_mask)
+                if found is None:
+                    self.tally.dropped += 1
+                else:
+                    yield found
+
+    def _fitted(self, example: Example, ids: list[int], mask: list[bool]) -> Tokens | None:
+        """Within `max_tokens` by the rule above, or None."""
+        messages = _clean(example.messages)
+        if len(ids) > self.max_tokens:
+            while len(ids) > self.max_tokens and (fewer := _without_oldest(messages)):
+                messages = fewer
+                ((ids, mask),) = self._tokenised([self._rendered(messages)], [example])
+            ids, mask = ids[: self.max_tokens], mask[: self.max_tokens]
+            self.tally.truncated += any(mask)
+        if not any(mask):
+            return None
+        return Tokens(np.array(ids, np.int32), np.array(mask, bool), example.source)
+
+    def _rendered(self, messages: list[Message]) -> _Rendered:
+        text = self._text(messages)
+        last = len(messages) - 1
+        turns = []
+        for n in range(1, len(messages)):
+            if messages[n]["role"] != "assistant" or (self.loss_on == "response" and n < last):
+                continue
+            before = self._text(messages[:n], prompt=True)
+            upto = text if n == last else self._text(messages[: n + 1])
+            if not text.startswith(before):
+                raise _hidden("a turn otherwise than it prompts for one")
+            if not text.startswith(upto):
+                raise _hidden("a turn otherwise once others follow (loss_on = 'response' goes)")
+            turns.append((len(before), len(upto)))
+        return _Rendered(text, turns)
+
+    def _text(self, messages: list[Message], prompt: bool = False) -> str:
+        if not self.chat:
+            return transcript(messages, prompt)
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=prompt, tokenize=False
+            )
+        except (TypeError, ValueError, TemplateError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                "chat template", "", got=f"turns {roles} ({shown(str(error))})",
+                expected="turns that the model's template takes",
+            ) from error  # fmt: skip
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        # A template writes BOS itself, where there is one; a plain text gets it from the tokenizer.
+        return self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"] if texts else []
+
+    def _tokenised(
+        self, rendered: list[_Rendered], examples: Sequence[Example]
+    ) -> Iterator[tuple[list[int], list[bool]]]:
+        """(ids, which are learned) of each text."""
+        borders = [sorted({*sum(r.turns, ()), len(r.text)}) for r in rendered]
+        prefixes = [r.text[:b] for r, bs in zip(rendered, borders, strict=True) for b in bs]
+        encoded = iter(self._encoded(prefixes))
+        for r, bs, example in zip(rendered, borders, examples, strict=True):
+            ids: list[int] = []
+            at = {}  # a border in the text -> in the tokens
+            before = 0
+            for border in bs:
+                whole = next(encoded)
+                if whole[: len(ids)] == ids:
+                    ids = whole
+                else:  # a token reaches over the last border: what follows it stands by itself
+                    part = r.text[before:border]
+                    ids = ids + self.tokenizer(part, add_special_tokens=False)["input_ids"]
+                at[border] = len(ids)
+                before = border
+            spans = [(at[start], at[end]) for start, end in r.turns]
+            yield self._marked(ids, spans, example.ended)
+
+    def _marked(
+        self, ids: list[int], spans: list[tuple[int, int]], ended: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Mark each turn up to the token that ends it; the sequence ends with its last turn."""
+        mask = [False] * len(ids)
+        for start, end in spans[:-1]:
+            stop = self._stop(ids, start, end)
+            mask[start : stop or end] = [True] * ((stop or end) - start)
+        start, end = spans[-1]
+        stop = self._stop(ids, start, end)
+        ids = ids[: stop or end]
+        if not ended:
+            ids = ids[:-1] if stop else ids
+        elif not stop:
+            if self.tokenizer.eos_token_id is None:
+                raise InputError("model", "", got="a tokenizer without EOS", expected="one with it")
+            ids = [*ids, self.tokenizer.eos_token_id]
+        if ended:
+            self.ends.add(ids[-1])
+        return ids, mask[:start] + [True] * (len(ids) - start)
+
+    def _stop(self, ids: list[int], start: int, end: int) -> int | None:
+        """After the control token that ends the turn, if the template writes one.
+
+        Chat templates end a turn in <|im_end|> or the like, many with a newline behind it, which
+        no model ever generates: it has stopped by then.
+        """
+        for n in range(end, start, -1):
+            if ids[n - 1] in self._control:
+                return n
+            if self.tokenizer.decode(ids[n - 1 : n]).strip():
+                return None
+        return None
+
+
+def transcript(messages: list[Message], prompt: bool = False) -> str:
+    """A dialogue as plain text; with `prompt` it ends where the assistant's answer is due."""
+    turns = [f"{message['role'].title()}: {message['content'].strip()}" for message in messages]
+    return "\n\n".join([*turns, "Assistant:"] if prompt else turns)
+
+
+def _without_oldest(messages: list[Message]) -> list[Message] | None:
+    """Less the oldest turns, up to the next one of the user; None if none can go."""
+    head = int(messages[0]["role"] == "system")
+    for n in range(head + 1, len(messages) - 1):
+        if messages[n]["role"] == "user":
+            return messages[:head] + messages[n:]
+    return None
+
+
+def _clean(messages: list[Message]) -> list[Message]:
+    """Half characters, which no tokenizer takes, as U+FFFD."""
+    return [message | {"content": _whole(message["content"])} for message in messages]
+
+
+def _whole(text: str) -> str:
+    return LONE_SURROGATE.sub("\ufffd", text)
+
+
+def _hidden(what: str) -> InputError:
+    return InputError(
+        "chat template", "", got=f"one that writes {what}",
+        expected="one whose text before an answer is the start of the text with the answer",
+    )  # fmt: skip
+
+
+def blocks(
+    tokenizer: Any, examples: Sequence[Example], max_tokens: int, seed: int
+) -> Iterator[Tokens]:
+    """Plain texts, shuffled by `seed` within their source, as blocks of `max_tokens` tokens.
+
+    EOS stands between texts, and each source's last block may be shorter. Every token but a
+    block's first is learned.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError("model", "", got="a tokenizer without EOS", expected="one with it")
+    by_source: dict[str, list[str]] = {}
+    for example in examples:
+        by_source.setdefault(example.source, []).append(_whole(example.text))
+    for source, texts in by_source.items():
+        random.Random(f"blocks {seed} {source}").shuffle(texts)
+        stream: list[int] = []
+        for start in range(0, len(texts), CHUNK):
+            for ids in tokenizer(texts[start : start + CHUNK])["input_ids"]:
+                stream += ids
+                if not ids or ids[-1] != tokenizer.eos_token_id:
+                    stream.append(tokenizer.eos_token_id)
+        for start in range(0, len(stream), max_tokens):
+            ids_T = np.array(stream[start : start + max_tokens], np.int32)
+            if len(ids_T) > 1:
+                yield Tokens(ids_T, np.arange(len(ids_T)) > 0, source)
+
+
+def digest(rows: Iterable[Tokens]) -> str:
+    """A sha256 of every token, mark and source."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr((row.source, len(row))).encode())
+        found.update(row.ids_T.tobytes())
+        found.update(row.loss_mask_T.tobytes())
+    return found.hexdigest()

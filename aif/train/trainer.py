@@ -1,0 +1,343 @@
+"""`transformers.Trainer` made to train on prepared steps, to stop at once and to resume exactly.
+
+The Trainer's data set is the run's optimizer steps (`batch.Steps`), its model's forward is the
+summed loss of one micro-batch. What the Trainer does at each step is decided in `_Guide`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from aif.errors import AifError, Interrupted
+from aif.pretrained import torch_dtype, usable_device
+from aif.progress import Progress
+from aif.settings import TrainSettings
+from aif.train import checkpoint
+from aif.train.batch import Step, Steps
+from aif.train.metrics import Metrics
+from aif.train.model import learning_rate
+
+SAVE_EVERY_S = 600.0
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass
+class Training:
+    """Everything a training depends on, and where it tells of itself."""
+
+    stage: str
+    model: Any  # its forward gives the summed loss of a batch
+    steps: Steps
+    held_out: Step | None
+    settings: TrainSettings
+    checkpoints: Path
+    about: dict[str, Any]  # enters every checkpoint; only one with the same is resumed
+    metrics: Metrics
+    progress: Progress
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it."""
+
+    steps: int
+    resumed_from: int
+    best_step: int | None
+    train_loss: float  # mean over steps
+    eval_loss: float | None  # of the weights that the model ends with
+    eval_loss_before: float | None
+    tokens_per_s: float | None  # real tokens, without padding, in this process
+
+
+def train(training: Training) -> Trained:
+    """Train to the end, from the newest whole checkpoint if there is one.
+
+    Raises Interrupted when a signal stops it; a checkpoint of the step that was under way is then
+    kept, and the same call goes on from it, bit for bit on a CPU. Without one, an earlier
+    training's metrics and checkpoints are replaced.
+    """
+    resume = checkpoint.newest(training.checkpoints, training.about, training.progress)
+    if resume is None:
+        shutil.rmtree(training.checkpoints, ignore_errors=True)
+    trainer = StepTrainer(training)
+    try:
+        with stopping(training):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except torch.OutOfMemoryError as error:
+        raise AifError(
+            f"{training.stage}: out of memory; {training.stage}.micro_tokens = "
+            f"{training.steps.layout.micro_tokens // 2} takes about half, "
+            "gradient_checkpointing = true less; the same command resumes"
+        ) from error
+    finally:
+        training.progress.finish()
+    log, state = trainer.state.log_history, trainer.state
+    training.metrics.put(trainer.rows(), now=True)
+    if state.global_step < len(training.steps):
+        raise Interrupted(
+            f"interrupted at step {state.global_step:,} of {len(training.steps):,}; "
+            "the same command resumes"
+        )
+    trainer.end_with_best()
+    evals = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    return Trained(
+        steps=state.global_step,
+        resumed_from=trainer.guide.began_at,
+        best_step=state.best_global_step,
+        train_loss=sum(losses) / len(losses),
+        eval_loss=evals.get(state.best_global_step or state.global_step),
+        eval_loss_before=evals.get(0),
+        tokens_per_s=trainer.tokens / trainer.seconds if trainer.seconds else None,
+    )
+
+
+def arguments(training: Training) -> TrainingArguments:
+    """The settings under the Trainer's names; what it saves, evaluates and says is decided here."""
+    settings, steps = training.settings, len(training.steps)
+    place = usable_device(settings.device)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
+    made = TrainingArguments(
+        output_dir=str(training.checkpoints),
+        per_device_train_batch_size=1,
+        max_steps=steps,
+        learning_rate=learning_rate(settings),
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_epsilon,
+        bf16=torch_dtype(settings.dtype, place) == torch.bfloat16,
+        use_cpu=place.type == "cpu",
+        seed=settings.seed,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        log_level="error",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    if not made.distributed_state.use_distributed:
+        made._n_gpu = min(made.n_gpu, 1)  # else several GPUs mean nn.DataParallel, which cuts rows
+    return made
+
+
+class StepTrainer(Trainer):
+    """A Trainer whose item is a whole optimizer step, of as many micro-batches as it takes."""
+
+    def __init__(self, training: Training):
+        self.training = training
+        self.tokens = 0
+        self.seconds = 0.0
+        self.guide = _Guide(self)
+        super().__init__(
+            model=training.model,
+            args=arguments(training),
+            train_dataset=training.steps,
+            data_collator=_only,
+            callbacks=[self.guide],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One step after another: step k is item k, whatever has gone before."""
+        steps = self.training.steps
+        return DataLoader(steps, 1, sampler=SequentialSampler(steps), collate_fn=_only)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the estimate is of one padded batch."""
+        return 0
+
+    def _get_num_items_in_batch(self, batch_samples: list[Step], device: torch.device) -> None:
+        """Each step knows its own."""
+
+    def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> Any:
+        """Forward and backward over the step's micro-batches; returns the step's mean loss.
+
+        The loss is divided by the items of the whole step, so it depends neither on padding nor on
+        how the step is cut.
+        """
+        began = time.perf_counter()
+        model.train()
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = inputs.batches[rank::world]
+        loss = torch.zeros((), device=self.args.device)
+        # Each process has to take part in the backward pass: one without a batch adds nothing.
+        for n, batch in enumerate(share or inputs.batches[:1]):
+            last = n + 1 >= len(share)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                part = model(**batch.inputs(self.args.device)) / inputs.loss_items
+                part = part if share else part * 0
+                self.accelerator.backward(part * world)  # gradients are averaged over processes
+            loss += part.detach()
+        loss = self.accelerator.reduce(loss) if world > 1 else loss
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - began
+        self.tokens += inputs.tokens
+        return loss * world  # Trainer logs the mean over processes
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The mean loss over what is held out, and its perplexity. Draws no random number."""
+        held_out, model = self.training.held_out, self.model_wrapped
+        model.eval()
+        loss = sum(float(model(**batch.inputs(self.args.device))) for batch in held_out.batches)
+        loss /= held_out.loss_items
+        found = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def rows(self) -> list[dict[str, float]]:
+        """The log as metrics: of steps alone, and without the Trainer's own clock."""
+        names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity")
+        kept = [
+            {k: e[k] for k in names if k in e and math.isfinite(e[k])}
+            for e in self.state.log_history
+        ]
+        return [entry for entry in kept if len(entry) > 1]
+
+    def end_with_best(self) -> None:
+        """Take the weights of the lowest eval loss, unless they are the last ones anyway."""
+        best, state = self.state.best_global_step, self.state
+        if not self.training.settings.load_best or best in (None, state.global_step):
+            state.best_global_step = None if best == state.global_step else best
+            return
+        folder = self.training.checkpoints / f"checkpoint-{best}"
+        why = checkpoint.fault(folder)
+        if why:
+            self.training.progress.say(f"{folder}: {why}; ending with the last weights instead")
+            state.best_global_step = None
+            return
+        state.best_model_checkpoint = str(folder)
+        self._load_best_model()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Note the best step and keep its weights; those of the last step are kept anyway."""
+        better = self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric
+        if better and self.training.settings.load_best:
+            self.state.best_metric = metrics["eval_loss"]
+            self.state.best_global_step = self.state.global_step
+            if self.state.global_step < self.state.max_steps:
+                self.control.should_save = True
+        return better
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the Trainer does, then marked complete; only then may an older one go."""
+        training = self.training
+        folder = training.checkpoints / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # what a kill left of it
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise AifError(f"{folder}: could not be written: {error.strerror or error}") from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.seal(folder, training.about)
+            best = self.state.best_global_step
+            checkpoint.rotate(training.checkpoints, training.settings.keep_checkpoints, best)
+        self.guide.saved_at = time.monotonic()
+
+
+class _Guide(TrainerCallback):
+    """When to evaluate, save and stop; and what to show of it."""
+
+    def __init__(self, trainer: StepTrainer):
+        self._trainer = trainer
+        self._training = trainer.training
+        self.saved_at = time.monotonic()
+        self.began_at = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        training = self._training
+        self.began_at = state.global_step
+        training.progress.start(training.stage, len(training.steps), done=state.global_step)
+        if state.global_step == 0 and training.held_out:
+            self._trainer.evaluate()
+        self.saved_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        training, step = self._training, state.global_step
+        settings, last = training.settings, step >= len(training.steps)
+        every = settings.eval_every or training.steps.per_epoch
+        control.should_evaluate = bool(training.held_out) and (last or step % every == 0)
+        if settings.save_every:
+            due = step % settings.save_every == 0
+        else:
+            due = time.monotonic() - self.saved_at >= SAVE_EVERY_S
+        control.should_save = due and not last
+        control.should_training_stop = last
+        self._heed_stop(state, control)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise AifError(
+                f"{self._training.stage}: the loss is {loss} at step {state.global_step}; "
+                f"a lower {self._training.stage}.learning_rate may help"
+            )
+        trainer = self._trainer
+        rate = trainer.tokens / max(trainer.seconds, 1e-9)
+        note = f"loss {loss:.3f}, {rate:,.0f} tokens/s"
+        self._training.progress.update(state.global_step, note=note)
+        self._training.metrics.put(trainer.rows())
+        self._heed_stop(state, control)
+
+    def _heed_stop(self, state: Any, control: Any) -> None:
+        if self._training.stop.is_set() and state.global_step < len(self._training.steps):
+            control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def stopping(training: Training) -> Iterator[None]:
+    """Make SIGINT and SIGTERM end the training after the step under way, with a checkpoint.
+
+    A second one leaves at once: checkpoints are valid at every moment. Outside the main thread
+    signals are left alone.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        if training.stop.is_set():
+            os._exit(Interrupted.exit_code)
+        training.stop.set()
+        training.progress.say("stopping after this step; again to leave at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _only(items: Sequence[Any]) -> Any:
+    (item,) = items
+    return item
