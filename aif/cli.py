@@ -26,6 +26,7 @@ from aif.console import (
     Set,
     existing_run,
     open_run,
+    parse_source,
     run_stage,
     show_summary,
     verb,
@@ -295,6 +296,52 @@ def _vote_lines(summary: dict[str, Any]) -> list[str]:
             f"{summary['accuracy_single']:.1%} of single responses"
         )
     return [*lines, f"{summary['run']}/votes.jsonl"]
+
+
+@verb(app)
+def sft(
+    run: RunFolder,
+    model: Annotated[str | None, typer.Option(help="To start from; default: the policy.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE[=WEIGHT]",
+            help="revisions, votes, responses, a JSONL file or hf:NAME[:SPLIT]; repeatable. "
+            "WEIGHT: how often an epoch shows each row.",
+        ),
+    ] = None,
+    seed: Seed = None,
+    set_: Set = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune the policy on revisions and demonstrations: writes the model to RUN/sft.
+
+    Stopped and started again it ends with the same weights as if it had not been stopped.
+    """
+    given = {
+        "sft.model": model,
+        "sft.data": dict(map(parse_source, data)) if data else None,
+        "sft.seed": seed,
+    }
+    run_stage("sft", existing_run(run, set_, given), json_, quiet, _sft_lines)
+
+
+def _sft_lines(summary: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{summary['examples']:,} examples, {summary['steps']:,} steps, "
+        f"{summary['tokens_per_s']:,.0f} tokens/s"
+    ]
+    if summary["truncated"] or summary["dropped"]:
+        lines.append(
+            f"too long: {summary['truncated']:,} examples cut, {summary['dropped']:,} left out"
+        )
+    if summary["eval_loss"] is not None:
+        lines.append(
+            f"held out: loss {summary['eval_loss_before']:.3f} before, {summary['eval_loss']:.3f} "
+            f"after (perplexity {summary['perplexity']:.2f}), at step {summary['best_step']:,}"
+        )
+    return [*lines, summary["model"]]
 
 
 @verb(app)

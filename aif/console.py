@@ -127,6 +127,15 @@ def show_summary(
         print("\n".join(lines(summary)))
 
 
+def parse_source(argument: str) -> tuple[str, float]:
+    """`SOURCE=WEIGHT` as both; without a number behind the last `=` the weight is 1."""
+    source, equals, weight = argument.rpartition("=")
+    try:
+        return (source, float(weight)) if equals else (argument, 1.0)
+    except ValueError:
+        return argument, 1.0
+
+
 def run_stage(
     name: str,
     run: Run,

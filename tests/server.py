@@ -4,7 +4,8 @@
     python tests/server.py --faults '[{"kind": "429", "retry_after": "0.1", "p": 0.02}]'
 
 It prints one line, its port. A verdict, or free text, comes from the sha256 of the request's
-messages, so any two runs agree. `GET /stats` says what was asked; `POST /faults` replaces the faults, a list of
+messages, so any two runs agree. `GET /stats` says what was asked; `POST /faults` replaces the
+faults, a list of
 
     {"kind": NAME, "first": N}            the first N requests that match
     {"kind": NAME, "p": 0.02}             that share of requests, the same ones in every run

@@ -89,7 +89,7 @@ def test_responses_and_votes_are_sources_too(run):
 
 
 def test_a_stage_that_was_not_run_is_named(tmp_path):
-    with pytest.raises(AifError, match="`aif revise .*` first"):
+    with pytest.raises(AifError, match=r"`aif revise .*` first"):
         read_examples(run_with(tmp_path / "run"))
 
 

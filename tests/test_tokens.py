@@ -1,7 +1,5 @@
 """What SFT learns, token by token: a response and its end, and nothing else."""
 
-# ruff: noqa: E402  (what needs torch is imported once torch is known to be there)
-
 from __future__ import annotations
 
 import importlib.util
@@ -32,7 +30,8 @@ PLAIN = (
     "{% if add_generation_prompt %}assistant>{% endif %}"
 )
 TRIMMED = (  # Llama 3's shape: headers, a trimmed text, an end without a newline
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n\n"
+    "{{ m.content | trim }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
 FORGETFUL = (  # earlier answers lose their first word, as thinking is stripped from history
@@ -158,7 +157,7 @@ def test_a_template_that_hides_its_turns_is_one_clear_line(tokenizer):
         marked(tokenizer, example)
     assert "\n" not in str(error.value)
     tokenizer.chat_template = ONLY_USERS
-    with pytest.raises(InputError, match="system, user, assistant .*no system"):
+    with pytest.raises(InputError, match=r"system, user, assistant .*no system"):
         marked(tokenizer, dialogue("A?", "B", system="Be."))
 
 

@@ -161,7 +161,9 @@ def contenders(work: Work) -> dict[str, Callable[[str], tuple[float, float]]]:
         "trl default": lambda at: trl_run(work, at, work.steps),
         "trl tuned": lambda at: trl_run(work, at, work.steps, **GROUPED),
     }
-    return {name: run for name, run in found.items() if not work.args.only or name in work.args.only}
+    return {
+        name: run for name, run in found.items() if not work.args.only or name in work.args.only
+    }
 
 
 def main() -> None:
@@ -182,7 +184,8 @@ def main() -> None:
     place = usable_device(args.device)
     print(
         f"{args.model} on {place}, {torch.get_num_threads()} threads, "
-        f"{str(torch_dtype('auto', place)).removeprefix('torch.')} products: {len(work.rows)} rows, "
+        f"{str(torch_dtype('auto', place)).removeprefix('torch.')} products: "
+        f"{len(work.rows)} rows, "
         f"{work.n_tokens:,} tokens, {args.batch_size} sequences a step"
     )
     with tempfile.TemporaryDirectory() as scratch:
