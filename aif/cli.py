@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aif import told
 from aif.console import (
     EPILOG,
     BaseUrl,
@@ -98,26 +99,8 @@ def label(
         pairs, constitution, judge, base_url, protocol, concurrency, limit, seed, max_fault_rate
     )
     run = open_run(out, given, set_)
-    summary = run_stage("label", run, json_, quiet, _label_lines)
+    summary = run_stage("label", run, json_, quiet, told.label)
     check_faults(summary, run.settings.label.max_fault_rate)
-
-
-def _label_lines(summary: dict[str, Any]) -> list[str]:
-    null = sum(summary["labels_null"].values())
-    lines = [
-        f"{summary['labels']:,} labels ({null:,} null), {summary['calls_made']:,} calls made, "
-        f"{summary['calls_kept']:,} kept, {sum(summary['faults'].values()):,} faults"
-    ]
-    if summary["hard_verdicts"]:
-        lines.append(
-            f"{summary['hard_verdicts']:,} verdicts are parsed text, not log-probabilities: "
-            "their labels are coarse (judge.samples = n makes them finer)"
-        )
-    if summary["data"].get("repeated_rows"):
-        lines.append(
-            f"{summary['data']['repeated_rows']:,} rows repeat another and share its label"
-        )
-    return [*lines, f"{summary['run']}/labels.jsonl"]
 
 
 @verb(app)
@@ -144,19 +127,7 @@ def plan(
     given = label_settings(
         pairs, constitution, judge, base_url, protocol, concurrency, limit, seed, max_fault_rate
     )
-    show_summary(planned(open_run(out, given, set_)), json_, False, _plan_lines)
-
-
-def _plan_lines(plan: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{plan['comparisons']:,} comparisons, {plan['protocol']} by {plan['judge']}",
-        f"{plan['calls']:,} calls to make, {plan['calls_kept']:,} answers kept, "
-        f"{plan['answers_unused']:,} no longer used",
-        f"{plan['prompt_tokens']:,} prompt tokens ({plan['prompt_tokens_are']}), "
-        f"at most {plan['completion_tokens_at_most']:,} to generate",
-    ]
-    lines += [f"  {name}: {n:,} calls" for name, n in plan["calls_by_principle"].items()]
-    return [*plan["changes"], *lines]
+    show_summary(planned(open_run(out, given, set_)), json_, False, told.plan)
 
 
 @verb(app)
@@ -181,16 +152,7 @@ def respond(
         "respond.seed": seed,
         "respond.limit": limit,
     }
-    run_stage("respond", open_run(run, given, set_), json_, quiet, _respond_lines)
-
-
-def _respond_lines(summary: dict[str, Any]) -> list[str]:
-    faults = sum(summary["faults"].values())
-    return [
-        f"{summary['responses']:,} responses to {summary['prompts']:,} prompts "
-        f"({faults:,} faults), {summary['calls_made']:,} calls",
-        f"{summary['run']}/responses.jsonl",
-    ]
+    run_stage("respond", open_run(run, given, set_), json_, quiet, told.respond)
 
 
 @verb(app)
@@ -224,22 +186,8 @@ def revise(
         "revise.max_fault_rate": max_fault_rate,
     }
     opened = existing_run(run, set_, given)
-    summary = run_stage("revise", opened, json_, quiet, _revise_lines)
+    summary = run_stage("revise", opened, json_, quiet, told.revise)
     check_faults(summary, opened.settings.revise.max_fault_rate)
-
-
-def _revise_lines(summary: dict[str, Any]) -> list[str]:
-    by_round = ", ".join(f"{n:,}" for n in summary["revisions_by_round"])
-    faults = ", ".join(f"{n:,} {kind}" for kind, n in summary["revision_faults"].items())
-    lines = [
-        f"{summary['revisions']:,} revisions of {summary['responses']:,} responses "
-        f"(by round: {by_round}), {summary['calls_made']:,} calls made, "
-        f"{summary['calls_kept']:,} kept"
-    ]
-    lines += [f"rounds that left the text as it was: {faults}"] if faults else []
-    if summary["unfinished"]:
-        lines.append(f"{summary['unfinished']:,} responses wait for calls that failed")
-    return [*lines, f"{summary['run']}/revisions.jsonl"]
 
 
 @verb(app, "filter")
@@ -261,41 +209,14 @@ def filter_(
         "label.max_fault_rate": max_fault_rate,
     }
     opened = existing_run(run, set_, given)
-    summary = run_stage("filter", opened, json_, quiet, _filter_lines)
+    summary = run_stage("filter", opened, json_, quiet, told.filter)
     check_faults(summary, opened.settings.label.max_fault_rate)
-
-
-def _filter_lines(summary: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{summary['kept']:,} of {summary['revisions']:,} revisions kept "
-        f"({summary['kept_rate']:.0%}), {summary['calls_made']:,} calls made, "
-        f"{summary['calls_kept']:,} kept"
-    ]
-    for number, found in summary["by_round"].items():
-        mean = found["mean_p_revision"]
-        told = "" if mean is None else f", mean probability of being better {mean:.2f}"
-        lines.append(f"  round {number}: {found['kept_rate']:.0%} kept{told}")
-    return [*lines, f"{summary['run']}/kept.jsonl"]
 
 
 @verb(app)
 def vote(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
     """Vote on the answers that responses end in: writes votes.jsonl. Asks nothing."""
-    run_stage("vote", existing_run(run, set_), json_, quiet, _vote_lines)
-
-
-def _vote_lines(summary: dict[str, Any]) -> list[str]:
-    faults = ", ".join(f"{n:,} {kind}" for kind, n in summary["faults"].items())
-    lines = [
-        f"{summary['votes']:,} votes on {summary['prompts']:,} prompts"
-        f"{f' (none: {faults})' if faults else ''}, {summary['responses_kept']:,} responses kept"
-    ]
-    if summary.get("prompts_with_gold"):
-        lines.append(
-            f"right, where the answer is known: {summary['accuracy_vote']:.1%} of votes, "
-            f"{summary['accuracy_single']:.1%} of single responses"
-        )
-    return [*lines, f"{summary['run']}/votes.jsonl"]
+    run_stage("vote", existing_run(run, set_), json_, quiet, told.vote)
 
 
 @verb(app)
@@ -324,24 +245,7 @@ def sft(
         "sft.data": dict(map(parse_source, data)) if data else None,
         "sft.seed": seed,
     }
-    run_stage("sft", existing_run(run, set_, given), json_, quiet, _sft_lines)
-
-
-def _sft_lines(summary: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{summary['examples']:,} examples, {summary['steps']:,} steps, "
-        f"{summary['tokens_per_s']:,.0f} tokens/s"
-    ]
-    if summary["truncated"] or summary["dropped"]:
-        lines.append(
-            f"too long: {summary['truncated']:,} examples cut, {summary['dropped']:,} left out"
-        )
-    if summary["eval_loss"] is not None:
-        lines.append(
-            f"held out: loss {summary['eval_loss_before']:.3f} before, {summary['eval_loss']:.3f} "
-            f"after (perplexity {summary['perplexity']:.2f}), at step {summary['best_step']:,}"
-        )
-    return [*lines, summary["model"]]
+    run_stage("sft", existing_run(run, set_, given), json_, quiet, told.sft)
 
 
 @verb(app)
@@ -361,7 +265,7 @@ def run_(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = F
     opened = existing_run(run, set_)
     with Progress(quiet) as progress:
         summary = run_all(opened, progress)
-    show_summary(summary, json_, quiet, lambda s: _label_lines(s["label"]))
+    show_summary(summary, json_, quiet, lambda s: told.label(s["label"]))
     check_faults(summary["label"], opened.settings.label.max_fault_rate)
 
 

@@ -29,7 +29,7 @@ FLOORS = [
     "judging",
     "respond vote revise filter compare label export",
     "pipeline",
-    "status console",
+    "status console told",
     "cli",
 ]
 FLOOR_OF = {name: number for number, line in enumerate(FLOORS) for name in line.split()}

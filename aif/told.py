@@ -1,0 +1,110 @@
+"""What a verb tells a person of its summary: a list of lines each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def label(summary: dict[str, Any]) -> list[str]:
+    """Labels, calls and faults."""
+    null = sum(summary["labels_null"].values())
+    lines = [
+        f"{summary['labels']:,} labels ({null:,} null), {summary['calls_made']:,} calls made, "
+        f"{summary['calls_kept']:,} kept, {sum(summary['faults'].values()):,} faults"
+    ]
+    if summary["hard_verdicts"]:
+        lines.append(
+            f"{summary['hard_verdicts']:,} verdicts are parsed text, not log-probabilities: "
+            "their labels are coarse (judge.samples = n makes them finer)"
+        )
+    if summary["data"].get("repeated_rows"):
+        lines.append(
+            f"{summary['data']['repeated_rows']:,} rows repeat another and share its label"
+        )
+    return [*lines, f"{summary['run']}/labels.jsonl"]
+
+
+def plan(plan: dict[str, Any]) -> list[str]:
+    """What a labelling would cost."""
+    lines = [
+        f"{plan['comparisons']:,} comparisons, {plan['protocol']} by {plan['judge']}",
+        f"{plan['calls']:,} calls to make, {plan['calls_kept']:,} answers kept, "
+        f"{plan['answers_unused']:,} no longer used",
+        f"{plan['prompt_tokens']:,} prompt tokens ({plan['prompt_tokens_are']}), "
+        f"at most {plan['completion_tokens_at_most']:,} to generate",
+    ]
+    lines += [f"  {name}: {n:,} calls" for name, n in plan["calls_by_principle"].items()]
+    return [*plan["changes"], *lines]
+
+
+def respond(summary: dict[str, Any]) -> list[str]:
+    """Responses and calls."""
+    faults = sum(summary["faults"].values())
+    return [
+        f"{summary['responses']:,} responses to {summary['prompts']:,} prompts "
+        f"({faults:,} faults), {summary['calls_made']:,} calls",
+        f"{summary['run']}/responses.jsonl",
+    ]
+
+
+def revise(summary: dict[str, Any]) -> list[str]:
+    """Good revisions by round, and what became of the others."""
+    by_round = ", ".join(f"{n:,}" for n in summary["revisions_by_round"])
+    faults = ", ".join(f"{n:,} {kind}" for kind, n in summary["revision_faults"].items())
+    lines = [
+        f"{summary['revisions']:,} revisions of {summary['responses']:,} responses "
+        f"(by round: {by_round}), {summary['calls_made']:,} calls made, "
+        f"{summary['calls_kept']:,} kept"
+    ]
+    lines += [f"rounds that left the text as it was: {faults}"] if faults else []
+    if summary["unfinished"]:
+        lines.append(f"{summary['unfinished']:,} responses wait for calls that failed")
+    return [*lines, f"{summary['run']}/revisions.jsonl"]
+
+
+def filter(summary: dict[str, Any]) -> list[str]:
+    """What was kept, by round."""
+    lines = [
+        f"{summary['kept']:,} of {summary['revisions']:,} revisions kept "
+        f"({summary['kept_rate']:.0%}), {summary['calls_made']:,} calls made, "
+        f"{summary['calls_kept']:,} kept"
+    ]
+    for number, found in summary["by_round"].items():
+        mean = found["mean_p_revision"]
+        told = "" if mean is None else f", mean probability of being better {mean:.2f}"
+        lines.append(f"  round {number}: {found['kept_rate']:.0%} kept{told}")
+    return [*lines, f"{summary['run']}/kept.jsonl"]
+
+
+def vote(summary: dict[str, Any]) -> list[str]:
+    """Votes, and how often they are right where that is known."""
+    faults = ", ".join(f"{n:,} {kind}" for kind, n in summary["faults"].items())
+    lines = [
+        f"{summary['votes']:,} votes on {summary['prompts']:,} prompts"
+        f"{f' (none: {faults})' if faults else ''}, {summary['responses_kept']:,} responses kept"
+    ]
+    if summary.get("prompts_with_gold"):
+        lines.append(
+            f"right, where the answer is known: {summary['accuracy_vote']:.1%} of votes, "
+            f"{summary['accuracy_single']:.1%} of single responses"
+        )
+    return [*lines, f"{summary['run']}/votes.jsonl"]
+
+
+def sft(summary: dict[str, Any]) -> list[str]:
+    """What was learned from, and the loss on what was not."""
+    lines = [
+        f"{summary['examples']:,} examples, {summary['steps']:,} steps, "
+        f"{summary['tokens_per_s']:,.0f} tokens/s"
+    ]
+    if summary["truncated"] or summary["dropped"]:
+        lines.append(
+            f"too long: {summary['truncated']:,} examples cut, {summary['dropped']:,} left out"
+        )
+    if summary["eval_loss"] is not None:
+        lines.append(
+            f"held out: loss {summary['eval_loss']:.3f}, perplexity {summary['perplexity']:.2f}"
+        )
+    if summary["eval_loss_before"] is not None:
+        lines.append(f"held out before training: loss {summary['eval_loss_before']:.3f}")
+    return [*lines, summary["model"]]
