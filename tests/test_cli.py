@@ -24,19 +24,6 @@ from aif.llm.scripted import ScriptedLLM
 LOGPROBS = {"A": -0.1, "B": -2.5}
 BUILTIN_VERBS = "label plan respond revise filter vote sft compare run status export".split()
 BUILTIN_VERBS += ["constitution"]
-    "label",
-    "plan",
-    "respond",
-    "revise",
-    "filter",
-    "vote",
-    "sft",
-    "compare",
-    "run",
-    "status",
-    "export",
-    "constitution",
-)
 
 
 def cli(*arguments: object):
