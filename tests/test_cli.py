@@ -22,7 +22,7 @@ from aif.llm import Answer
 from aif.llm.scripted import ScriptedLLM
 
 LOGPROBS = {"A": -0.1, "B": -2.5}
-BUILTIN_VERBS = "label plan respond revise filter vote sft compare run status export".split()
+BUILTIN_VERBS = ["label", "plan", "respond", "revise", "filter", "vote", "sft", "compare", "run", "status", "export"]
 BUILTIN_VERBS += ["constitution"]
 
 
