@@ -22,8 +22,8 @@ from aif.llm import Answer
 from aif.llm.scripted import ScriptedLLM
 
 LOGPROBS = {"A": -0.1, "B": -2.5}
-BUILTIN_VERBS = ["label", "plan", "respond", "revise", "filter", "vote", "sft", "compare", "run", "status", "export"]
-BUILTIN_VERBS += ["constitution"]
+BUILTIN_VERBS = ("label", "plan", "respond", "revise", "filter", "vote", "sft", "compare")
+BUILTIN_VERBS += ("run", "status", "export", "constitution")
 
 
 def cli(*arguments: object):
