@@ -167,6 +167,25 @@ def test_labelling_without_a_local_model_never_loads_torch(tmp_path, judge):
     assert ("openai" in loaded) == (judge == "openai")
 
 
+def test_revising_by_an_api_never_loads_torch(tmp_path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
+    rules = write_jsonl(tmp_path / "rules.jsonl", [{"text": "An answer."}])
+    done = aif("respond", tmp_path / "run", "--prompts", prompts, "--policy", f"scripted:{rules}")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "c.toml").write_text(
+        'name = "c"\n[[principle]]\nid = "kind"\ncritique = "C."\nrevision = "R."\n'
+    )
+    arguments = ["revise", tmp_path / "run", "--constitution", tmp_path / "c.toml"]
+    arguments += ["--reviser", "openai:x", "--base-url", "http://127.0.0.1:9/v1"]
+    arguments += ["--max-fault-rate", "1", "--set", "reviser.attempts=1"]
+    command = [sys.executable, "-c", LABEL, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.partition("LOADED")[2].split())
+    assert "openai" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "pandas", "numpy", "trl"}
+
+
 @MODULES
 def test_files_and_functions_are_short(module):
     tree = SOURCES[module]
