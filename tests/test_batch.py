@@ -135,6 +135,29 @@ def test_a_layout_holds_every_row_once_within_its_budget(packing, micro_tokens):
     assert made.loss_items == sum(int(batch.loss_mask.sum()) for batch in made.batches)
 
 
+def test_micro_batches_are_cut_where_it_costs_least():
+    lengths = [713, 544, 369, 234, 129, 86, 76, 63]
+    found = [Tokens(np.zeros(n, np.int32), np.ones(n, bool), "s") for n in lengths]
+
+    def cost(groups: list[list[int]]) -> int:
+        return sum(64 + len(group) * group[0] for group in groups)
+
+    def cuts(of: list[int]):  # the oracle: every way there is
+        for mask in range(2 ** (len(of) - 1)):
+            groups = [[of[0]]]
+            for n, length in enumerate(of[1:]):
+                if mask >> n & 1:
+                    groups.append([])
+                groups[-1].append(length)
+            if all(len(group) * group[0] <= 1024 for group in groups):
+                yield groups
+
+    layout = Layout(1024, packing=False, pad_id=PAD, call_tokens=64)
+    got = [[len(row) for row in group] for group in layout.groups(found[::-1])]
+    assert cost(got) == min(map(cost, cuts(lengths)))
+    assert len(got) < len(lengths)
+
+
 def steps(found, weights=None, **options) -> Steps:
     layout = Layout(10_000, packing=False, pad_id=PAD)
     options = {"batch_size": 4, "epochs": 1.0, "max_steps": None, "seed": 0} | options

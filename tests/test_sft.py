@@ -143,6 +143,17 @@ def test_a_finished_run_does_nothing_more(straight, model, data):
     assert (straight / "sft" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_model_that_was_damaged_is_made_again(tmp_path, straight, model, data):
+    path = shutil.copytree(straight, tmp_path / "run")
+    flip(path / "sft" / "model.safetensors")
+    said = Said()
+    sft(tiny_run(path, model, data, **STRAIGHT), said)
+    assert said.lines[0] == (
+        f"{path}/sft: model.safetensors is not what was written; it is made again"
+    )
+    same_end(path, straight)
+
+
 @pytest.mark.parametrize(
     ("stop_at", "number"), [(1, signal.SIGINT), (7, signal.SIGTERM), (19, signal.SIGINT)]
 )

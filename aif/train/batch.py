@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class Layout:
     micro_tokens: int
     packing: bool
     pad_id: int
+    call_tokens: int = 64  # a micro-batch takes as long as so many tokens more
 
     def step(self, rows: Sequence[Tokens]) -> Step:
         """All of `rows`, the longest first."""
@@ -67,18 +69,30 @@ class Layout:
             [self._batch(group) for group in self.groups(rows)], sum(map(len, rows)), learned
         )
 
-    def groups(self, rows: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-        """Rows that lie in one micro-batch each."""
-        group: list[Tokens] = []
-        size = 0
-        for row in sorted(rows, key=len, reverse=True):
-            size = size + len(row) if self.packing else (len(group) + 1) * len((group or [row])[0])
-            if group and size > self.micro_tokens:
-                yield group
-                group, size = [], len(row)
-            group.append(row)
-        if group:
-            yield group
+    def groups(self, rows: Sequence[Tokens]) -> list[list[Tokens]]:
+        """Rows that lie in one micro-batch each: sorted by length, cut where it costs least.
+
+        A micro-batch costs its positions, padding included, and `call_tokens` for being one.
+        """
+        rows = sorted(rows, key=len, reverse=True)
+        total = [0, *accumulate(map(len, rows))]
+        cost, cut = [0], [0]  # of the first n rows; where their last micro-batch begins
+        for end in range(1, len(rows) + 1):
+            choices = []
+            for start in range(end - 1, -1, -1):
+                padded = (end - start) * len(rows[start])
+                size = total[end] - total[start] if self.packing else padded
+                if size > self.micro_tokens and choices:
+                    break
+                choices.append((cost[start] + size + self.call_tokens, start))
+            best = min(choices)
+            cost.append(best[0])
+            cut.append(best[1])
+        found, end = [], len(rows)
+        while end:
+            found.append(rows[cut[end] : end])
+            end = cut[end]
+        return found[::-1]
 
     def _batch(self, rows: list[Tokens]) -> Batch:
         if self.packing:

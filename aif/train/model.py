@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,7 @@ def _with_adapters(model: Any, lora: LoraSettings) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft's ways
-            return get_peft_model(model, config)
+        return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(
             "lora", "targets", got=shown(lora.targets),
@@ -92,9 +89,14 @@ def packs(model: Any, settings: TrainSettings) -> bool:
     return isolated and (config._attn_implementation or "").startswith("flash")
 
 
-def micro_tokens(model: Any, settings: TrainSettings) -> int:
-    """Positions that are run at once."""
-    return settings.micro_tokens or (2048 if inner(model).device.type == "cpu" else 16_384)
+def micro_batch(model: Any, settings: TrainSettings) -> tuple[int, int]:
+    """(positions that are run at once, what a micro-batch costs by itself in positions).
+
+    On a CPU a micro-batch costs the weights' way to bfloat16 and the gradients' way back, about 64
+    positions; on a GPU the launch of its kernels, which is worth thousands.
+    """
+    most, call = (2048, 64) if inner(model).device.type == "cpu" else (16_384, 2048)
+    return settings.micro_tokens or most, call
 
 
 def identity(name: str) -> Any:

@@ -12,6 +12,7 @@ data, settings or model have changed.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from aif.train.model import (
     inner,
     learning_rate,
     load_for_training,
-    micro_tokens,
+    micro_batch,
     packs,
     save,
 )
@@ -43,8 +44,8 @@ from aif.train.trainer import Trained, Training, train
 STAGE = "sft"
 
 # What may be changed in the middle of a run: where and how it is computed, not what.
-FREE = {"model", "device", "dtype", "micro_tokens", "packing", "gradient_checkpointing"}
-FREE |= {"save_every", "keep_checkpoints", "learning_rate", "data"}
+FREE = {"device", "micro_tokens", "packing", "gradient_checkpointing"}
+FREE |= {"save_every", "keep_checkpoints"}
 
 
 class Prepared:
@@ -88,18 +89,20 @@ def sft(run: Run, progress: Progress) -> dict[str, Any]:
         raise InputError(
             "sft", "model", got=f"{shown(name)}, what it makes", expected="the model to start from"
         )
-    with run.writing():
+    with run.writing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         prepared = Prepared(run, name)
         run.keep_settings()
         about = {"digest": _digest(settings, prepared, name)}
-        if checkpoint.sealed(folder) == about and run.state(STAGE).get("digest") == about["digest"]:
-            why = checkpoint.fault(folder)
-            if why is None:
-                progress.say(f"{folder}: done already, of the same data, settings and model")
-                return run.state(STAGE)
-            progress.say(f"{folder}: {why}; it is made again")
-        elif run.state(STAGE).get("digest", about["digest"]) != about["digest"]:
+        last = run.state(STAGE)
+        if last.get("digest", about["digest"]) != about["digest"]:
             progress.say("sft: data, settings or model have changed since the last time: anew")
+        elif "steps" in last:
+            why = checkpoint.fault(folder)
+            if why is None and checkpoint.sealed(folder) == about:
+                progress.say(f"{folder}: done already, of the same data, settings and model")
+                return last
+            progress.say(f"{folder}: {why or 'it is of another run'}; it is made again")
         run.write_state(STAGE, {**about, "in_progress": True})
         model = load_for_training(name, settings)
         training = _training(run, model, prepared, about, progress)
@@ -114,14 +117,14 @@ def sft(run: Run, progress: Progress) -> dict[str, Any]:
 
 def _digest(settings: SFTSettings, prepared: Prepared, name: str) -> str:
     """Of everything that the weights at the end depend on."""
-    dtype = torch_dtype(settings.dtype, usable_device(settings.device))
+    resolved = {
+        "model": identity(name),
+        "dtype": str(torch_dtype(settings.dtype, usable_device(settings.device))),
+        "learning_rate": learning_rate(settings),
+    }
     return content_id(
         STAGE,
-        settings.model_dump(exclude=FREE),
-        learning_rate(settings),
-        sorted(settings.data.items()),
-        str(dtype),
-        identity(name),
+        settings.model_dump(exclude=FREE) | resolved,
         digest(prepared.train),
         digest(prepared.held_out),
     )
@@ -131,9 +134,8 @@ def _training(
     run: Run, model: Any, prepared: Prepared, about: dict[str, Any], progress: Progress
 ) -> Training:
     settings = run.settings.sft
-    layout = Layout(
-        micro_tokens(model, settings), packs(model, settings), prepared.tokenizer.pad_token_id
-    )
+    most, call = micro_batch(model, settings)
+    layout = Layout(most, packs(model, settings), prepared.tokenizer.pad_token_id, call)
     steps = Steps(
         prepared.train,
         settings.data,

@@ -9,7 +9,8 @@ max_length 1024 and the same number of sequences an optimizer step.
 
     default    trl as it comes: gradient checkpointing, batches in random order
     tuned      no gradient checkpointing, batches grouped by length
-    packed     no gradient checkpointing, packing (trl's best-fit), as many tokens a step
+
+"aif packed" is sft.packing = true: one row a micro-batch, no padding.
 
 Rounds are interleaved in one process; each counts real tokens (no padding) from the start of the
 first optimizer step to the end of the last. The ratios are medians of ratios within a round.
@@ -42,7 +43,7 @@ from aif.train.batch import Layout, Steps
 from aif.train.dialogues import Example
 from aif.train.losses import forward_is_nll
 from aif.train.metrics import Metrics
-from aif.train.model import load_for_training, micro_tokens, packs
+from aif.train.model import load_for_training, micro_batch, packs
 from aif.train.tokens import Tokeniser
 from aif.train.trainer import StepTrainer, Training
 
@@ -66,10 +67,10 @@ class Clock(TrainerCallback):
 class Work:
     """The rows, as text for trl and as tokens for aif: the same tokens, which is checked."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, rows: int):
         self.args = args
         self.tokenizer, _ = load_tokenizer(args.model)
-        dialogues = [messages for _, messages in read_dialogues(str(args.data / HH))][: args.rows]
+        dialogues = [messages for _, messages in read_dialogues(str(args.data / HH))][:rows]
         self.tokens = list(
             Tokeniser(self.tokenizer, MAX_TOKENS).dialogues(
                 [Example(str(n), "", "hh", messages) for n, messages in enumerate(dialogues)]
@@ -127,12 +128,10 @@ def aif_run(work: Work, scratch: str, steps: int, **options) -> tuple[float, flo
     args = work.args
     settings = SFTSettings(schedule="linear", warmup_ratio=0.0, device=args.device, **options)
     model = load_for_training(args.model, settings)
-    layout = Layout(
-        micro_tokens(model, settings), packs(model, settings), work.tokenizer.pad_token_id
-    )
-    batch_size = args.batch_size if steps > 1 else len(work.rows)
+    most, call = micro_batch(model, settings)
+    layout = Layout(most, packs(model, settings), work.tokenizer.pad_token_id, call)
     made = Steps(
-        work.tokens, {}, layout, batch_size=batch_size, epochs=1.0, max_steps=steps, seed=0
+        work.tokens, {}, layout, batch_size=args.batch_size, epochs=1.0, max_steps=steps, seed=0
     )
     forward_is_nll(model)
     run = Run(Path(scratch), Settings())
@@ -154,7 +153,6 @@ GROUPED |= {"remove_unused_columns": False}
 
 def contenders(work: Work) -> dict[str, Callable[[str], tuple[float, float]]]:
     """What is compared, by name; each runs once over all rows."""
-    # Packed rows are of up to MAX_TOKENS: so many of them hold what a step elsewhere holds.
     found = {
         "aif": lambda at: aif_run(work, at, work.steps),
         "aif packed": lambda at: aif_run(work, at, work.steps, packing=True),
@@ -180,7 +178,7 @@ def main() -> None:
         sys.exit(f"{args.data / HH} is not there; --data names the folder")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    work = Work(args)
+    work = Work(args, args.rows)
     place = usable_device(args.device)
     print(
         f"{args.model} on {place}, {torch.get_num_threads()} threads, "
@@ -194,7 +192,10 @@ def main() -> None:
         for number in range(args.rounds):
             for name, run in runs.items():
                 seconds[name].append(run(f"{scratch}/run{number}")[0])
-    report(work, seconds)
+        report(work, seconds)
+        first = Work(args, args.batch_size)  # one step over all of them
+        ours, theirs = (one(first, f"{scratch}/first", 1)[1] for one in (aif_run, trl_run))
+    print(f"first loss: aif {ours:.6f}, trl {theirs:.6f}, apart by {abs(ours / theirs - 1):.1e}")
 
 
 def report(work: Work, seconds: dict[str, list[float]]) -> None:
