@@ -193,6 +193,7 @@ def revise(
 @verb(app, "filter")
 def filter_(
     run: RunFolder,
+    constitution: ConstitutionFile = None,
     judge: Judge = None,
     base_url: BaseUrl = None,
     max_fault_rate: FaultRate = None,
@@ -204,6 +205,7 @@ def filter_(
     from aif.asking import check_faults
 
     given = {
+        "label.constitution": constitution,
         "judge.model": judge,
         "judge.base_url": base_url,
         "label.max_fault_rate": max_fault_rate,

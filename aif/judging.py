@@ -22,8 +22,9 @@ from aif.run import Run
 
 
 def constitution_path(run: Run) -> Path:
-    """The file that `label.constitution` names. Raises InputError if it names none."""
-    path = run.settings.label.constitution
+    """The file that `label.constitution` names, or else `revise.constitution`; InputError if
+    neither does."""
+    path = run.settings.label.constitution or run.settings.revise.constitution
     if not path:
         raise InputError("label", "constitution", got="nothing", expected="--constitution FILE")
     return Path(path)

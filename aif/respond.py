@@ -102,6 +102,7 @@ def asks_for(run: Run, prompt: Prompt, shots: list[Message]) -> Iterator[Ask]:
             max_tokens=policy.response_tokens,
             temperature=policy.temperature,
             seed=int(key[:8], 16),
+            stop=(NEXT_TURN,) if policy.form == "text" else (),
         )
 
 

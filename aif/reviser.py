@@ -123,6 +123,7 @@ class Reviser:
             max_tokens=self.model.response_tokens,
             temperature=self.model.temperature,
             seed=int(key[:8], 16),
+            stop=() if self.is_chat else (END,),
         )
 
     def journal_row(self, answer: Answer) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class LabelSettings(Strict):
     """Judging comparisons under a constitution."""
 
     pairs: str | None = None
-    constitution: str | None = None
+    constitution: str | None = None  # None: revise.constitution
     protocol: Literal["auto", "pairwise", "pointwise"] = "auto"
     template: str | None = None
     seed: int = 0

@@ -93,9 +93,10 @@ def vote(summary: dict[str, Any]) -> list[str]:
 
 def sft(summary: dict[str, Any]) -> list[str]:
     """What was learned from, and the loss on what was not."""
+    rate = summary["tokens_per_s"]
     lines = [
-        f"{summary['examples']:,} examples, {summary['steps']:,} steps, "
-        f"{summary['tokens_per_s']:,.0f} tokens/s"
+        f"{summary['examples']:,} examples, {summary['steps']:,} steps"
+        f"{f', {rate:,.0f} tokens/s' if rate else ''}"
     ]
     if summary["truncated"] or summary["dropped"]:
         lines.append(

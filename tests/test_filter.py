@@ -55,7 +55,8 @@ class Place:
 
     def filter(self, *more: str):
         told = ["filter", str(self.path), "--judge", f"scripted:{self.rules}", "--json", *more]
-        told += ["--set", f"label.constitution={self.constitution}"]
+        if "revise.constitution" not in " ".join(more):
+            told += ["--constitution", str(self.constitution)]
         return CliRunner().invoke(app, [*told, "--set", "label.protocol=pointwise"])
 
     def kept(self) -> dict[str, dict]:
@@ -122,6 +123,13 @@ def test_a_revision_without_a_label_is_not_kept(place):
         row = place.kept()[name]
         assert (row["kept"], row["p_revision"], row["fault"]) == (False, None, "unparsed")
     assert json.loads(result.stdout)["labels_null"] == {"unparsed": 2}
+
+
+def test_without_a_constitution_of_its_own_it_takes_the_one_of_revise(place):
+    named = place.filter()
+    found = place.filter("--set", f"revise.constitution={place.constitution}")
+    assert json.loads(found.stdout)["calls_made"] == 0
+    assert json.loads(found.stdout)["by_round"] == json.loads(named.stdout)["by_round"]
 
 
 def test_bad_input_is_one_line(place):

@@ -9,6 +9,7 @@ import math
 import random
 import re
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -228,6 +229,20 @@ def test_generation_stops_at_any_eos_and_counts_it(llm, monkeypatch):
     stopped = by_key(llm.answer(asks))
     assert stopped["1"] == free["1"]  # ran out before the EOS
     assert (stopped["3"].finish, stopped["3"].usage["completion_tokens"]) == ("stop", 2)
+
+
+def test_a_stop_string_ends_a_text_before_itself_and_no_other_text(llm):
+    asks = chats(4, max_tokens=12, temperature=1.0, samples=2)
+    free = by_key(llm.answer(asks))
+    whole = free["2"].texts[0]
+    stop = whole[len(whole) // 2 :][:3]  # it need not begin where a token does
+    first = replace(asks[2], stop=("never said at all", stop))
+    stopped = by_key(llm.answer([*asks[:2], first, asks[3]]))
+    assert [stopped[key] for key in "013"] == [free[key] for key in "013"]
+    assert stopped["2"].texts == tuple(text.partition(stop)[0] for text in free["2"].texts)
+    assert stopped["2"].usage["completion_tokens"] < free["2"].usage["completion_tokens"]
+    (greedy,) = llm.answer([replace(first, temperature=0.0, samples=1, stop=("",))])
+    assert (greedy.texts, greedy.finish) == (("",), "stop")
 
 
 def test_gumbel_noise_samples_the_softmax():

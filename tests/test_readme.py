@@ -65,6 +65,21 @@ def test_the_three_daily_jobs(folder):
     assert "0 calls made, 96 kept" in back
 
 
+def test_critique_revise_fine_tune(folder):
+    """As it stands but for its size: fewer prompts, shorter texts, one step."""
+    lines = commands("Critique, revise, fine-tune")
+    small = ("--limit 30", "--limit 8"), ("policy.max_tokens=64", "policy.max_tokens=24")
+    for line, (old, new) in zip([lines[0]] * 2, small, strict=True):
+        assert old in line
+        lines[0] = lines[0].replace(old, new)
+    respond, revise, keep, sft, after = (run(line, folder) for line in lines)
+    assert "8 responses to 8 prompts" in respond
+    assert "of 8 responses (by round: " in revise
+    assert "revisions kept" in keep
+    assert "runs/sl/sft" in sft
+    assert "10 responses to 5 prompts (0 faults)" in after
+
+
 def test_the_two_commands_are_in_the_makefile():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in commands("aif"):

@@ -50,6 +50,11 @@ def test_logprobs_are_not_asked_for_without_options_or_when_switched_off():
     assert "logprobs" not in wire.body(Ask("k", text="hi"), "m", logprobs=True)
 
 
+def test_stop_strings_are_sent():
+    assert wire.body(Ask("k", text="hi", stop=("\n###",)), "m", logprobs=True)["stop"] == ["\n###"]
+    assert "stop" not in wire.body(Ask("k", text="hi"), "m", logprobs=True)
+
+
 @pytest.mark.parametrize(
     ("temperature", "seed", "sent"), [(0.0, 7, None), (1.0, None, None), (1.0, 0, 0), (0.5, 7, 7)]
 )

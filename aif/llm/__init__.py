@@ -27,6 +27,7 @@ class Ask:
 
     With `options`, the log-probability of each option as the very next token is wanted (a
     token counts for an option when the two are equal but for case and surrounding spaces).
+    A text ends before the first of `stop` that comes up in it; a server may not heed it.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Ask:
     temperature: float = 0.0
     samples: int = 1
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,18 @@ padded to the same length, so the kernels sum in the same order in every batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 BUCKET = 16  # tokens
 ROWS_CPU, ROWS_CUDA = 16, 64
@@ -21,6 +27,7 @@ ROWS_CPU, ROWS_CUDA = 16, 64
 # the rows are a multiple of 4 (measured: MKL, AVX-512, one and two threads; bfloat16 never does).
 ROW_STEP = 4
 
+TextOf = Callable[[Sequence[int]], str]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -33,6 +40,7 @@ class Draw:
     max_tokens: int
     temperature: float
     seed: int
+    stop: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -43,24 +51,27 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The new tokens of one draw, EOS included when it `stopped`."""
+    """The new tokens of one draw, with the EOS or stop string at which it `stopped`."""
 
     ids: tuple[int, ...]
     stopped: bool
 
 
 def generate(
-    model: Any, draws: list[Draw], eos: set[int], pad: int
+    model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf
 ) -> Iterator[tuple[int, Drawn | RuntimeError]]:
     """(index into `draws`, what came of it) for every draw, in batches of like lengths."""
+
+    def run(some: list[int]) -> list[Drawn | RuntimeError]:
+        return _batch(model, [draws[i] for i in some], eos, pad, text_of)
+
     rows = ROWS_CUDA if model.device.type == "cuda" else ROWS_CPU
     like: dict[tuple[int, int], list[int]] = {}
     for i, draw in enumerate(draws):
         like.setdefault((draw.width, draw.max_tokens), []).append(i)
     for _, members in sorted(like.items()):
         for start in range(0, len(members), rows):
-            part = members[start : start + rows]
-            yield from halving(lambda some: _batch(model, [draws[i] for i in some], eos, pad), part)
+            yield from halving(run, members[start : start + rows])
 
 
 def halving(
@@ -83,7 +94,9 @@ def halving(
 
 
 @torch.inference_mode()
-def _batch(model: Any, draws: list[Draw], eos: set[int], pad: int) -> list[Drawn | RuntimeError]:
+def _batch(
+    model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf
+) -> list[Drawn | RuntimeError]:
     """Draws of one width and one max_tokens, together."""
     step = ROWS_CUDA if model.device.type == "cuda" else ROW_STEP
     rows = draws + [draws[-1]] * (-len(draws) % step)
@@ -93,7 +106,7 @@ def _batch(model: Any, draws: list[Draw], eos: set[int], pad: int) -> list[Drawn
     for row, draw in enumerate(rows):
         ids_BT[row, width - len(draw.ids) :] = torch.tensor(draw.ids)
         mask_BT[row, width - len(draw.ids) :] = 1
-    noise = GumbelNoise(rows, model.device)
+    noise, stops = GumbelNoise(rows, model.device), StopStrings(rows, width, text_of)
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=draws[0].max_tokens,
@@ -105,8 +118,12 @@ def _batch(model: Any, draws: list[Draw], eos: set[int], pad: int) -> list[Drawn
         attention_mask=mask_BT.to(model.device),
         generation_config=settings,
         logits_processor=LogitsProcessorList([noise]),
+        stopping_criteria=StoppingCriteriaList([stops]) if stops.needed else None,
     )
-    new = [_cut(row, eos, draws[0].max_tokens) for row in out_BT[:, width:].tolist()]
+    new = [
+        _cut(ids, eos, ended)
+        for ids, ended in zip(out_BT[:, width:].tolist(), stops.ended_at, strict=True)
+    ]
     broken = noise.broken_B.tolist()
     return [
         RuntimeError("the model's logits are not numbers") if broken[i] else new[i]
@@ -114,12 +131,35 @@ def _batch(model: Any, draws: list[Draw], eos: set[int], pad: int) -> list[Drawn
     ]
 
 
-def _cut(ids: list[int], eos: set[int], max_tokens: int) -> Drawn:
-    """`ids` up to and including the first EOS; what follows is padding."""
-    for i, token in enumerate(ids[:max_tokens]):
+def _cut(ids: list[int], eos: set[int], ended: int | None) -> Drawn:
+    """`ids` up to the stop string or including the first EOS; what follows is padding."""
+    for i, token in enumerate(ids[:ended]):
         if token in eos:
             return Drawn(tuple(ids[: i + 1]), stopped=True)
-    return Drawn(tuple(ids[:max_tokens]), stopped=False)
+    return Drawn(tuple(ids[:ended]), stopped=ended is not None)
+
+
+class StopStrings(StoppingCriteria):
+    """Ends each row whose new text has come to one of its stop strings.
+
+    It reads the end of the text, not tokens: a stop string is seldom made of the same tokens twice.
+    """
+
+    def __init__(self, rows: list[Draw], width: int, text_of: TextOf):
+        self.needed = any(draw.stop for draw in rows)
+        self.ended_at: list[int | None] = [None] * len(rows)
+        self._rows, self._width, self._text_of = rows, width, text_of
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        for row, draw in enumerate(self._rows):
+            if not draw.stop or self.ended_at[row] is not None:
+                continue
+            # A token is a byte or more, so no stop string reaches back further.
+            reach = max(len(stop.encode()) for stop in draw.stop)
+            new = input_ids[row, self._width :][-reach:].tolist()
+            if any(stop in self._text_of(new) for stop in draw.stop):
+                self.ended_at[row] = input_ids.shape[1] - self._width
+        return torch.tensor([end is not None for end in self.ended_at], device=input_ids.device)
 
 
 class GumbelNoise(LogitsProcessor):

@@ -169,7 +169,8 @@ class LocalLLM(LLM):
                 owner.append(i)
         done: dict[int, dict[int, Drawn | RuntimeError]] = {i: {} for i in range(len(rows))}
         eos = self._eos
-        for n, drawn in generate(self.model, draws, eos, self.tokenizer.pad_token_id or 0):
+        pad = self.tokenizer.pad_token_id or 0
+        for n, drawn in generate(self.model, draws, eos, pad, self._text):
             row = rows[owner[n]]
             done[owner[n]][n] = drawn
             if len(done[owner[n]]) == row.ask.samples:
@@ -186,7 +187,7 @@ class LocalLLM(LLM):
                 return Answer(row.ask.key, fault="backend", detail=shown(str(one), 200))
         return Answer(
             row.ask.key,
-            tuple(self._text(one.ids) for one in drawn),
+            tuple(until(row.ask.stop, self._text(one.ids)) for one in drawn),
             "stop" if all(one.stopped for one in drawn) else "length",
             scored.logprobs if scored else None,
             usage={
@@ -238,4 +239,9 @@ def _draw(row: Row, sample: int) -> Draw:
     ask = row.ask
     seed = ask.key if ask.seed is None else ask.seed
     number = int(content_id("draw", seed, sample)[:15], 16)
-    return Draw(row.ids, ask.max_tokens, ask.temperature, number)
+    return Draw(row.ids, ask.max_tokens, ask.temperature, number, ask.stop)
+
+
+def until(stops: Iterable[str], text: str) -> str:
+    """`text` up to the first of `stops` in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]

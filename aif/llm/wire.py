@@ -43,6 +43,8 @@ def body(ask: Ask, model: str, *, logprobs: bool) -> dict[str, Any]:
         sent["n"] = ask.samples
     if ask.temperature > 0 and ask.seed is not None:
         sent["seed"] = ask.seed
+    if ask.stop:
+        sent["stop"] = list(ask.stop)
     if ask.options and logprobs:
         if ask.messages is None:
             sent["logprobs"] = TEXT_TOP
