@@ -23,7 +23,8 @@ from aif.records import Message, Prompt, Response, content_id
 from aif.run import Run
 
 STAGE = "respond"
-NEXT_TURN = "\n\nUser:"  # as `_transcript` has it
+# As `_transcript` has it: a base model goes on to make up the user's next turn.
+NEXT_TURN = "\n\nUser:"
 
 
 def respond(run: Run, progress: Progress) -> dict[str, Any]:
@@ -133,14 +134,6 @@ def _journal_row(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _own_turn(row: dict[str, Any]) -> dict[str, Any]:
-    """The row less what a base model makes up after its turn: the user's next one, and so on."""
-    said, more, _ = (row["text"] or "").partition(NEXT_TURN)
-    if row["fault"] or not more:
-        return row
-    return row | {"text": said, "finish": "stop", "fault": None if said.strip() else "empty"}
-
-
 def _responses(
     run: Run, prompts: list[Prompt], shots: list[Message], journal: Journal
 ) -> Iterator[Response]:
@@ -148,7 +141,6 @@ def _responses(
         for sample, ask in enumerate(asks_for(run, prompt, shots)):
             row = journal.newest(ask.key)
             if row is not None:
-                row = _own_turn(row) if ask.text is not None else row
                 yield Response(
                     id=ask.key,
                     prompt_id=prompt.id,

@@ -66,7 +66,12 @@ class Reviser:
 
     def ask_critique(self, prompt: list[Message], text: str, principle: Principle) -> Ask:
         """The call that critiques `text` as a response to `prompt`."""
-        return self._ask(self._turns(prompt, text, principle))
+        heading, colon, _ = self._block(
+            "revision", self._shown(prompt, text, principle) | {"critique": ""}
+        ).partition(":")
+        # A plain text that has had its critique goes on with what comes next in the examples.
+        stop = (END, f"\n{heading.strip()}{colon}") if colon else (END,)
+        return self._ask(self._turns(prompt, text, principle), stop)
 
     def ask_revision(
         self, prompt: list[Message], text: str, principle: Principle, critique: str
@@ -74,7 +79,7 @@ class Reviser:
         """The call that rewrites `text` in the light of its critique."""
         turns = self._turns(prompt, text, principle)
         shown = self._shown(prompt, text, principle) | {"critique": self._harmless(critique)}
-        return self._ask([*turns, self._harmless(critique), self._block("revision", shown)])
+        return self._ask([*turns, self._harmless(critique), self._block("revision", shown)], (END,))
 
     def _turns(self, prompt: list[Message], text: str, principle: Principle) -> list[str]:
         """Requests and answers in turn, from the examples up to the request for a critique."""
@@ -104,7 +109,7 @@ class Reviser:
     def _block(self, name: str, variables: dict[str, Any]) -> str:
         return self.template.block(name, variables)
 
-    def _ask(self, turns: list[str]) -> Ask:
+    def _ask(self, turns: list[str], stop: tuple[str, ...]) -> Ask:
         messages = text = None
         if self.is_chat:
             system = self._block("system", {}) if self.template.has("system") else ""
@@ -123,7 +128,7 @@ class Reviser:
             max_tokens=self.model.response_tokens,
             temperature=self.model.temperature,
             seed=int(key[:8], 16),
-            stop=() if self.is_chat else (END,),
+            stop=() if self.is_chat else stop,
         )
 
     def journal_row(self, answer: Answer) -> dict[str, Any]:
@@ -140,27 +145,20 @@ class Reviser:
 
     def critique(self, row: dict[str, Any]) -> tuple[str, str | None]:
         """(text, fault) of a critique's journal row. One that was cut off still says something."""
-        text = self._said(row)
+        text = row["text"].strip()
         return text, _fault(row, text)
 
     def revision(self, row: dict[str, Any], before: str) -> tuple[str, str | None]:
         """(text, fault) of a revision of `before`: empty, refused, cut off or unchanged."""
-        text = self._said(row)
+        text = row["text"].strip()
         fault = _fault(row, text)
         if fault == "refused" and text and self.settings.keep_refusals:
             fault = None
-        if fault is None and row["finish"] == "length" and not self._ended(row):
+        if fault is None and row["finish"] == "length":
             fault = "truncated"
         if fault is None and _same(text, before):
             fault = "unchanged"
         return text, fault
-
-    def _said(self, row: dict[str, Any]) -> str:
-        text = row["text"]
-        return (text if self.is_chat else text.partition(END)[0]).strip()
-
-    def _ended(self, row: dict[str, Any]) -> bool:
-        return not self.is_chat and END in row["text"]
 
 
 def _principles(constitution: Constitution, where: object) -> list[Principle]:

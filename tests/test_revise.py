@@ -161,7 +161,8 @@ def test_a_model_without_a_chat_form_continues_a_text(place):
     )
 
     def rambling(ask):
-        text = "Fine." if is_critique(ask) else f"Better.{END}\nUser: and on and on"
+        more = "\nRevision request: Mend it.\nRevised response: as the examples go on"
+        text = f"Fine.{more}" if is_critique(ask) else f"Better.{END}\nUser: and on and on"
         return said(text, "length")
 
     _, rows, llm = place.revise(rambling, rounds=1)

@@ -56,6 +56,21 @@ def test_stop_strings_are_sent():
 
 
 @pytest.mark.parametrize(
+    ("said", "finish", "texts", "finished"),
+    [
+        (["one\n###two###", "a\n###"], "length", ("one", "a"), "stop"),
+        (["one\n###two", "cut sh"], "length", ("one", "cut sh"), "length"),
+        (["one"], "length", ("one",), "length"),
+    ],
+)
+def test_a_server_that_does_not_heed_a_stop_string_is_cut(said, finish, texts, finished):
+    choices = [{"index": n, "text": t, "finish_reason": finish} for n, t in enumerate(said)]
+    ask = Ask("k", text="hi", samples=len(said), stop=("never", "\n###"))
+    answer = wire.read(ask, json.dumps({"choices": choices}).encode(), model=None, logprobs=False)
+    assert (answer.texts, answer.finish) == (texts, finished)
+
+
+@pytest.mark.parametrize(
     ("temperature", "seed", "sent"), [(0.0, 7, None), (1.0, None, None), (1.0, 0, 0), (0.5, 7, 7)]
 )
 def test_a_seed_goes_with_a_temperature_only(temperature, seed, sent):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 from aif.errors import AifError, InputError
@@ -27,7 +27,7 @@ class Ask:
 
     With `options`, the log-probability of each option as the very next token is wanted (a
     token counts for an option when the two are equal but for case and surrounding spaces).
-    A text ends before the first of `stop` that comes up in it; a server may not heed it.
+    A text ends before the first of `stop` that comes up in it.
     """
 
     key: str
@@ -56,6 +56,18 @@ class Answer:
     fault: str | None = None
     detail: str = ""
     usage: dict[str, int] = field(default_factory=dict)  # prompt_tokens, completion_tokens
+
+
+def ended(answer: Answer, stops: tuple[str, ...]) -> Answer:
+    """The answer with its texts cut before the first of `stops` in each."""
+    texts = tuple(
+        text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
+        for text in answer.texts
+    )
+    if texts == answer.texts:
+        return answer
+    cut_all = all(len(new) < len(old) for new, old in zip(texts, answer.texts, strict=True))
+    return replace(answer, texts=texts, finish="stop" if cut_all else answer.finish)
 
 
 class LLM(AbstractContextManager["LLM"], Protocol):

@@ -19,7 +19,7 @@ import torch
 from jinja2 import TemplateError
 
 from aif.errors import InputError, shown
-from aif.llm import LLM, Answer, Ask
+from aif.llm import LLM, Answer, Ask, ended
 from aif.llm.generate import Draw, Drawn, generate
 from aif.llm.score import PrefixScorer
 from aif.pretrained import load_model, load_tokenizer
@@ -185,9 +185,9 @@ class LocalLLM(LLM):
         for one in drawn:
             if isinstance(one, RuntimeError):
                 return Answer(row.ask.key, fault="backend", detail=shown(str(one), 200))
-        return Answer(
+        answer = Answer(
             row.ask.key,
-            tuple(until(row.ask.stop, self._text(one.ids)) for one in drawn),
+            tuple(self._text(one.ids) for one in drawn),
             "stop" if all(one.stopped for one in drawn) else "length",
             scored.logprobs if scored else None,
             usage={
@@ -195,6 +195,7 @@ class LocalLLM(LLM):
                 "completion_tokens": sum(len(one.ids) for one in drawn),
             },
         )
+        return ended(answer, row.ask.stop)
 
     @property
     def _eos(self) -> set[int]:
@@ -240,8 +241,3 @@ def _draw(row: Row, sample: int) -> Draw:
     seed = ask.key if ask.seed is None else ask.seed
     number = int(content_id("draw", seed, sample)[:15], 16)
     return Draw(row.ids, ask.max_tokens, ask.temperature, number, ask.stop)
-
-
-def until(stops: Iterable[str], text: str) -> str:
-    """`text` up to the first of `stops` in it."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]

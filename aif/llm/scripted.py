@@ -16,7 +16,7 @@ from typing import Self
 
 from aif import jsonl
 from aif.errors import InputError, shown
-from aif.llm import Answer, Ask
+from aif.llm import Answer, Ask, ended
 
 Reply = Callable[[Ask], Answer]
 
@@ -46,7 +46,7 @@ class ScriptedLLM:
     def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
         for ask in asks:
             self.asked.append(ask)
-            yield replace(self._reply(ask), key=ask.key)
+            yield replace(ended(self._reply(ask), ask.stop), key=ask.key)
 
     def count_tokens(self, asks: Iterable[Ask]) -> tuple[int, bool]:
         return sum(len(words(ask).split()) for ask in asks), True

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from aif import jsonl
-from aif.llm import Answer, Ask
+from aif.llm import Answer, Ask, ended
 from aif.records import LONE_SURROGATE
 
 # What each endpoint lists at most: chat 20 by OpenAI's reference and vLLM's default; the older
@@ -93,7 +93,8 @@ def _read_choices(ask: Ask, reply: dict[str, Any], logprobs: bool) -> Answer:
     if found is None and not any(text.strip() for text in texts):
         fault, detail = _silence(choices[0], finish, chat)
         return Answer(ask.key, finish=finish, fault=fault, detail=detail, usage=usage)
-    return Answer(ask.key, texts, finish, found, usage=usage)
+    # Not every server heeds `stop`.
+    return ended(Answer(ask.key, texts, finish, found, usage=usage), ask.stop)
 
 
 def parse(raw: bytes) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import numpy as np
 from scipy.stats import bootstrap
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from aif.config import parse_set
 from aif.filter import filter as keep
 from aif.judging import judge_of
 from aif.llm import open_llm
@@ -77,6 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--reviser-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=0, help="print so many chains")
@@ -92,12 +94,13 @@ def opened(path: Path, options: argparse.Namespace, prompts: list[str], **more: 
     policy = {"max_tokens": options.tokens, "temperature": options.temperature}
     given = {
         "policy": policy,
-        "reviser": policy | {"form": options.form},
+        "reviser": policy | {"form": options.form, "max_tokens": options.reviser_tokens},
         "respond": {"prompts": str(path / "given.jsonl"), "samples": options.samples},
         "respond.seed": options.seed,
         "revise": {"rounds": options.rounds, "template": options.template, "seed": options.seed},
         "label.constitution": options.constitution,
     }
+    given |= dict(map(parse_set, options.set))
     return Run(path, load_settings(path / "run.toml", given | more))
 
 
