@@ -185,8 +185,7 @@ def resolved(model: LLMSettings, label: LabelSettings) -> tuple[str, str]:
     """(protocol, form), where "auto" means what the model can do: see the module docstring."""
     small = model.model == BUNDLED
     protocol = label.protocol if label.protocol != "auto" else "pointwise" if small else "pairwise"
-    form = model.form if model.form != "auto" else "text" if small else "chat"
-    return protocol, form
+    return protocol, model.shown_form
 
 
 def texts_in_order(comparison: Comparison, order: str) -> tuple[str, ...]:

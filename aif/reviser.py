@@ -49,7 +49,7 @@ class Reviser:
         self.principles = _principles(constitution, where)
         self.model = model
         self.settings = settings
-        self.is_chat = model.form != "text"
+        self.is_chat = model.shown_form == "chat"
         self.template = (
             Template.load(Path(settings.template))
             if settings.template

@@ -48,6 +48,14 @@ class LLMSettings(Strict):
         return self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
 
     @property
+    def shown_form(self) -> Literal["chat", "text"]:
+        """How it is shown examples to go by: a model as small as the bundled one carries on a
+        text and does not follow a request."""
+        if self.form != "auto":
+            return self.form
+        return "text" if self.model == BUNDLED else "chat"
+
+    @property
     def verdict_tokens(self) -> int:
         """Tokens that a verdict may take: one where its log-probabilities are read, else a few."""
         return self.max_tokens or (1 if self.logprobs else 16)

@@ -2,8 +2,8 @@
 
 Two things make a row's text its own. Its noise comes from its own generator, seeded by the ask
 (Gumbel-max: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T)). And its shapes
-come from its own length: prompts are padded to a multiple of 16 and batched only with prompts
-padded to the same length, so the kernels sum in the same order in every batch.
+come from its own length: prompts are padded to one of a few widths and batched only with prompts
+padded to the same width, so the kernels sum in the same order in every batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-BUCKET = 16  # tokens
+NARROWEST = 16  # tokens between two widths, and a quarter to an eighth of them where that is more
 ROWS_CPU, ROWS_CUDA = 16, 64
 # A float32 product of 1 to 11 rows may take another kernel, which sums in another order, unless
 # the rows are a multiple of 4 (measured: MKL, AVX-512, one and two threads; bfloat16 never does).
@@ -46,7 +46,8 @@ class Draw:
     def width(self) -> int:
         """The padded prompt length: always a pad or more, so that the mask is never left out
         (transformers drops an all-true mask, and then another kernel runs)."""
-        return (len(self.ids) // BUCKET + 1) * BUCKET
+        step = max(NARROWEST, 1 << len(self.ids).bit_length() >> 3)
+        return (len(self.ids) // step + 1) * step
 
 
 @dataclass(frozen=True, slots=True)

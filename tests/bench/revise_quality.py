@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="keep the runs here; a second call resumes")
     parser.add_argument("--constitution", default=str(ROOT / "constitutions/warm.toml"))
-    parser.add_argument("--form", default="auto", help="chat or text")
+    parser.add_argument("--form", default="auto", help="chat or text; auto: text, for this model")
     parser.add_argument("--template", help="another template")
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--held-out", type=int, default=60)
