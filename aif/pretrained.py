@@ -100,6 +100,8 @@ def _loaded(auto: Any, name: str, **options: Any) -> Any:
     try:
         if looks_local and not folder.is_dir():
             raise OSError("no such folder")
+        if ":" in name and not folder.is_dir():
+            raise OSError("not a model in this process, whose weights are here")
         # Never trust_remote_code: naming a model must not run its author's code.
         return auto.from_pretrained(
             str(folder) if folder.is_dir() else name, trust_remote_code=False, **options
