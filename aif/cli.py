@@ -251,6 +251,56 @@ def sft(
 
 
 @verb(app)
+def reward(
+    run: RunFolder,
+    model: Annotated[
+        str | None, typer.Option(help="To start from; default: RUN/sft, else the policy.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE[=WEIGHT]",
+            help="labels (the run's), a JSONL file of pairs with a choice or hf:NAME[:SPLIT]; "
+            "repeatable. WEIGHT: how often an epoch shows each prompt.",
+        ),
+    ] = None,
+    seed: Seed = None,
+    set_: Set = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a reward model on the labels: writes it to RUN/reward, with a report card.
+
+    Stopped and started again it ends with the same weights as if it had not been stopped.
+    """
+    given = {
+        "reward.model": model,
+        "reward.data": dict(map(parse_source, data)) if data else None,
+        "reward.seed": seed,
+    }
+    run_stage("reward", existing_run(run, set_, given), json_, quiet, told.reward)
+
+
+@verb(app)
+def score(
+    run: RunFolder,
+    pairs: Annotated[str, typer.Option(help="JSONL of pairs, or hf:NAME[:SPLIT].")],
+    set_: Set = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score pairs with the run's reward model: writes scores.jsonl, and tells how often it agrees
+    with the choices in the file."""
+    from aif.progress import Progress
+    from aif.train.score import score as scored
+
+    opened = existing_run(run, set_)
+    with Progress(quiet) as progress:
+        summary = scored(opened, progress, pairs)
+    show_summary(summary, json_, quiet, told.score)
+
+
+@verb(app)
 def compare(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
     """Pair up a prompt's responses: writes comparisons.jsonl. Asks nothing."""
     opened = existing_run(run, set_)

@@ -83,6 +83,23 @@ def read_pairs(source: str) -> Iterator[Pair]:
         yield from pairs_of(row, place)
 
 
+def read_rated(source: str) -> Iterator[tuple[list[Message], str, float]]:
+    """(prompt, response, how good in [0, 1]) of a file of single responses, as TRL's unpaired
+    format has them: `completion` and a `label`, true or false or a number between 0 and 1."""
+    for place, row in read_rows(source):
+        name = next((name for name in RESPONSE_NAMES if name in row), None)
+        if name is None:
+            raise InputError(
+                place, "response", got="nothing", expected=" or ".join(RESPONSE_NAMES[:3])
+            )
+        label = row.get("label")
+        if not isinstance(label, bool | int | float) or not 0 <= label <= 1:
+            raise InputError(
+                place, "label", got=shown(label), expected="true, false or a number in 0 to 1"
+            )
+        yield _prompt(row, place), _response(row[name], f"{place}: {name}"), float(label)
+
+
 def pairs_of(row: dict[str, Any], place: str) -> Iterator[Pair]:
     """The comparisons of one row; `place` names it in errors."""
     name = str(row.get("id", ""))

@@ -33,6 +33,7 @@ STAGES = (
     Stage("sft", "revisions.jsonl", "sft", "train.sft"),
     Stage("compare", "responses.jsonl", "comparisons.jsonl"),
     Stage("label", "comparisons.jsonl", "labels.jsonl"),
+    Stage("reward", "labels.jsonl", "reward", "train.reward"),
 )
 RUN = ("respond", "compare", "label")  # what `aif run` does
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -17,7 +18,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from aif.errors import InputError, shown
 from aif.settings import BUNDLED
@@ -45,6 +52,36 @@ def load_model(name: str, dtype: str, device: str) -> Any:
     # A checkpoint's own sampling defaults (top_p, repetition penalty, ...) would leak into every
     # generate() call: unset values are filled from here.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return model.to(place).eval()
+
+
+def load_reward_model(name: str, dtype: str, device: str, new_head: int | None = None) -> Any:
+    """The model as a `transformers` sequence classifier with one score, its head in float32.
+
+    With `new_head`, a seed, a model without a score head gets one; without, InputError is raised.
+    """
+    quiet()
+    place = usable_device(device)
+    model, found = _loaded(
+        AutoModelForSequenceClassification, name, dtype=torch_dtype(dtype, place),
+        use_safetensors=True, num_labels=1, output_loading_info=True,
+    )  # fmt: skip
+    if not hasattr(model, "score"):
+        raise InputError(
+            "model", "", got=f"{shown(name)}, a {type(model).__name__} without a `score` head",
+            expected="one that transformers scores with a linear head over its last token",
+        )  # fmt: skip
+    model.score.float()
+    if any(key.startswith("score.") for key in found["missing_keys"]):
+        if new_head is None:
+            raise InputError(
+                "model", "", got=f"{shown(name)}, which has no score head",
+                expected="a reward model",
+            )  # fmt: skip
+        # Ziegler et al. 2019 (lm-human-preferences); "The N Implementation Details of RLHF", 4.
+        draw = torch.Generator().manual_seed(new_head)
+        std = 1 / math.sqrt(model.config.get_text_config().hidden_size + 1)
+        torch.nn.init.normal_(model.score.weight, std=std, generator=draw)
     return model.to(place).eval()
 
 

@@ -23,6 +23,7 @@ FAULTS = {
     "tied": "no answer has more votes than every other",
     "unsure": "the answer with most votes has too small a share of them",
     "unchanged": "the revision is the text that it was to revise",
+    "copied": "the revision is that of a worked example",
     "identical": "both responses are the same text, so there is nothing to compare",
     "too_long": "the text does not fit the model's context",
     "rejected": "the server refused this request",

@@ -57,6 +57,7 @@ class Reviser:
         )
         self.template.require("critique", "revision")
         self._control_tokens = tuple(control_tokens)
+        self._examples = [e.revision for p in self.principles for e in p.revised]
 
     def principle(self, response_id: str, round: int) -> Principle:
         """The principle of a response's round (from 1): each once, in drawn order, then again."""
@@ -149,7 +150,8 @@ class Reviser:
         return text, _fault(row, text)
 
     def revision(self, row: dict[str, Any], before: str) -> tuple[str, str | None]:
-        """(text, fault) of a revision of `before`: empty, refused, cut off or unchanged."""
+        """(text, fault) of a revision of `before`: empty, refused, cut off, unchanged, or a
+        worked example's word for word, as small models will have it."""
         text = row["text"].strip()
         fault = _fault(row, text)
         if fault == "refused" and text and self.settings.keep_refusals:
@@ -158,6 +160,8 @@ class Reviser:
             fault = "truncated"
         if fault is None and _same(text, before):
             fault = "unchanged"
+        if fault is None and any(_same(text, example) for example in self._examples):
+            fault = "copied"
         return text, fault
 
 

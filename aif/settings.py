@@ -158,6 +158,27 @@ class SFTSettings(TrainSettings):
     max_tokens: int = Field(1024, ge=8)  # of an example
 
 
+class RewardSettings(TrainSettings):
+    """The reward model. `data` maps a source to how often an epoch shows each prompt of it."""
+
+    model: str | None = None  # None: RUN/sft where it is there, else the policy
+    objective: Literal["pairs", "ranking", "grades"] = "pairs"
+    data: dict[str, Annotated[float, Field(gt=0)]] = Field({"labels": 1.0})
+    batch_size: int = Field(16, ge=1)  # prompts an optimizer step, each with all its comparisons
+    eval_fraction: float = Field(0.1, ge=0, lt=1)  # of the prompts, held out
+    max_tokens: int = Field(1024, ge=8)  # of a prompt and one response
+    hard: bool = False  # learn who won, not by how much
+    confidence_weights: bool = False  # weigh a comparison by |2p - 1|
+    margin: float = Field(0.0, ge=0)  # to win by, where the label is certain
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    centering: float = Field(0.0, ge=0)  # pulls the mean score of a pair to zero
+    share_prompt: bool | None = None  # run a prompt once; None: where the attention can
+    members: int = Field(1, ge=1, le=16)  # models in the ensemble, of seeds seed, seed + 1, ...
+    combine: Literal["mean", "min", "lower"] = "mean"  # lower: mean less one standard deviation
+    # Shares of the data to train on besides, for a learning curve.
+    curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field([])
+
+
 class CompareSettings(Strict):
     """Which of a prompt's responses are put side by side."""
 
@@ -189,6 +210,7 @@ class Settings(Strict):
     filter: FilterSettings = FilterSettings()
     vote: VoteSettings = VoteSettings()
     sft: SFTSettings = SFTSettings()
+    reward: RewardSettings = RewardSettings()
     compare: CompareSettings = CompareSettings()
     label: LabelSettings = LabelSettings()
 

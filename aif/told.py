@@ -109,3 +109,56 @@ def sft(summary: dict[str, Any]) -> list[str]:
     if summary["eval_loss_before"] is not None:
         lines.append(f"held out before training: loss {summary['eval_loss_before']:.3f}")
     return [*lines, summary["model"]]
+
+
+def reward(summary: dict[str, Any]) -> list[str]:
+    """What was learned from, and the report card in brief."""
+    rate = summary["tokens_per_s"]
+    lines = [
+        f"{summary['pairs']:,} comparisons of {summary['prompts']:,} prompts, "
+        f"{summary['steps']:,} steps{f', {rate:,.0f} tokens/s' if rate else ''}"
+    ]
+    if summary["left_out"]:
+        left = ", ".join(f"{n:,} {why}" for why, n in summary["left_out"].items())
+        lines.append(f"left out: {left}")
+    if summary["truncated"] or summary["dropped"]:
+        lines.append(
+            f"too long: {summary['truncated']:,} prompts cut, {summary['dropped']:,} left out"
+        )
+    if summary["eval_loss"] is not None:
+        before = summary["eval_loss_before"]
+        lines.append(
+            f"held out: {summary['eval_pairs']:,} comparisons, loss {summary['eval_loss']:.3f}"
+            f"{f' (before training {before:.3f})' if before is not None else ''}"
+        )
+    return [*lines, *_card(summary["card"]), *summary["models"]]
+
+
+def score(summary: dict[str, Any]) -> list[str]:
+    """How often the scores agree with what the file says."""
+    lines = [f"{summary['pairs']:,} pairs scored"]
+    if summary["too_long"]:
+        lines[0] += f", {summary['too_long']:,} too long"
+    return [*lines, *_card(summary), f"{summary['run']}/scores.jsonl"]
+
+
+def _card(card: dict[str, Any]) -> list[str]:
+    """Accuracies of a report card, a line each."""
+    lines = []
+    for kind, name in (("ai", "AI labels"), ("human", "people")):
+        if kind in card:
+            found = card[kind]
+            lines.append(
+                f"  {name:10} {_rate(found)}; longer wins {found['longer_wins']:.3f}, "
+                f"calibration error {found['calibration']['ece']:.3f}"
+            )
+            if found.get("confident", {}).get("n"):
+                lines.append(f"    confident {_rate(found['confident'])}")
+    for name, found in card.get("by_principle", {}).items():
+        lines += [f"    {name:10} {_rate(found)}"] if found["n"] else []
+    return lines
+
+
+def _rate(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['accuracy']:.3f} ({low:.3f} to {high:.3f}) of {found['n']:,}"

@@ -17,10 +17,13 @@ FLOORS = [
     "constitution journal settings templates",
     "run pairs llm pretrained",
     "train train.dialogues train.losses train.checkpoint train.metrics",
-    "train.tokens train.model",
-    "train.batch",
-    "train.trainer",
-    "train.sft",
+    "train.tokens train.model train.preferences train.pictures",
+    "train.batch train.stage train.card",
+    "train.trainer train.trees",
+    "train.preference_losses train.scoring",
+    "train.sft train.known",
+    "train.reward",
+    "train.score",
     "llm.wire llm.pace llm.signals llm.generate llm.scripted",
     "llm.crew llm.score",
     "llm.api llm.local",
@@ -33,10 +36,11 @@ FLOORS = [
     "cli",
 ]
 FLOOR_OF = {name: number for number, line in enumerate(FLOORS) for name in line.split()}
-STAGES = {"train.sft", "respond", "vote", "revise", "filter", "compare", "label"}
+STAGES = {"train.sft", "train.reward", "respond", "vote", "revise", "filter", "compare", "label"}
 
 LOCAL = {"llm.local", "pretrained", "llm.generate", "llm.score"}  # loaded for a local model alone
-TRAIN = {"train.batch", "train.losses", "train.model", "train.sft", "train.tokens", "train.trainer"}
+TRAIN = {path.stem for path in (PACKAGE / "train").glob("*.py")} - {"__init__"}
+TRAIN = {f"train.{name}" for name in TRAIN}
 HEAVY = {  # package -> modules that may import it where they are loaded
     "torch": LOCAL | TRAIN,
     "transformers": LOCAL | TRAIN,
@@ -52,6 +56,7 @@ HEAVY = {  # package -> modules that may import it where they are loaded
     "rich": set(),
     "trl": set(),
     "matplotlib": set(),
+    "scipy": set(),
 }
 
 

@@ -230,6 +230,20 @@ def test_a_bad_revision_is_a_fault_and_the_chain_goes_on_from_the_text_before(
     assert (again, llm.asked) == (rows, [])
 
 
+def test_a_worked_example_said_again_is_no_revision(place):
+    place.constitution.write_text(
+        'name = "one"\n[[principle]]\nid = "one"\ncritique = "Criticise it."\n'
+        'revision = "Mend it."\n[[principle.revised]]\nprompt = "EX-PROMPT"\n'
+        'response = "EX-RESPONSE"\ncritique = "EX-CRITIQUE"\nrevision = "A puppy, how nice!"\n'
+    )
+    summary, rows, _ = place.revise(
+        lambda ask: telling(ask) if is_critique(ask) else said(" a puppy,  how nice! "), rounds=1
+    )
+    assert {row["fault"] for row in rows} == {"copied"}
+    assert {row["revision"] for row in rows} == {None}
+    assert summary["revisions"] == 0
+
+
 def test_a_critique_that_says_nothing_ends_its_round(place):
     def mute(ask):
         return said("") if is_critique(ask) else telling(ask)

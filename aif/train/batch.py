@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,9 +49,9 @@ class Batch:
 class Step:
     """What one optimizer step learns from."""
 
-    batches: list[Batch]
+    batches: list[Any]  # each with `inputs(device)`: the keyword arguments of the model's forward
     tokens: int  # real ones, without padding
-    loss_items: int  # what the sum of all batches' losses is divided by: here the learned tokens
+    loss_items: int  # what the sum of all batches' losses is divided by, as learned tokens
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,13 @@ class Layout:
         """
         rows = sorted(rows, key=len, reverse=True)
         total = [0, *accumulate(map(len, rows))]
-        cost, cut = [0], [0]  # of the first n rows; where their last micro-batch begins
-        for end in range(1, len(rows) + 1):
-            choices = []
-            for start in range(end - 1, -1, -1):
-                padded = (end - start) * len(rows[start])
-                size = total[end] - total[start] if self.packing else padded
-                if size > self.micro_tokens and choices:
-                    break
-                choices.append((cost[start] + size + self.call_tokens, start))
-            best = min(choices)
-            cost.append(best[0])
-            cut.append(best[1])
-        found, end = [], len(rows)
-        while end:
-            found.append(rows[cut[end] : end])
-            end = cut[end]
-        return found[::-1]
+
+        def size(start: int, end: int) -> int:
+            packed = total[end] - total[start]
+            return packed if self.packing else (end - start) * len(rows[start])
+
+        cuts = cheapest_cuts(len(rows), size, self.micro_tokens, self.call_tokens)
+        return [rows[start:end] for start, end in cuts]
 
     def _batch(self, rows: list[Tokens]) -> Batch:
         if self.packing:
@@ -111,8 +102,47 @@ class Layout:
         return Batch(_tensor(ids_BT), _tensor(mask_BT, torch.bool), None)
 
 
+def cheapest_cuts(
+    count: int, size: Callable[[int, int], int], most: int, call: int
+) -> list[tuple[int, int]]:
+    """How to cut `count` rows into runs [start, end) so that the sum of size + `call` is least.
+
+    No run is larger than `most` unless it is one row; `size` may not fall as a run grows.
+    """
+    cost, cut = [0], [0]  # of the first n rows; where their last run begins
+    for end in range(1, count + 1):
+        choices = []
+        for start in range(end - 1, -1, -1):
+            positions = size(start, end)
+            if positions > most and choices:
+                break
+            choices.append((cost[start] + positions + call, start))
+        best = min(choices)
+        cost.append(best[0])
+        cut.append(best[1])
+    found, end = [], count
+    while end:
+        found.append((cut[end], end))
+        end = cut[end]
+    return found[::-1]
+
+
 def _tensor(array: np.ndarray, dtype: torch.dtype = torch.long) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+
+
+class Row(Protocol):
+    """What a step is made of: one of `source`'s."""
+
+    source: str
+
+
+class Layouts(Protocol):
+    """Says how rows lie in memory; each kind of row has its own."""
+
+    micro_tokens: int
+
+    def step(self, rows: Sequence[Any]) -> Step: ...
 
 
 class Steps(torch.utils.data.Dataset):
@@ -120,9 +150,9 @@ class Steps(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: Sequence[Tokens],
+        rows: Sequence[Row],
         weights: Mapping[str, float],
-        layout: Layout,
+        layout: Layouts,
         *,
         batch_size: int,
         epochs: float,

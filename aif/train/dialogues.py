@@ -155,12 +155,20 @@ def _answered(
 
 
 def _dialogue(messages: list[Message], source: str, *, ended: bool = True) -> Example:
-    # Dialogues that begin alike are split alike: data sets hold one conversation at many lengths,
-    # and its later turns must not be trained on where its earlier ones are held out.
+    key = split_key(messages)
+    return Example(content_id("dialogue", messages), key, source, messages, ended=ended)
+
+
+def split_key(messages: list[Message]) -> str:
+    """What decides on which side of a split a dialogue is: its opening, up to the user's first
+    turn.
+
+    Data sets hold one conversation at many lengths, and its later turns must not be trained on
+    where its earlier ones are held out.
+    """
     turns = [message["role"] for message in messages]
     opening = messages[: turns.index("user") + 1] if "user" in turns else messages
-    key = content_id("prompt", opening)
-    return Example(content_id("dialogue", messages), key, source, messages, ended=ended)
+    return content_id("prompt", opening)
 
 
 def held_out(keys: Iterable[str], fraction: float, seed: int) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from aif.pretrained import bundled_folder, load_model, torch_dtype, usable_devic
 from aif.settings import BUNDLED, LoraSettings, TrainSettings
 from aif.train.checkpoint import seal
 
+Loader = Callable[[str, str, str], Any]  # (name, dtype, device) -> model
 FULL_LEARNING_RATE = 2e-5
 LORA_LEARNING_RATE = 2e-4  # adapters begin at zero and take about ten times the rate
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def load_for_training(name: str, settings: TrainSettings) -> Any:
+def load_for_training(name: str, settings: TrainSettings, load: Loader = load_model) -> Any:
     """The model of that name on its device, ready for `Trainer`; with `lora`, its adapters alone
-    learn.
+    learn. `load(name, dtype, device)` says as what it is loaded.
 
     Weights that learn are float32 and matrix products in bfloat16 where the hardware has them
     (autocast): a bfloat16 weight has 8 bits and loses an update smaller than its 256th. Weights
@@ -32,7 +34,7 @@ def load_for_training(name: str, settings: TrainSettings) -> Any:
     place = usable_device(settings.device)
     kind = torch_dtype(settings.dtype, place)
     frozen = str(kind).removeprefix("torch.") if settings.lora else "float32"
-    model = load_model(name, frozen, settings.device)
+    model = load(name, frozen, settings.device)
     if place.type == "cuda" and kind == torch.bfloat16 and is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")
     if settings.gradient_checkpointing:
@@ -53,7 +55,7 @@ def _with_adapters(model: Any, lora: LoraSettings) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
     )
     try:
         return get_peft_model(model, config)
@@ -113,13 +115,38 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def without_dropout(model: Any) -> None:
+    """Turn dropout off for good: what a comparison of two scores sees then is the responses."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def generation_ends(model: Any, ends: set[int]) -> None:
+    """Have generation stop at `ends` too, the tokens that end a response."""
+    known = model.generation_config.eos_token_id
+    every = ends | set(known if isinstance(known, list) else [known]) - {None}
+    model.generation_config.eos_token_id = (
+        sorted(every) if len(every) > 1 else next(iter(every), None)
+    )
+
+
 def save(
-    folder: Path, model: Any, tokenizer: Any, name: str, ends: set[int], about: dict[str, Any]
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    about: dict[str, Any],
+    load: Loader = load_model,
+    finish: Callable[[Any], None] = lambda model: None,
 ) -> None:
     """Leave `model` in `folder`, whole or not at all: float32 safetensors and the tokenizer.
 
     Adapters go to `folder`/adapter, and are merged into the model `name` that they were trained on,
-    in float32. `ends` are tokens that end a response; generation will stop at them.
+    in float32. `finish` has the last word on the model's configuration.
     """
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -127,12 +154,12 @@ def save(
         from peft import PeftModel
 
         model.save_pretrained(new / "adapter")
-        base = load_model(name, "float32", "cpu")
+        base = load(name, "float32", "cpu")
         model = PeftModel.from_pretrained(base, new / "adapter").merge_and_unload()
-    known = model.generation_config.eos_token_id
-    ends = ends | set(known if isinstance(known, list) else [known]) - {None}
-    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    finish(model)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     seal(new, about)

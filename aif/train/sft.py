@@ -15,37 +15,30 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from aif.errors import AifError, InputError, shown
-from aif.pretrained import load_tokenizer, torch_dtype, usable_device
+from aif.errors import AifError
+from aif.pretrained import load_tokenizer
 from aif.progress import Progress
-from aif.records import content_id
 from aif.run import Run
 from aif.settings import SFTSettings
-from aif.train import checkpoint
 from aif.train.batch import Layout, Step, Steps
 from aif.train.dialogues import Example, read_examples, split
 from aif.train.losses import forward_is_nll, forward_is_own
 from aif.train.metrics import Metrics
 from aif.train.model import (
-    identity,
+    generation_ends,
     inner,
-    learning_rate,
     load_for_training,
     micro_batch,
     packs,
     save,
 )
+from aif.train.stage import check_start, digest_of, done_before
 from aif.train.tokens import Tally, Tokeniser, Tokens, blocks, digest
 from aif.train.trainer import Trained, Training, train
 
 STAGE = "sft"
-
-# What may be changed in the middle of a run: where and how it is computed, not what.
-FREE = {"device", "micro_tokens", "packing", "gradient_checkpointing"}
-FREE |= {"save_every", "keep_checkpoints"}
 
 
 class Prepared:
@@ -85,49 +78,27 @@ def sft(run: Run, progress: Progress) -> dict[str, Any]:
     settings = run.settings.sft
     name = settings.model or run.settings.policy.model
     folder = run.file(STAGE)
-    if Path(name).expanduser().resolve() == folder.resolve():
-        raise InputError(
-            "sft", "model", got=f"{shown(name)}, what it makes", expected="the model to start from"
-        )
+    check_start(STAGE, name, folder)
     with run.writing(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         prepared = Prepared(run, name)
         run.keep_settings()
-        about = {"digest": _digest(settings, prepared, name)}
-        last = run.state(STAGE)
-        if last.get("digest", about["digest"]) != about["digest"]:
-            progress.say("sft: data, settings or model have changed since the last time: anew")
-        elif "steps" in last:
-            why = checkpoint.fault(folder)
-            if why is None and checkpoint.sealed(folder) == about:
-                progress.say(f"{folder}: done already, of the same data, settings and model")
-                return last
-            progress.say(f"{folder}: {why or 'it is of another run'}; it is made again")
-        run.write_state(STAGE, {**about, "in_progress": True})
+        found = digest(prepared.train), digest(prepared.held_out)
+        about = {"digest": digest_of(STAGE, settings, name, *found)}
+        if last := done_before(run, STAGE, folder, about, progress):
+            return last
         model = load_for_training(name, settings)
         training = _training(run, model, prepared, about, progress)
         forward_is_nll(inner(model))
         trained = train(training)
         forward_is_own(inner(model))
-        save(folder, model, prepared.tokenizer, name, prepared.ends, about)
+        save(
+            folder, model, prepared.tokenizer, name, about,
+            finish=lambda model: generation_ends(model, prepared.ends),
+        )  # fmt: skip
         summary = about | _summary(run, name, prepared, training, trained)
         run.write_state(STAGE, summary)
     return summary
-
-
-def _digest(settings: SFTSettings, prepared: Prepared, name: str) -> str:
-    """Of everything that the weights at the end depend on."""
-    resolved = {
-        "model": identity(name),
-        "dtype": str(torch_dtype(settings.dtype, usable_device(settings.device))),
-        "learning_rate": learning_rate(settings),
-    }
-    return content_id(
-        STAGE,
-        settings.model_dump(exclude=FREE) | resolved,
-        digest(prepared.train),
-        digest(prepared.held_out),
-    )
 
 
 def _training(

@@ -96,6 +96,46 @@ class Tokeniser:
                 else:
                     yield found
 
+    def answers(self, groups: Sequence[Sequence[Example]]) -> Iterator[list[Tokens] | None]:
+        """The tokens of each group of examples, which answer one prompt; None for one that does
+        not fit.
+
+        They are cut alike, since a comparison is of answers to the same words: what is left out
+        of the prompt for one is left out for all.
+        """
+        for start in range(0, len(groups), CHUNK):
+            part = groups[start : start + CHUNK]
+            flat = [example for group in part for example in group]
+            rendered = [self._rendered(_clean(example.messages)) for example in flat]
+            found = self._tokenised(rendered, flat)
+            for group in part:
+                yield self._fitted_alike(group, [next(found) for _ in group])
+
+    def _fitted_alike(
+        self, group: Sequence[Example], found: list[tuple[list[int], list[bool]]]
+    ) -> list[Tokens] | None:
+        talks: list[list[Message] | None] = [_clean(example.messages) for example in group]
+        too_long = False
+        while max(len(ids) for ids, _ in found) > self.max_tokens:
+            too_long = True
+            talks = [_without_oldest(talk) for talk in talks]
+            if None in talks:
+                break
+            found = list(self._tokenised([self._rendered(talk) for talk in talks], group))
+        self.tally.truncated += too_long
+        if not all(any(mask[: self.max_tokens]) for _, mask in found):
+            self.tally.truncated -= too_long
+            self.tally.dropped += 1
+            return None
+        return [
+            Tokens(
+                np.array(ids[: self.max_tokens], np.int32),
+                np.array(mask[: self.max_tokens], bool),
+                example.source,
+            )
+            for (ids, mask), example in zip(found, group, strict=True)
+        ]
+
     def _fitted(self, example: Example, ids: list[int], mask: list[bool]) -> Tokens | None:
         """Within `max_tokens` by the rule above, or None."""
         messages = _clean(example.messages)

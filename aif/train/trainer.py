@@ -199,19 +199,19 @@ class StepTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The mean loss over what is held out, and its perplexity. Draws no random number."""
+        """The mean loss over what is held out. Draws no random number."""
         held_out, model = self.training.held_out, self.model_wrapped
         model.eval()
         loss = sum(float(model(**batch.inputs(self.args.device))) for batch in held_out.batches)
         loss /= held_out.loss_items
-        found = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+        found = {"eval_loss": loss}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
     def rows(self) -> list[dict[str, float]]:
         """The log as metrics: of steps alone, and without the Trainer's own clock."""
-        names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity")
+        names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
         kept = [
             {k: e[k] for k in names if k in e and math.isfinite(e[k])}
             for e in self.state.log_history

@@ -1,0 +1,302 @@
+"""The reward model: labels -> reward/, a transformers sequence classifier with one score.
+
+    [reward]
+    data = { labels = 1.0, "human.jsonl" = 0.5 }
+
+Bradley-Terry on soft labels (or Plackett-Luce, or binary grades), starting from the SFT policy
+where there is one. What it does on prompts it did not learn from stands in reward-card.json, with
+pictures beside it in reward-card/. Scores of the policy's responses give the mean and standard
+deviation that are kept in the model's configuration, for PPO to normalise by.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from aif.errors import AifError
+from aif.pretrained import load_reward_model, load_tokenizer
+from aif.progress import Progress
+from aif.records import Prompt, Response, Revision, content_id
+from aif.run import Run
+from aif.settings import RewardSettings
+from aif.train import checkpoint
+from aif.train.batch import Steps
+from aif.train.card import draw, moments, report_card
+from aif.train.dialogues import Example
+from aif.train.known import Known, known_of, scored_pairs
+from aif.train.metrics import Metrics
+from aif.train.model import inner, load_for_training, micro_batch, save, without_dropout
+from aif.train.preference_losses import OBJECTIVES
+from aif.train.preferences import Group, Preferences, read_preferences, split
+from aif.train.scoring import (
+    Asked,
+    Ensemble,
+    RewardModel,
+    forward_is_loss,
+    forward_is_own,
+    shares,
+)
+from aif.train.stage import check_start, digest_of, done_before
+from aif.train.tokens import Tally, Tokeniser
+from aif.train.trainer import Trained, Training, train
+from aif.train.trees import Tree, TreeLayout, tree_digest
+
+STAGE = "reward"
+CARD = "reward-card"
+SAMPLE = 512  # texts of a kind whose scores are looked at
+
+
+class Prepared:
+    """Everything in tokens, before any weight is read."""
+
+    def __init__(self, run: Run, name: str):
+        settings = run.settings.reward
+        self.chat = run.settings.policy.form != "text"
+        self.tokenizer, context = load_tokenizer(name)
+        self.found: Preferences = read_preferences(run)
+        self.train_groups, self.eval_groups = split(self.found.groups, settings)
+        limit = min(settings.max_tokens, context)
+        tokeniser = Tokeniser(self.tokenizer, limit, chat=self.chat)
+        self.tally: Tally = tokeniser.tally
+        self.train = list(trees(self.train_groups, tokeniser))
+        self.held_out = list(trees(self.eval_groups, tokeniser))
+        if not self.train:
+            raise AifError(
+                f"reward: none of {len(self.found.groups):,} prompts is left to learn from; "
+                f"{self.tally.dropped:,} do not fit into {limit:,} tokens (reward.max_tokens)"
+            )
+
+
+def trees(groups: Sequence[Group], tokeniser: Tokeniser) -> Iterator[Tree]:
+    """The groups in tokens, but for those that do not fit."""
+    talks = [
+        [
+            Example("", "", group.source, [*group.prompt, {"role": "assistant", "content": text}])
+            for text in group.responses
+        ]
+        for group in groups
+    ]
+    for group, sequences in zip(groups, tokeniser.answers(talks), strict=True):
+        if sequences is not None:
+            yield Tree.of(
+                sequences,
+                first=[pair.first for pair in group.pairs],
+                second=[pair.second for pair in group.pairs],
+                p_first=[pair.p_first for pair in group.pairs],
+                grades=group.grades,
+            )
+
+
+def reward(run: Run, progress: Progress) -> dict[str, Any]:
+    """Train `reward.members` reward models into reward/ (reward-2/, ...); returns the summary.
+
+    Raises InputError for bad data or settings, Interrupted when a signal stops it.
+    """
+    settings = run.settings.reward
+    name = start_model(run)
+    check_start(STAGE, name, run.file(STAGE))
+    with run.writing():
+        prepared = Prepared(run, name)
+        run.keep_settings()
+        members = [_member(run, name, prepared, n, progress) for n in range(settings.members)]
+        curve = [_curve_point(run, name, prepared, share, progress) for share in settings.curve]
+        card = _card(run, prepared, members, curve)
+        summary = members[0] | {
+            "run": str(run.path),
+            "models": [str(run.file(member_name(n))) for n in range(settings.members)],
+            "left_out": prepared.found.left_out,
+            "card": card,
+        }
+        run.write_state(STAGE, members[0])
+    return summary
+
+
+def start_model(run: Run) -> str:
+    """What training starts from: `reward.model`, or what `aif sft` left, or the policy."""
+    if run.settings.reward.model:
+        return run.settings.reward.model
+    tuned = run.file("sft")
+    return str(tuned) if checkpoint.sealed(tuned) is not None else run.settings.policy.model
+
+
+def member_name(number: int) -> str:
+    """The stage and folder name of the ensemble's nth model, from 0."""
+    return STAGE if number == 0 else f"{STAGE}-{number + 1}"
+
+
+def load_ensemble(run: Run) -> Ensemble:
+    """The run's trained reward model, or models. Raises AifError where one is not there."""
+    settings = run.settings.reward
+    folders = [run.file(member_name(n)) for n in range(settings.members)]
+    for folder in folders:
+        if checkpoint.sealed(folder) is None:
+            raise AifError(f"{folder}: not there or not complete; `aif reward {run.path}` first")
+    chat = run.settings.policy.form != "text"
+    return Ensemble([RewardModel.load(f, settings, chat) for f in folders], settings.combine)
+
+
+def _member(
+    run: Run, name: str, prepared: Prepared, number: int, progress: Progress
+) -> dict[str, Any]:
+    """Train the ensemble's nth model; returns its summary, of an earlier time if it was done."""
+    stage = member_name(number)
+    base = run.settings.reward
+    settings = base.model_copy(update={"seed": base.seed + number})
+    about = {"digest": _digest(settings, name, prepared, prepared.train)}
+    if last := done_before(run, stage, run.file(stage), about, progress):
+        return last
+    model, trained, steps = _trained(run, stage, settings, name, prepared, prepared.train, progress)
+    asked = reference(run, prepared)
+    scores = RewardModel(inner(model), prepared.tokenizer, settings, prepared.chat).scores(asked)
+    known = moments([score for row in scores for score in row if score is not None])
+    save(
+        run.file(stage), model, prepared.tokenizer, name, about,
+        load=functools.partial(load_reward_model, new_head=settings.seed),
+        finish=lambda model: model.config.update(
+            {"aif_reward": {"mean": known["mean"], "std": known["std"] or 1.0,
+                            "chat": prepared.chat}}
+        ),
+    )  # fmt: skip
+    summary = about | {
+        "from": name,
+        "prompts": len(prepared.train),
+        "pairs": sum(len(tree.p_first) for tree in prepared.train),
+        "eval_prompts": len(prepared.held_out),
+        "eval_pairs": sum(len(tree.p_first) for tree in prepared.held_out),
+        "truncated": prepared.tally.truncated,
+        "dropped": prepared.tally.dropped,
+        "shares_prompts": steps.layout.share,
+        "steps": trained.steps,
+        "resumed_from": trained.resumed_from,
+        "best_step": trained.best_step,
+        "train_loss": trained.train_loss,
+        "eval_loss_before": trained.eval_loss_before,
+        "eval_loss": trained.eval_loss,
+        "tokens_per_s": trained.tokens_per_s,
+        "reference": known,
+    }
+    run.write_state(stage, summary)
+    return summary
+
+
+def _trained(
+    run: Run, stage: str, settings: RewardSettings, name: str, prepared: Prepared,
+    rows: Sequence[Tree], progress: Progress,
+) -> tuple[Any, Trained, Steps]:  # fmt: skip
+    """A model trained on `rows`, with how it went; its forward is its own again."""
+    load = functools.partial(load_reward_model, new_head=settings.seed)
+    model = load_for_training(name, settings, load)
+    without_dropout(model)
+    inner(model).config.pad_token_id = prepared.tokenizer.pad_token_id
+    objective = OBJECTIVES[settings.objective](settings)
+    most, call = micro_batch(model, settings)
+    pad = prepared.tokenizer.pad_token_id
+    layout = TreeLayout(most, pad, shares(model, settings.share_prompt), objective, call)
+    steps = Steps(
+        rows, settings.data, layout, batch_size=settings.batch_size, epochs=settings.epochs,
+        max_steps=settings.max_steps, seed=settings.seed,
+    )  # fmt: skip
+    held_out = layout.step(prepared.held_out) if prepared.held_out else None
+    about = {"digest": _digest(settings, name, prepared, rows)}
+    folder = run.file("checkpoints") / stage
+    training = Training(
+        stage, model, steps, held_out, settings, folder, about, Metrics(run, stage), progress
+    )
+    forward_is_loss(inner(model), objective)
+    trained = train(training)
+    forward_is_own(inner(model))
+    return model, trained, steps
+
+
+def _digest(settings: RewardSettings, name: str, prepared: Prepared, rows: Sequence[Tree]) -> str:
+    return digest_of(STAGE, settings, name, tree_digest(rows), tree_digest(prepared.held_out))
+
+
+def reference(run: Run, prepared: Prepared) -> list[Asked]:
+    """What scores are normalised on: the policy's responses, or those that were learned from."""
+    if run.file("responses.jsonl").exists() and (own := policy_responses(run)):
+        return own
+    return drawn([(group.prompt, group.responses) for group in prepared.train_groups])
+
+
+def policy_responses(run: Run) -> list[Asked]:
+    """A sample of the run's own responses."""
+    prompts = {row.id: row.messages for row in run.read("prompts.jsonl", Prompt)}
+    rows = run.read("responses.jsonl", Response)
+    return drawn([(prompts[row.prompt_id], [row.text]) for row in rows if row.text])
+
+
+def revised(run: Run) -> list[Asked]:
+    """A sample of the run's good revisions."""
+    prompts = {row.id: row.messages for row in run.read("prompts.jsonl", Prompt)}
+    rows = run.read("revisions.jsonl", Revision)
+    return drawn([(prompts[row.prompt_id], [row.revision]) for row in rows if row.revision])
+
+
+def drawn(rows: list[Asked]) -> list[Asked]:
+    """SAMPLE of the rows, always the same."""
+    return random.Random(0).sample(rows, SAMPLE) if len(rows) > SAMPLE else rows
+
+
+def _curve_point(
+    run: Run, name: str, prepared: Prepared, share: float, progress: Progress
+) -> dict[str, Any]:
+    """Held-out accuracy of a model trained on a share of the prompts, the larger shares holding
+    the smaller ones."""
+    settings = run.settings.reward
+    order = list(prepared.train)
+    random.Random(f"curve {settings.seed}").shuffle(order)
+    rows = order[: max(1, round(share * len(order)))]
+    stage = f"{STAGE}-curve-{share:g}"
+    digest = _digest(settings, name, prepared, rows)
+    if (last := run.state(stage)).get("digest") == digest and "accuracy" in last:
+        return last
+    model, _, _ = _trained(run, stage, settings, name, prepared, rows, progress)
+    found = Ensemble(
+        [RewardModel(inner(model), prepared.tokenizer, settings, prepared.chat)], settings.combine
+    )
+    card = report_card(scored_pairs(found, held_out_pairs(run, prepared)))
+    kind = "ai" if "ai" in card else "human"
+    point = {"digest": digest, "pairs": sum(len(tree.p_first) for tree in rows), **card[kind]}
+    run.write_state(stage, point)
+    return point
+
+
+def _card(
+    run: Run, prepared: Prepared, members: list[dict[str, Any]], curve: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The report card of what was held out, kept as reward-card.json and as pictures."""
+    settings = run.settings.reward
+    of = content_id([member["digest"] for member in members], settings.combine, curve)
+    last = run.state(CARD)
+    if last.get("of") == of:
+        return last
+    ensemble = load_ensemble(run)
+    pairs = scored_pairs(ensemble, held_out_pairs(run, prepared))
+    card = {"of": of} | report_card(pairs)
+    texts = {"held out": drawn([(g.prompt, g.responses) for g in prepared.eval_groups])}
+    if run.file("responses.jsonl").exists():
+        texts["policy"] = policy_responses(run)
+    if run.file("revisions.jsonl").exists():
+        texts["revised"] = revised(run)
+    card["scores"] = {
+        kind: moments(values)
+        for kind, asked in texts.items()
+        if (values := [s for row in ensemble.scores(asked) for s in row if s is not None])
+    }
+    kind = "ai" if "ai" in card else "human"
+    if curve and kind in card:
+        full = {"pairs": members[0]["pairs"], **card[kind]}
+        points = sorted([*curve, full], key=lambda point: point["pairs"])
+        card["curve"] = [{k: p[k] for k in ("pairs", "accuracy", "interval")} for p in points]
+    card["pictures"] = [str(path) for path in draw(card, run.file(CARD))]
+    run.write_state(CARD, card)
+    return card
+
+
+def held_out_pairs(run: Run, prepared: Prepared) -> list[Known]:
+    """The comparisons that were not learned from, with all that is known of them."""
+    return list(known_of(run, prepared.eval_groups))

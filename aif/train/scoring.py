@@ -1,0 +1,189 @@
+"""Scores of responses: the forward of a reward model, and a trained one to ask.
+
+A score is one number for a response to a prompt, read at the response's last token (its EOS, or
+wherever it was cut off), found by its place and never by looking for padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from types import MethodType
+from typing import Any
+
+import torch
+
+from aif.errors import AifError, InputError
+from aif.pretrained import load_reward_model, load_tokenizer, torch_dtype
+from aif.records import Message
+from aif.settings import RewardSettings
+from aif.train import checkpoint
+from aif.train.dialogues import Example
+from aif.train.model import inner, micro_batch
+from aif.train.tokens import Tokeniser
+from aif.train.trees import Objective, Tree, TreeLayout, branch_mask
+
+PLAIN = {"full_attention"}
+Asked = tuple[list[Message], Sequence[str]]  # a prompt and responses to it
+
+
+def scores_of(
+    model: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    branch: torch.Tensor | None,
+    ends_N: torch.Tensor,
+) -> torch.Tensor:
+    """The scores [N] of a batch's responses (see `trees.TreeBatch`), in float32."""
+    hidden_BTD = model.base_model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        # A mask of four dimensions is taken as it is. None is plain causal attention; what comes
+        # after a response's end, where rows are padded, is seen by nothing that is read.
+        attention_mask=None if branch is None else branch_mask(branch),
+        use_cache=False,
+    ).last_hidden_state
+    with torch.autocast(hidden_BTD.device.type, enabled=False):
+        # The head in float32: scores in bfloat16 near 4 would be 0.03 apart.
+        return model.score(hidden_BTD.flatten(0, 1)[ends_N].float()).squeeze(-1)
+
+
+def forward_is_loss(model: Any, objective: Objective) -> None:
+    """Make the forward of a reward model the summed loss of a batch.
+
+    So the loss is inside of whatever wraps the model: autocast, adapters, data parallelism.
+    """
+
+    def forward(self: Any, targets: dict[str, torch.Tensor], **batch: Any) -> torch.Tensor:
+        return objective.loss(scores_of(self, **batch), targets)
+
+    model.forward = MethodType(forward, model)
+
+
+def forward_is_own(model: Any) -> None:
+    """Undo `forward_is_loss`."""
+    vars(model).pop("forward", None)
+
+
+def shares(model: Any, wanted: bool | None) -> bool:
+    """Whether prompts are run once: where the attention takes a mask of who sees whom.
+
+    Flash attention takes none, and a sliding window would not be in it.
+    """
+    config = inner(model).config.get_text_config()
+    full = set(getattr(config, "layer_types", None) or PLAIN) <= PLAIN
+    full &= getattr(config, "sliding_window", None) is None or bool(
+        getattr(config, "layer_types", None)
+    )
+    can = full and config._attn_implementation == "sdpa"
+    if wanted and not can:
+        raise InputError(
+            "reward", "share_prompt", got="true for a model whose attention cannot",
+            expected="full attention on sdpa, or no share_prompt",
+        )  # fmt: skip
+    return can if wanted is None else wanted
+
+
+class RewardModel:
+    """A reward model to ask for scores, in evaluation mode.
+
+    `mean` and `std` are of its scores of reference responses; `normalised` uses them.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: RewardSettings, chat: bool):
+        self.model = model.eval()
+        about = getattr(model.config, "aif_reward", None) or {}
+        self.mean, self.std = about.get("mean", 0.0), about.get("std", 1.0)
+        config = model.config.get_text_config()
+        limit = min(settings.max_tokens, config.max_position_embeddings)
+        self._tokeniser = Tokeniser(tokenizer, limit, chat=about.get("chat", chat))
+        most, call = micro_batch(model, settings)
+        self._layout = TreeLayout(
+            most, tokenizer.pad_token_id, shares(model, settings.share_prompt), call_tokens=call
+        )
+        self._dtype = torch_dtype(settings.dtype, model.device)
+
+    @classmethod
+    def load(cls, folder: Path, settings: RewardSettings, chat: bool = True) -> RewardModel:
+        """The one that `aif reward` left in `folder`, or any sequence classifier with one score.
+
+        Raises AifError where the folder is damaged or no reward model.
+        """
+        why = checkpoint.fault(folder) if checkpoint.sealed(folder) is not None else None
+        if why:
+            raise AifError(f"{folder}: {why}; `aif reward` makes it again")
+        model = load_reward_model(str(folder), "float32", settings.device)
+        return cls(model, load_tokenizer(str(folder))[0], settings, chat)
+
+    def scores(self, groups: Sequence[Asked]) -> list[list[float | None]]:
+        """The score of every response of each (prompt, responses).
+
+        None for all of a group in which not a token of one fits into `reward.max_tokens`. Raises
+        AifError where a score is no number.
+        """
+        talks = [
+            [
+                Example("", "", "", [*prompt, {"role": "assistant", "content": text}])
+                for text in texts
+            ]
+            for prompt, texts in groups
+        ]
+        found: list[list[float | None]] = [[None] * len(texts) for _, texts in groups]
+        trees, place = [], {}
+        for n, sequences in enumerate(self._tokeniser.answers(talks)):
+            if sequences is not None:
+                trees.append(Tree.of(sequences))
+                place[id(trees[-1])] = n
+        for group in self._layout.groups(trees):
+            values = iter(self._batch_scores(group))
+            for tree in group:
+                found[place[id(tree)]] = [next(values) for _ in range(tree.responses)]
+        return found
+
+    def normalised(self, score: float) -> float:
+        """The score with mean 0 and standard deviation 1 on the reference responses."""
+        return (score - self.mean) / self.std
+
+    @torch.no_grad()
+    def _batch_scores(self, trees: Sequence[Tree]) -> list[float]:
+        batch = self._layout.batch(trees).inputs(self.model.device)
+        batch.pop("targets")
+        mixed = self._dtype != torch.float32
+        with torch.autocast(self.model.device.type, self._dtype, enabled=mixed):
+            values = scores_of(self.model, **batch).tolist()
+        if not all(map(math.isfinite, values)):
+            raise AifError("reward: a score is not a finite number")
+        return values
+
+
+class Ensemble:
+    """One or several reward models that speak with one voice."""
+
+    def __init__(self, members: Sequence[RewardModel], combine: str):
+        self.members, self.combine = members, combine
+
+    def scores(self, groups: Sequence[Asked]) -> list[list[float | None]]:
+        """The single member's scores as they are; of several, their normalised scores combined."""
+        by_member = [member.scores(groups) for member in self.members]
+        if len(by_member) == 1:
+            return by_member[0]
+        return [
+            [self._one(scores) for scores in zip(*rows, strict=True)]
+            for rows in zip(*by_member, strict=True)
+        ]
+
+    def _one(self, scores: Sequence[float | None]) -> float | None:
+        if None in scores:
+            return None
+        pairs = zip(self.members, scores, strict=True)
+        return combined([member.normalised(score) for member, score in pairs], self.combine)
+
+
+def combined(scores: Sequence[float], how: str) -> float:
+    """One score of an ensemble's: their mean, the least, or the mean less a standard deviation
+    (Coste et al. 2023, 2310.02743)."""
+    if how == "min":
+        return min(scores)
+    return fmean(scores) - (pstdev(scores) if how == "lower" else 0.0)

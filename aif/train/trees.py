@@ -1,0 +1,182 @@
+"""A prompt and its responses in one row, the prompt run once.
+
+    tokens    p p p p p  a a a a  b b b       two responses to a prompt
+    branch    0 0 0 0 0  1 1 1 1  2 2 2       0: what all begin with
+    position  0 1 2 3 4  5 6 7 8  5 6 7
+
+A token sees what stands before it in its own branch and in branch 0, and has the position that it
+would have had alone: every hidden state is the one of the plain sequence, and the gradient too. The
+prompt's share of the work is done once, forward and backward (Bradley-Terry pairs pay twice for it,
+six comparisons of four responses twelve times).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from aif.train.batch import Step, cheapest_cuts
+from aif.train.tokens import Tokens
+
+PAD = -1  # the branch of padding
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A group in tokens: what all responses begin with, and how each goes on (never empty).
+
+    `first`, `second` and `p_first` are its comparisons, `grades` what is known of each response.
+    """
+
+    source: str
+    shared_T: np.ndarray  # int32
+    branches: list[np.ndarray]
+    first: list[int] = field(default_factory=list)
+    second: list[int] = field(default_factory=list)
+    p_first: list[float] = field(default_factory=list)
+    grades: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, sequences: Sequence[Tokens], **known: list) -> Tree:
+        """The sequences of one group; each keeps a token of its own, where its score is read."""
+        ids = [sequence.ids_T for sequence in sequences]
+        shortest = min(map(len, ids))
+        heads = np.stack([row[: shortest - 1] for row in ids])
+        same = (heads == heads[0]).all(0)
+        common = len(same) if same.all() else int(same.argmin())
+        return cls(sequences[0].source, ids[0][:common], [row[common:] for row in ids], **known)
+
+    @property
+    def responses(self) -> int:
+        return len(self.branches)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return len(self.shared_T) + max(map(len, self.branches))
+
+    def __len__(self) -> int:
+        """Tokens, what is shared counted once."""
+        return len(self.shared_T) + sum(map(len, self.branches))
+
+
+class Objective(Protocol):
+    """A loss of scores, with what it needs to know of a batch (see `preference_losses`)."""
+
+    def count(self, tree: Tree) -> int:
+        """What a tree adds to the number that a step's summed loss is divided by."""
+
+    def targets(self, trees: Sequence[Tree]) -> dict[str, torch.Tensor]:
+        """Tensors for `loss`; responses are numbered through, tree by tree."""
+
+    def loss(self, scores_N: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The summed loss, a scalar."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreeBatch:
+    """Trees that are run at once, [B, T]; `ends_N` are places in the flattened rows where the
+    responses end, in order. `branch` is None where each row is one plain sequence."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    branch: torch.Tensor | None
+    ends_N: torch.Tensor
+    targets: dict[str, torch.Tensor]
+
+    def inputs(self, device: torch.device) -> dict[str, object]:
+        """The keyword arguments of `scoring.scores_forward`, on `device`."""
+        names = ("input_ids", "position_ids", "branch", "ends_N")
+        found = {name: getattr(self, name) for name in names}
+        moved = {k: None if v is None else v.to(device) for k, v in found.items()}
+        return moved | {"targets": {name: v.to(device) for name, v in self.targets.items()}}
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """How trees become micro-batches of at most `micro_tokens` positions (or one longer tree).
+
+    With `share` a tree is one row; without, each of its responses is one, with the prompt again.
+    """
+
+    micro_tokens: int
+    pad_id: int
+    share: bool
+    objective: Objective | None = None  # None: to score, not to learn
+    call_tokens: int = 64
+
+    def step(self, trees: Sequence[Tree]) -> Step:
+        """All of `trees`, the longest first."""
+        batches = [self.batch(group) for group in self.groups(trees)]
+        return Step(batches, sum(map(len, trees)), max(1, sum(map(self.objective.count, trees))))
+
+    def groups(self, trees: Sequence[Tree]) -> list[list[Tree]]:
+        """Trees that lie in one micro-batch each, cut where it costs least."""
+        width = len if self.share else (lambda tree: tree.longest)
+        trees = sorted(trees, key=width, reverse=True)
+        rows = np.cumsum([0, *(1 if self.share else tree.responses for tree in trees)])
+
+        def size(start: int, end: int) -> int:
+            return int(rows[end] - rows[start]) * width(trees[start])
+
+        cuts = cheapest_cuts(len(trees), size, self.micro_tokens, self.call_tokens)
+        return [trees[start:end] for start, end in cuts]
+
+    def batch(self, trees: Sequence[Tree]) -> TreeBatch:
+        """These trees in one micro-batch; responses are numbered through, tree by tree."""
+        rows: list[list[np.ndarray]] = []  # each the parts of a row: what is shared, then branches
+        for tree in trees:
+            if self.share:
+                rows.append([tree.shared_T, *tree.branches])
+            else:
+                rows += [[tree.shared_T, branch] for branch in tree.branches]
+        width = max(sum(map(len, parts)) for parts in rows)
+        ids_BT = np.full((len(rows), width), self.pad_id)
+        position_BT = np.zeros((len(rows), width), int)
+        branch_BT = np.full((len(rows), width), PAD)
+        ends = []
+        for row, (shared_T, *branches) in enumerate(rows):
+            at = start = len(shared_T)
+            ids_BT[row, :at], position_BT[row, :at], branch_BT[row, :at] = (
+                shared_T, np.arange(at), 0,
+            )  # fmt: skip
+            for number, branch in enumerate(branches, 1):
+                where = slice(at, at + len(branch))
+                ids_BT[row, where] = branch
+                position_BT[row, where] = np.arange(start, start + len(branch))
+                branch_BT[row, where] = number
+                at += len(branch)
+                ends.append(row * width + at - 1)
+        return TreeBatch(
+            torch.from_numpy(ids_BT).long(),
+            torch.from_numpy(position_BT).long(),
+            torch.from_numpy(branch_BT) if self.share else None,
+            torch.tensor(ends),
+            self.objective.targets(trees) if self.objective else {},
+        )
+
+
+def branch_mask(branch_BT: torch.Tensor) -> torch.Tensor:
+    """[B, 1, T, T], True where token i may look at token j: not later, and of its own branch or of
+    what is shared. Padding looks at padding, so that no row of a softmax is empty."""
+    i, j = branch_BT[:, :, None], branch_BT[:, None, :]
+    causal_TT = torch.ones(
+        branch_BT.shape[1:] * 2, dtype=torch.bool, device=branch_BT.device
+    ).tril()
+    return (((i == j) | (j == 0)) & causal_TT)[:, None]
+
+
+def tree_digest(trees: Sequence[Tree]) -> str:
+    """A sha256 of every token and everything known of it."""
+    found = hashlib.sha256()
+    for tree in trees:
+        for ids in (tree.shared_T, *tree.branches):
+            found.update(len(ids).to_bytes(8, "big") + ids.tobytes())
+        known = (tree.source, tree.first, tree.second, tree.p_first, tree.grades)
+        found.update(repr(known).encode())
+    return found.hexdigest()
