@@ -8,7 +8,8 @@ weights with bfloat16 autocast where the hardware has it, AdamW (torch), a linea
 max_length 1024 and the same number of sequences an optimizer step.
 
     default    trl as it comes: gradient checkpointing, batches in random order
-    tuned      no gradient checkpointing, batches grouped by length
+    grouped    the same with batches grouped by length
+    tuned      and no gradient checkpointing
 
 "aif packed" is sft.packing = true: one row a micro-batch, no padding.
 
@@ -20,19 +21,14 @@ end the loss of one step on the same rows is compared.
 from __future__ import annotations
 
 import argparse
-import logging
-import statistics
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from datasets import Dataset, disable_progress_bars
-from transformers import TrainerCallback
+from datasets import Dataset
+from training import Clock, Contenders, compare, quiet
 from trl import SFTConfig, SFTTrainer
 
 from aif.pairs import read_dialogues
@@ -50,19 +46,6 @@ from aif.train.trainer import StepTrainer, Training
 
 MAX_TOKENS = 1024
 HH = "hh/helpful_rejection_sampled.jsonl"
-
-
-class Clock(TrainerCallback):
-    """From the first step's start to the last one's end."""
-
-    def on_step_begin(self, args, state, control, **_):
-        if not hasattr(self, "began"):
-            self.began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **_):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.began
 
 
 class Work:
@@ -150,17 +133,18 @@ def aif_run(work: Work, scratch: str, steps: int, **options) -> tuple[float, flo
 
 
 TUNED = {"gradient_checkpointing": False}
-GROUPED = TUNED | {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
+GROUPED = {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
 GROUPED |= {"remove_unused_columns": False}
 
 
-def contenders(work: Work) -> dict[str, Callable[[str], tuple[float, float]]]:
+def contenders(work: Work) -> Contenders:
     """What is compared, by name; each runs once over all rows."""
     found = {
-        "aif": lambda at: aif_run(work, at, work.steps),
-        "aif packed": lambda at: aif_run(work, at, work.steps, packing=True),
-        "trl default": lambda at: trl_run(work, at, work.steps),
-        "trl tuned": lambda at: trl_run(work, at, work.steps, **GROUPED),
+        "aif": lambda at: aif_run(work, at, work.steps)[0],
+        "aif packed": lambda at: aif_run(work, at, work.steps, packing=True)[0],
+        "trl default": lambda at: trl_run(work, at, work.steps)[0],
+        "trl grouped": lambda at: trl_run(work, at, work.steps, **GROUPED)[0],
+        "trl tuned": lambda at: trl_run(work, at, work.steps, **GROUPED, **TUNED)[0],
     }
     return {
         name: run for name, run in found.items() if not work.args.only or name in work.args.only
@@ -179,9 +163,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.data / HH).exists():
         sys.exit(f"{args.data / HH} is not there; --data names the folder")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    disable_progress_bars()
+    quiet()
     work = Work(args, args.rows)
     place = usable_device(args.device)
     print(
@@ -190,13 +172,8 @@ def main() -> None:
         f"{len(work.rows)} rows, "
         f"{work.n_tokens:,} tokens, {args.batch_size} sequences a step"
     )
+    compare(contenders(work), args.rounds, work.n_tokens, "tokens/s")
     with tempfile.TemporaryDirectory() as scratch:
-        runs = contenders(work)
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(args.rounds):
-            for name, run in runs.items():
-                seconds[name].append(run(f"{scratch}/run{number}")[0])
-        report(work, seconds)
         first = Work(args, args.batch_size)  # one step over all of them
         for dtype in ("float32", "bfloat16"):
             ours, theirs = (
@@ -206,15 +183,6 @@ def main() -> None:
                 f"first loss, {dtype} products: aif {ours:.6f}, trl {theirs:.6f}, "
                 f"apart by {abs(ours / theirs - 1):.1e}"
             )
-
-
-def report(work: Work, seconds: dict[str, list[float]]) -> None:
-    print(f"{'':14}{'tokens/s':>10}{'min':>8}{'max':>8}{'aif is x':>10}")
-    for name, took in seconds.items():
-        rates = sorted(work.n_tokens / s for s in took)
-        gain = statistics.median(s / ours for s, ours in zip(took, seconds["aif"], strict=True))
-        median = statistics.median(rates)
-        print(f"{name:14}{median:10.0f}{rates[0]:8.0f}{rates[-1]:8.0f}{gain:10.2f}")
 
 
 if __name__ == "__main__":
