@@ -137,7 +137,6 @@ class TrainSettings(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
     device: str = "auto"
     gradient_checkpointing: bool = False  # less memory for a third more time
-    packing: bool | None = None  # no padding; None: where the attention is for it
     eval_fraction: float = Field(0.05, ge=0, lt=1)  # of the prompts, held out; 0: none
     eval_every: int | None = Field(None, ge=1)  # steps; None: once an epoch
     load_best: bool = True  # end with the weights of the lowest eval loss
@@ -156,6 +155,7 @@ class SFTSettings(TrainSettings):
     filtered: bool = False  # only revisions that `aif filter` kept
     loss_on: Literal["response", "assistant"] = "response"  # the last turn, or every assistant's
     max_tokens: int = Field(1024, ge=8)  # of an example
+    packing: bool | None = None  # no padding; None: where the attention is for it
 
 
 class RewardSettings(TrainSettings):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from aif.settings import LoraSettings, PolicySettings, Settings
 from tests.server import serving
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +81,33 @@ def test_critique_revise_fine_tune(folder):
     assert "10 responses to 5 prompts (0 faults)" in after
 
 
+def test_reward_model(folder):
+    """On the example pairs, labelled as the first of the daily jobs has it."""
+    run(commands("Run a batch")[1], folder)
+    reward, score = (run(line, folder) for line in commands("Reward model"))
+    assert "runs/first/reward" in reward
+    assert "12 pairs scored" in score
+
+
 def test_the_two_commands_are_in_the_makefile():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in commands("aif"):
         if line.startswith("make "):
             assert line.split()[1] in targets
+
+
+def test_every_setting_is_in_the_table():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    tables = readme[readme.index("| table | keys |") :].partition("\n\n")[0].splitlines()[2:]
+    listed: dict[str, set[str]] = {}
+    for line in tables:
+        names, keys = line.split("|")[1:3]
+        for name in re.findall(r"\[(\w+)\]", names):
+            listed.setdefault(name, set()).update(re.findall(r"`([a-z_0-9.]+)`", keys))
+    listed["reviser"] = listed["policy"]
+    for name in Settings.model_fields:
+        table = getattr(Settings(), name) or PolicySettings()
+        keys = set(type(table).model_fields) - {"lora"}
+        if "lora" in type(table).model_fields:
+            keys |= {f"lora.{key}" for key in LoraSettings.model_fields}
+        assert listed[name] == keys, name

@@ -14,7 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from aif.errors import InputError, shown
 from aif.pretrained import bundled_folder, load_model, torch_dtype, usable_device
-from aif.settings import BUNDLED, LoraSettings, TrainSettings
+from aif.settings import BUNDLED, LoraSettings, SFTSettings, TrainSettings
 from aif.train.checkpoint import seal
 
 Loader = Callable[[str, str, str], Any]  # (name, dtype, device) -> model
@@ -78,7 +78,7 @@ def learning_rate(settings: TrainSettings) -> float:
     return LORA_LEARNING_RATE if settings.lora else FULL_LEARNING_RATE
 
 
-def packs(model: Any, settings: TrainSettings) -> bool:
+def packs(model: Any, settings: SFTSettings) -> bool:
     """Whether sequences are packed without padding.
 
     By default where attention itself skips what lies between sequences (flash attention). Under
