@@ -30,6 +30,7 @@ from aif.console import (
     parse_source,
     run_stage,
     show_summary,
+    training_run,
     verb,
 )  # fmt: skip
 
@@ -247,7 +248,7 @@ def sft(
         "sft.data": dict(map(parse_source, data)) if data else None,
         "sft.seed": seed,
     }
-    run_stage("sft", existing_run(run, set_, given), json_, quiet, told.sft)
+    run_stage("sft", training_run(run, set_, given, data), json_, quiet, told.sft)
 
 
 @verb(app)
@@ -278,7 +279,7 @@ def reward(
         "reward.data": dict(map(parse_source, data)) if data else None,
         "reward.seed": seed,
     }
-    run_stage("reward", existing_run(run, set_, given), json_, quiet, told.reward)
+    run_stage("reward", training_run(run, set_, given, data), json_, quiet, told.reward)
 
 
 @verb(app)

@@ -114,6 +114,13 @@ def existing_run(
     return open_run(path, given or {}, sets)
 
 
+def training_run(
+    path: Path, sets: list[str] | None, given: dict[str, Any], data: list[str] | None
+) -> Run:
+    """The run at `path`; with data of its own to learn from it need not be there yet."""
+    return open_run(path, given, sets) if data else existing_run(path, sets, given)
+
+
 def show_summary(
     summary: dict[str, Any],
     as_json: bool,

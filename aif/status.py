@@ -10,7 +10,7 @@ from aif.run import Run
 
 # What is shown of a stage's summary, where it has it.
 COUNTS = ("prompts", "responses", "votes", "revisions", "kept", "examples", "steps")
-COUNTS += ("comparisons", "labels", "unfinished")
+COUNTS += ("comparisons", "labels", "pairs", "unfinished")
 
 
 def status(run: Run) -> dict[str, Any]:

@@ -48,9 +48,10 @@ def known_of(run: Run, groups: Iterable[Group]) -> Iterator[Known]:
 def _by_grade(group: Group) -> Iterator[Known]:
     """Graded responses to one prompt, each with each: the better grade is to win."""
     if group.grades:
+        who = "p_first" if group.source == "labels" else "p_human"
         for a, b in combinations(range(len(group.responses)), 2):
             comparison = Comparison.of(group.prompt, group.responses[a], group.responses[b])
-            yield Known(comparison, (1 + group.grades[a] - group.grades[b]) / 2)
+            yield Known(comparison, **{who: (1 + group.grades[a] - group.grades[b]) / 2})
 
 
 def scored_pairs(ensemble: Ensemble, known: Sequence[Known]) -> list[ScoredPair]:

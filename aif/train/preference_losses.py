@@ -66,8 +66,8 @@ class Pairs:
         p_first = torch.tensor(p, dtype=torch.float32)
         weight = (2 * p_first - 1).abs() if self.settings.confidence_weights else None
         return {
-            "first": torch.tensor(first),
-            "second": torch.tensor(second),
+            "first": torch.tensor(first, dtype=torch.long),
+            "second": torch.tensor(second, dtype=torch.long),
             "p_first": (p_first > 0.5).float() if self.settings.hard else p_first,
             "weight": torch.ones_like(p_first) if weight is None else weight,
         }

@@ -99,7 +99,7 @@ def split(groups: list[Group], settings: RewardSettings) -> tuple[list[Group], l
 
 def _check_not_constant(groups: Iterable[Group], settings: RewardSettings) -> None:
     if settings.objective == "grades":
-        values = {grade for group in groups for grade in group.grades}
+        values = {g > 0.5 if settings.hard else g for group in groups for g in group.grades}
         told = "one and the same grade everywhere"
     else:
         values = {0.5} | {pair.p_first for group in groups for pair in group.pairs}
@@ -130,10 +130,7 @@ def _paired(run: Run, source: str, left_out: Counter[str]) -> Iterator[Group]:
 
 def _labelled(run: Run, left_out: Counter[str]) -> Iterator[tuple[Comparison, float]]:
     """Every comparison whose label is not null, with it."""
-    if run.state("label").get("in_progress"):
-        raise AifError(f"{run.path}: labelling was cut off; `aif label --out {run.path}` first")
-    if not run.file("labels.jsonl").exists():
-        raise AifError(f"{run.file('labels.jsonl')}: not there; `aif label --out {run.path}` first")
+    _check_labelled(run)
     labels = {label.comparison_id: label for label in run.read("labels.jsonl", Label)}
     for comparison in run.read("comparisons.jsonl", Comparison):
         label = labels.get(comparison.id)
@@ -141,6 +138,13 @@ def _labelled(run: Run, left_out: Counter[str]) -> Iterator[tuple[Comparison, fl
             left_out[(label and label.fault) or "not labelled"] += 1
         else:
             yield comparison, label.p_first
+
+
+def _check_labelled(run: Run) -> None:
+    if run.state("label").get("in_progress"):
+        raise AifError(f"{run.path}: labelling was cut off; `aif label --out {run.path}` first")
+    if not run.file("labels.jsonl").exists():
+        raise AifError(f"{run.file('labels.jsonl')}: not there; `aif label --out {run.path}` first")
 
 
 def _chosen(source: str, left_out: Counter[str]) -> Iterator[tuple[Comparison, float]]:
@@ -171,7 +175,8 @@ def _graded(run: Run, source: str, left_out: Counter[str]) -> Iterator[Group]:
 def _judged(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], str, float]]:
     """The judge's grade of every response that `aif label` had graded by itself (pointwise): the
     principles' log-odds of yes, by weight."""
-    path = run.settings.label.constitution
+    _check_labelled(run)
+    path = run.settings.label.constitution or run.settings.revise.constitution
     weights = {p.id: p.weight for p in constitutions.load(path).principle} if path else {}
     comparisons = {row.id: row for row in run.read("comparisons.jsonl", Comparison)}
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)

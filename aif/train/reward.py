@@ -24,7 +24,7 @@ from aif.run import Run
 from aif.settings import RewardSettings
 from aif.train import checkpoint
 from aif.train.batch import Steps
-from aif.train.card import draw, moments, report_card
+from aif.train.card import accuracy, draw, moments, report_card
 from aif.train.dialogues import Example
 from aif.train.known import Known, known_of, scored_pairs
 from aif.train.metrics import Metrics
@@ -97,21 +97,20 @@ def reward(run: Run, progress: Progress) -> dict[str, Any]:
     """
     settings = run.settings.reward
     name = start_model(run)
-    check_start(STAGE, name, run.file(STAGE))
+    for number in range(settings.members):
+        check_start(STAGE, name, run.file(member_name(number)))
     with run.writing():
         prepared = Prepared(run, name)
         run.keep_settings()
         members = [_member(run, name, prepared, n, progress) for n in range(settings.members)]
         curve = [_curve_point(run, name, prepared, share, progress) for share in settings.curve]
         card = _card(run, prepared, members, curve)
-        summary = members[0] | {
+        return members[0] | {
             "run": str(run.path),
             "models": [str(run.file(member_name(n))) for n in range(settings.members)],
             "left_out": prepared.found.left_out,
             "card": card,
         }
-        run.write_state(STAGE, members[0])
-    return summary
 
 
 def start_model(run: Run) -> str:
@@ -149,9 +148,9 @@ def _member(
     if last := done_before(run, stage, run.file(stage), about, progress):
         return last
     model, trained, steps = _trained(run, stage, settings, name, prepared, prepared.train, progress)
-    asked = reference(run, prepared)
-    scores = RewardModel(inner(model), prepared.tokenizer, settings, prepared.chat).scores(asked)
-    known = moments([score for row in scores for score in row if score is not None])
+    known = reference(run, prepared, RewardModel(
+        inner(model), prepared.tokenizer, settings, prepared.chat
+    ))  # fmt: skip
     save(
         run.file(stage), model, prepared.tokenizer, name, about,
         load=functools.partial(load_reward_model, new_head=settings.seed),
@@ -215,11 +214,18 @@ def _digest(settings: RewardSettings, name: str, prepared: Prepared, rows: Seque
     return digest_of(STAGE, settings, name, tree_digest(rows), tree_digest(prepared.held_out))
 
 
-def reference(run: Run, prepared: Prepared) -> list[Asked]:
-    """What scores are normalised on: the policy's responses, or those that were learned from."""
-    if run.file("responses.jsonl").exists() and (own := policy_responses(run)):
-        return own
-    return drawn([(group.prompt, group.responses) for group in prepared.train_groups])
+def reference(run: Run, prepared: Prepared, model: RewardModel) -> dict[str, Any]:
+    """The moments of the scores that others are normalised by: of the policy's responses, or of
+    those that were learned from where the run has none that fit."""
+    if run.file("responses.jsonl").exists() and (own := _scores(model, policy_responses(run))):
+        return moments(own)
+    learned = [(group.prompt, group.responses) for group in prepared.train_groups]
+    return moments(_scores(model, drawn(learned)) or _scores(model, learned))
+
+
+def _scores(model: RewardModel | Ensemble, asked: list[Asked]) -> list[float]:
+    """The scores of all responses that fit."""
+    return [score for row in model.scores(asked) for score in row if score is not None]
 
 
 def policy_responses(run: Run) -> list[Asked]:
@@ -255,12 +261,12 @@ def _curve_point(
     if (last := run.state(stage)).get("digest") == digest and "accuracy" in last:
         return last
     model, _, _ = _trained(run, stage, settings, name, prepared, rows, progress)
-    found = Ensemble(
+    ensemble = Ensemble(
         [RewardModel(inner(model), prepared.tokenizer, settings, prepared.chat)], settings.combine
     )
-    card = report_card(scored_pairs(found, held_out_pairs(run, prepared)))
-    kind = "ai" if "ai" in card else "human"
-    point = {"digest": digest, "pairs": sum(len(tree.p_first) for tree in rows), **card[kind]}
+    card = report_card(scored_pairs(ensemble, held_out_pairs(run, prepared)))
+    found = card.get("ai") or card.get("human") or accuracy(())
+    point = {"digest": digest, "pairs": sum(len(tree.p_first) for tree in rows), **found}
     run.write_state(stage, point)
     return point
 
@@ -269,23 +275,25 @@ def _card(
     run: Run, prepared: Prepared, members: list[dict[str, Any]], curve: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The report card of what was held out, kept as reward-card.json and as pictures."""
-    settings = run.settings.reward
-    of = content_id([member["digest"] for member in members], settings.combine, curve)
-    last = run.state(CARD)
-    if last.get("of") == of:
-        return last
-    ensemble = load_ensemble(run)
-    pairs = scored_pairs(ensemble, held_out_pairs(run, prepared))
-    card = {"of": of} | report_card(pairs)
+    known = held_out_pairs(run, prepared)
     texts = {"held out": drawn([(g.prompt, g.responses) for g in prepared.eval_groups])}
     if run.file("responses.jsonl").exists():
         texts["policy"] = policy_responses(run)
     if run.file("revisions.jsonl").exists():
         texts["revised"] = revised(run)
+    of = content_id(
+        [member["digest"] for member in members], run.settings.reward.combine, curve, texts,
+        [(row.comparison.id, row.p_first, dict(row.by_principle), row.p_human) for row in known],
+    )  # fmt: skip
+    last = run.state(CARD)
+    if last.get("of") == of:
+        return last
+    ensemble = load_ensemble(run)
+    card = {"of": of} | report_card(scored_pairs(ensemble, known))
     card["scores"] = {
         kind: moments(values)
         for kind, asked in texts.items()
-        if (values := [s for row in ensemble.scores(asked) for s in row if s is not None])
+        if (values := _scores(ensemble, asked))
     }
     kind = "ai" if "ai" in card else "human"
     if curve and kind in card:

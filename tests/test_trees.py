@@ -1,0 +1,386 @@
+"""A prompt that is run once for all its responses: scores, loss and gradients are the plain ones.
+
+The oracle is transformers' own sequence classifier, given one response at a time.
+"""
+
+# ruff: noqa: E402  (what needs torch is imported once torch is known to be there)
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import numpy as np
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
+
+from aif.errors import InputError
+from aif.settings import RewardSettings
+from aif.train.preference_losses import OBJECTIVES, Pairs
+from aif.train.scoring import forward_is_loss, forward_is_own, scores_of, shares
+from aif.train.tokens import Tokens
+from aif.train.trees import PAD, Tree, TreeLayout, branch_mask, tree_digest
+
+KINDS = {
+    "llama": (LlamaConfig, LlamaForSequenceClassification, {}),
+    "deep llama": (
+        LlamaConfig,
+        LlamaForSequenceClassification,
+        {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
+    "qwen2": (Qwen2Config, Qwen2ForSequenceClassification, {}),
+    "mistral": (MistralConfig, MistralForSequenceClassification, {"sliding_window": None}),
+    "sliding mistral": (MistralConfig, MistralForSequenceClassification, {"sliding_window": 6}),
+    "sliding qwen2": (
+        Qwen2Config,
+        Qwen2ForSequenceClassification,
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+    "eager": (LlamaConfig, LlamaForSequenceClassification, {"attn_implementation": "eager"}),
+}
+SHAREABLE = ["llama", "deep llama", "qwen2", "mistral"]
+SEPARATE = ["sliding mistral", "sliding qwen2", "eager"]
+LAST = 7  # a token that some responses end in, and one of the pad ids
+PROMPTS = {4: 17, 1: 5, 3: 1, 2: 9}  # responses -> tokens of their prompt
+
+
+def tiny(kind: str = "llama"):
+    """A random classifier whose attention is far from even, so that what is seen matters."""
+    config, model, changes = KINDS[kind]
+    options = {
+        "vocab_size": 400, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "num_labels": 1, "initializer_range": 0.3, "attention_dropout": 0.0, "pad_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return model(config(**options | changes)).eval()
+
+
+def tokens(*ids: int, source: str = "s") -> Tokens:
+    return Tokens(np.array(ids, np.int32), np.arange(len(ids)) > 0, source)
+
+
+def groups(seed: int = 0) -> list[list[Tokens]]:
+    """1, 2, 3 and 4 responses to a prompt, of unlike lengths, with one that goes on as another
+    does, two that are the same, and some that end in a token that may be the pad's."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for responses, prompt in PROMPTS.items():
+        head = rng.integers(8, 399, prompt).tolist()
+        tails = [rng.integers(8, 399, rng.integers(1, 14)).tolist() for _ in range(responses)]
+        tails[0][-1] = LAST
+        if responses > 2:
+            tails[1] = tails[0] + [LAST]
+        if responses > 3:
+            tails[3] = tails[2]
+        found.append([tokens(*head, *tail) for tail in tails])
+    return found
+
+
+def known(responses: int, seed: int = 0) -> dict[str, list]:
+    """Comparisons of all with all, either one first, and grades."""
+    rng = np.random.default_rng([seed, responses])
+    pairs = [(a, b) for a in range(responses) for b in range(responses) if (a + b) % 2 == (a < b)]
+    p_first, grades = rng.random(len(pairs)), rng.random(responses)
+    return {
+        "first": [a for a, b in pairs if a != b],
+        "second": [b for a, b in pairs if a != b],
+        "p_first": [float(p) for p, (a, b) in zip(p_first, pairs, strict=True) if a != b],
+        "grades": grades.tolist(),
+    }
+
+
+def trees(seed: int = 0) -> list[Tree]:
+    return [Tree.of(group, **known(len(group), seed)) for group in groups(seed)]
+
+
+def whole(tree: Tree) -> list[list[int]]:
+    return [[*tree.shared_T.tolist(), *branch.tolist()] for branch in tree.branches]
+
+
+def own_scores(model, found: list[Tree]) -> torch.Tensor:
+    """transformers' score of every response by itself, [N]."""
+    assert model.config.pad_token_id is None
+    ids = [torch.tensor([row]) for tree in found for row in whole(tree)]
+    return torch.cat([model(input_ids=ids_BT).logits[0] for ids_BT in ids])
+
+
+def gradients(model) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def objective_of(name: str = "pairs"):
+    return OBJECTIVES[name](RewardSettings(centering=0.05))
+
+
+def plain(model, found: list[Tree], name: str = "pairs") -> tuple[float, list]:
+    model.zero_grad()
+    objective = objective_of(name)
+    loss = objective.loss(own_scores(model, found), objective.targets(found))
+    loss = loss / sum(map(objective.count, found))
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+def ours(model, found: list[Tree], name: str = "pairs", **layout) -> tuple[float, list]:
+    model.zero_grad()
+    objective = objective_of(name)
+    options = {"micro_tokens": 10_000, "pad_id": 0, "share": True} | layout
+    made, total = TreeLayout(objective=objective, **options).step(found), 0.0
+    forward_is_loss(model, objective)
+    for batch in made.batches:
+        loss = model(**batch.inputs(model.device)) / made.loss_items
+        loss.backward()
+        total += float(loss.detach())
+    forward_is_own(model)
+    return total, gradients(model)
+
+
+def scored(model, found: list[Tree], **layout) -> torch.Tensor:
+    """Our scores of all responses, [N], as one batch."""
+    options = {"micro_tokens": 10_000, "pad_id": 0, "share": True} | layout
+    batch = TreeLayout(**options).batch(found).inputs(model.device)
+    batch.pop("targets")
+    with torch.no_grad():
+        return scores_of(model, **batch)
+
+
+def close(found: tuple[float, list], want: tuple[float, list]) -> None:
+    assert found[0] == pytest.approx(want[0], rel=1e-5)
+    for ours, theirs in zip(found[1], want[1], strict=True):
+        assert theirs.norm() > 0
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_what_all_begin_with_is_shared_and_every_response_keeps_a_token():
+    tree = Tree.of([tokens(1, 2, 3, 4), tokens(1, 2, 5), tokens(1, 2, 3, 9)])
+    assert tree.shared_T.tolist() == [1, 2]
+    assert [branch.tolist() for branch in tree.branches] == [[3, 4], [5], [3, 9]]
+    assert (len(tree), tree.longest, tree.responses) == (7, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"),
+    [
+        ([[1, 2, 3], [1, 2, 3]], 2),
+        ([[1, 2, 3], [1, 2, 3, 4]], 2),
+        ([[1, 2, 3, 4], [1, 2]], 1),
+        ([[1, 2, 3]], 2),
+        ([[1], [1]], 0),
+        ([[1, 2], [3, 2]], 0),
+    ],
+    ids=["equal", "a prefix", "the first goes on", "one alone", "one token", "nothing in common"],
+)
+def test_no_branch_is_empty(rows, shared):
+    tree = Tree.of([tokens(*row) for row in rows])
+    assert len(tree.shared_T) == shared
+    assert all(len(branch) for branch in tree.branches)
+    assert whole(tree) == rows
+
+
+sequences = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+@limits(max_examples=60, deadline=None)
+@given(sequences)
+def test_a_tree_holds_its_sequences_and_shares_all_it_can(rows):
+    tree = Tree.of([tokens(*row) for row in rows])
+    assert whole(tree) == rows
+    assert all(len(branch) for branch in tree.branches)
+    one_more = {tuple(row[: len(tree.shared_T) + 1]) for row in rows}
+    assert len(one_more) > 1 or len(tree.shared_T) == min(map(len, rows)) - 1
+
+
+def test_a_row_is_the_prompt_and_then_its_branches():
+    head = [11, 12, 13, 14, 15]
+    tree = Tree.of([tokens(*head, 21, 22, 23, 24), tokens(*head, 31, 32, 33)])
+    batch = TreeLayout(100, 0, share=True).batch([tree, Tree.of([tokens(5, 6)])])
+    assert batch.input_ids.tolist() == [[*head, 21, 22, 23, 24, 31, 32, 33], [5, 6] + [0] * 10]
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]
+    assert batch.position_ids[1, :2].tolist() == [0, 1]
+    assert batch.branch.tolist() == [[0] * 5 + [1] * 4 + [2] * 3, [0, 1] + [PAD] * 10]
+    assert batch.ends_N.tolist() == [8, 11, 13]
+
+
+@limits(max_examples=30, deadline=None)
+@given(st.lists(sequences, min_size=1, max_size=3))
+def test_a_token_sees_its_own_branch_and_what_is_shared(rows):
+    found = [Tree.of([tokens(*row) for row in group]) for group in rows]
+    batch = TreeLayout(100, 0, share=True).batch(found)
+    got = branch_mask(batch.branch)
+    assert got.shape == (len(found), 1, *2 * (batch.input_ids.shape[1],))
+    for row, tree in enumerate(found):
+        where = [0] * len(tree.shared_T)
+        for number, branch in enumerate(tree.branches, 1):
+            where += [number] * len(branch)
+        for i, mine in enumerate(where):
+            for j, theirs in enumerate(where):
+                assert bool(got[row, 0, i, j]) == (j <= i and theirs in (0, mine))
+    assert got.any(-1).all(), "a softmax over nothing is no number"
+
+
+@pytest.mark.parametrize("kind", SHAREABLE)
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_loss_and_gradients_are_those_of_transformers(kind, objective):
+    model, found = tiny(kind), trees()
+    want = plain(model, found, objective)
+    close(ours(model, found, objective, share=True), want)
+    close(ours(model, found, objective, share=False), want)
+
+
+@pytest.mark.parametrize("responses", [1, 2, 3, 4])
+@pytest.mark.parametrize("share", [True, False])
+def test_any_number_of_responses_will_do(responses, share):
+    model = tiny()
+    found = [tree for seed in range(3) for tree in trees(seed) if tree.responses == responses]
+    close(ours(model, found, "grades", share=share), plain(model, found, "grades"))
+
+
+@pytest.mark.parametrize("kind", SEPARATE)
+def test_where_nothing_can_be_shared_each_response_is_run_by_itself(kind):
+    model, found = tiny(kind), trees()
+    assert not shares(model, None)
+    close(ours(model, found, share=False), plain(model, found))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("micro_tokens", [1, 64, 10_000])
+@pytest.mark.parametrize("pad_id", [0, LAST, 399])
+def test_how_they_lie_in_memory_changes_nothing(share, micro_tokens, pad_id):
+    model, found = tiny(), trees() + trees(1)
+    want = plain(model, found)
+    made = {"share": share, "micro_tokens": micro_tokens, "pad_id": pad_id}
+    close(ours(model, found, **made), want)
+    close(ours(model, found[::-1], **made), want)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_gradient_checkpointing_changes_nothing(share):
+    model, found = tiny(), trees()
+    want, runs = plain(model, found), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    close(ours(model.train(), found, share=share), want)
+    once = len(runs)
+    model.activation_checkpointing_enable()
+    close(ours(model.train(), found, share=share), want)
+    assert len(runs) == 3 * once, "the layer was not run again on the way back"
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("pad_id", [0, LAST, 399])
+def test_a_score_is_read_at_the_last_token(share, pad_id):
+    model, found = tiny(), trees()
+    rows = [row for tree in found for row in whole(tree)]
+    width = max(map(len, rows))
+    ids_BT = torch.full((len(rows), width), 399)  # no row has this one, so transformers sees ends
+    for n, row in enumerate(rows):
+        ids_BT[n, : len(row)] = torch.tensor(row)
+    model.config.pad_token_id = 399
+    with torch.no_grad():
+        want = model(input_ids=ids_BT, attention_mask=ids_BT != 399).logits[:, 0]
+    torch.testing.assert_close(
+        scored(model, found, share=share, pad_id=pad_id), want, rtol=1e-4, atol=1e-5
+    )
+
+
+def swapped(tree: Tree) -> Tree:
+    return replace(
+        tree, first=tree.second, second=tree.first, p_first=[1 - p for p in tree.p_first]
+    )
+
+
+@pytest.mark.parametrize("objective", ["pairs", "ranking"])
+def test_which_response_is_called_first_does_not_matter(objective):
+    model, found = tiny(), trees()
+    want = ours(model, found, objective)
+    close(ours(model, [swapped(tree) for tree in found], objective), want)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_swapped_texts_swap_their_scores_and_nothing_else(share):
+    model, pairs = tiny(), [group for group in groups() if len(group) == 2]
+    compared = {"first": [0], "second": [1], "p_first": [0.8]}
+    as_is = [Tree.of(group, **compared) for group in pairs]
+    turned = [Tree.of(group[::-1], **compared | {"p_first": [1 - 0.8]}) for group in pairs]
+    a, b = scored(model, as_is, share=share)
+    c, d = scored(model, turned, share=share)
+    assert abs(a - b) > 0.1
+    torch.testing.assert_close(torch.stack([c, d]), torch.stack([b, a]), rtol=1e-4, atol=1e-5)
+    close(ours(model, turned, share=share), ours(model, as_is, share=share))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("micro_tokens", [1, 50, 128, 10_000])
+def test_a_layout_holds_every_tree_once_within_its_budget(share, micro_tokens):
+    found = [tree for seed in range(4) for tree in trees(seed)]
+    layout = TreeLayout(micro_tokens, 0, share, Pairs(RewardSettings()))
+    made = layout.groups(found)
+    assert sorted(id(tree) for group in made for tree in group) == sorted(map(id, found))
+    for group in made:
+        positions = layout.batch(group).input_ids.numel()
+        assert positions <= micro_tokens or len(group) == 1
+    assert (len(made) == len(found)) == (micro_tokens == 1)
+    step = layout.step(found)
+    assert [b.input_ids.shape for b in step.batches] == [
+        layout.batch(g).input_ids.shape for g in made
+    ]
+    assert step.tokens == sum(len(t.shared_T) + sum(map(len, t.branches)) for t in found)
+    assert step.loss_items == sum(len(tree.p_first) for tree in found)
+
+
+@pytest.mark.parametrize(("share", "fits"), [(True, 2 * 17), (False, 2 * 2 * 15)])
+def test_two_trees_lie_in_one_micro_batch_where_they_just_fit(share, fits):
+    found = [Tree.of([tokens(*range(13), 20, n), tokens(*range(13), 30, n)]) for n in range(2)]
+    assert [len(tree) for tree in found] == [17, 17]
+    for micro_tokens, batches in ((fits, 1), (fits - 1, 2)):
+        assert len(TreeLayout(micro_tokens, 0, share).groups(found)) == batches
+
+
+def test_a_step_that_says_nothing_is_not_divided_by_zero():
+    alone = Tree.of([tokens(1, 2, 3)], grades=[0.5])
+    layout = TreeLayout(100, 0, share=True, objective=OBJECTIVES["ranking"](RewardSettings()))
+    assert layout.step([alone]).loss_items == 1
+
+
+@pytest.mark.parametrize("kind", SHAREABLE)
+def test_full_attention_on_sdpa_shares_unless_told_not_to(kind):
+    model = tiny(kind)
+    assert [shares(model, wanted) for wanted in (None, True, False)] == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", SEPARATE)
+def test_attention_that_takes_no_mask_does_not_share(kind):
+    model = tiny(kind)
+    assert [shares(model, wanted) for wanted in (None, False)] == [False, False]
+    with pytest.raises(InputError, match="share_prompt: got true for a model"):
+        shares(model, True)
+
+
+def test_a_digest_is_of_every_token_and_all_that_is_known():
+    tree = trees()[0]
+    changed = [
+        replace(tree, source="t"),
+        replace(tree, p_first=[*tree.p_first[:-1], 0.123]),
+        replace(tree, grades=[*tree.grades[:-1], 0.123]),
+        replace(tree, first=tree.second, second=tree.first),
+        replace(tree, branches=tree.branches[::-1]),
+        replace(tree, shared_T=tree.shared_T[:-1]),
+        replace(tree, shared_T=np.where(tree.shared_T == tree.shared_T[3], 9, tree.shared_T)),
+        replace(tree, shared_T=tree.shared_T[:0], branches=[tree.shared_T, *tree.branches]),
+    ]
+    digests = {tree_digest([one]) for one in [tree, *changed]}
+    assert len(digests) == len(changed) + 1
+    assert tree_digest(trees()) == tree_digest(trees())
