@@ -142,10 +142,11 @@ def copied(tmp_path, trained, monkeypatch) -> Run:
 def test_a_card_is_made_again_where_there_is_more_to_tell(copied, trained):
     before = trained[1]["card"]
     (copied.path / "revisions.jsonl").unlink()
-    told = preferred()
-    copied.write("human.jsonl", [HumanChoice(c.id, float(p < 0.5)) for c, p in told])
     card = reward(copied, Said())["card"]
     assert set(card["scores"]) == {"held out", "policy"}
+    assert card["human"] == before["human"]
+    copied.write("human.jsonl", [HumanChoice(c.id, float(p < 0.5)) for c, p in preferred()])
+    card = reward(copied, Said())["card"]
     assert card["human"]["accuracy"] == 0.0
     assert card["ai"] == before["ai"]
 

@@ -205,16 +205,19 @@ def test_comparisons_without_a_label_change_no_weight(tmp_path, straight, model,
     assert "done already" in said.lines[0]
 
 
-def test_a_changed_label_makes_it_anew(tmp_path, straight, model):
+@pytest.mark.parametrize(("place", "held_out"), [(5, False), (3, True)])
+def test_a_changed_label_makes_it_anew(tmp_path, straight, model, place, held_out):
     path = shutil.copytree(straight, tmp_path / "run")
     told = preferred()
-    told[5] = told[5][0], told[5][1] + 0.01
+    told[place] = told[place][0], told[place][1] + 0.01
     said = Said()
     found = reward(reward_run(path, model, told, **STRAIGHT), said)
     assert said.lines == ["reward: data, settings or model have changed since the last time: anew"]
     assert (found["resumed_from"], found["steps"]) == (0, 8)
-    assert not same_weights(weights(path), weights(straight))
-    assert noted(path)[2]["of"] != noted(straight)[2]["of"]
+    assert same_weights(weights(path), weights(straight)) == held_out
+    _, before, card_before = noted(straight)
+    assert found["eval_loss"] != before["eval_loss"]
+    assert found["card"]["of"] != card_before["of"]
 
 
 def test_a_model_that_was_damaged_is_made_again(tmp_path, straight, model):

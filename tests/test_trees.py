@@ -337,7 +337,10 @@ def test_a_layout_holds_every_tree_once_within_its_budget(share, micro_tokens):
     assert [b.input_ids.shape for b in step.batches] == [
         layout.batch(g).input_ids.shape for g in made
     ]
-    assert step.tokens == sum(len(t.shared_T) + sum(map(len, t.branches)) for t in found)
+    times = [1 if share else len(t.branches) for t in found]  # that what is shared is run
+    assert step.tokens == sum(
+        n * len(t.shared_T) + sum(map(len, t.branches)) for n, t in zip(times, found, strict=True)
+    )
     assert step.loss_items == sum(len(tree.p_first) for tree in found)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,9 @@ def _p_human(pair: ScoredPair) -> float | None:
 def _by_confidence(known: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
     """Accuracy where the label's winner has a probability of 0.5-0.6, 0.6-0.7, ..."""
     found = []
-    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
-        here = [(d, p) for d, p in known if low <= max(p, 1 - p) < low + 0.1 + (low == 0.9)]
+    edges = (0.5, 0.6, 0.7, 0.8, 0.9, math.inf)
+    for low, high in pairwise(edges):
+        here = [(d, p) for d, p in known if low <= max(p, 1 - p) < high]
         found += [{"from": low, **accuracy(here)}] if here else []
     return found
 

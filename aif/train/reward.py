@@ -39,7 +39,7 @@ from aif.train.scoring import (
     forward_is_own,
     shares,
 )
-from aif.train.stage import check_start, digest_of, done_before
+from aif.train.stage import check_start, digest_of, done_before, training_in
 from aif.train.tokens import Tally, Tokeniser
 from aif.train.trainer import Trained, Training, train
 from aif.train.trees import Tree, TreeLayout, tree_digest
@@ -99,7 +99,7 @@ def reward(run: Run, progress: Progress) -> dict[str, Any]:
     name = start_model(run)
     for number in range(settings.members):
         check_start(STAGE, name, run.file(member_name(number)))
-    with run.writing():
+    with training_in(run):
         prepared = Prepared(run, name)
         run.keep_settings()
         members = [_member(run, name, prepared, n, progress) for n in range(settings.members)]
@@ -186,9 +186,13 @@ def _trained(
     rows: Sequence[Tree], progress: Progress,
 ) -> tuple[Any, Trained, Steps]:  # fmt: skip
     """A model trained on `rows`, with how it went; its forward is its own again."""
-    load = functools.partial(load_reward_model, new_head=settings.seed)
+
+    def load(name: str, dtype: str, device: str) -> Any:
+        found = load_reward_model(name, dtype, device, new_head=settings.seed)
+        without_dropout(found)  # but for that of adapters, which come later
+        return found
+
     model = load_for_training(name, settings, load)
-    without_dropout(model)
     inner(model).config.pad_token_id = prepared.tokenizer.pad_token_id
     objective = OBJECTIVES[settings.objective](settings)
     most, call = micro_batch(model, settings)

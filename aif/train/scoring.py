@@ -35,8 +35,12 @@ def scores_of(
     position_ids: torch.Tensor,
     branch: torch.Tensor | None,
     ends_N: torch.Tensor,
+    **_: Any,
 ) -> torch.Tensor:
-    """The scores [N] of a batch's responses (see `trees.TreeBatch`), in float32."""
+    """The scores [N] of a batch's responses (see `trees.TreeBatch`), in float32.
+
+    What else a wrapper passes (peft: a mask and labels, all None) is left aside.
+    """
     hidden_BTD = model.base_model(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -132,7 +136,9 @@ class RewardModel:
         ]
         found: list[list[float | None]] = [[None] * len(texts) for _, texts in groups]
         trees, place = [], {}
-        for n, sequences in enumerate(self._tokeniser.answers(talks)):
+        asked = [n for n, talk in enumerate(talks) if talk]
+        answers = self._tokeniser.answers([talks[n] for n in asked])
+        for n, sequences in zip(asked, answers, strict=True):
             if sequences is not None:
                 trees.append(Tree.of(sequences))
                 place[id(trees[-1])] = n

@@ -12,7 +12,6 @@ data, settings or model have changed.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +33,7 @@ from aif.train.model import (
     packs,
     save,
 )
-from aif.train.stage import check_start, digest_of, done_before
+from aif.train.stage import check_start, digest_of, done_before, training_in
 from aif.train.tokens import Tally, Tokeniser, Tokens, blocks, digest
 from aif.train.trainer import Trained, Training, train
 
@@ -79,8 +78,7 @@ def sft(run: Run, progress: Progress) -> dict[str, Any]:
     name = settings.model or run.settings.policy.model
     folder = run.file(STAGE)
     check_start(STAGE, name, folder)
-    with run.writing(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+    with training_in(run):
         prepared = Prepared(run, name)
         run.keep_settings()
         found = digest(prepared.train), digest(prepared.held_out)

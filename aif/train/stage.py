@@ -6,6 +6,9 @@ of it, so that the same command finds it done, goes on with it, or begins anew.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,15 @@ from aif.train.model import identity, learning_rate
 # What may be changed in the middle of a run: where and how it is computed, not what.
 FREE = {"device", "micro_tokens", "packing", "share_prompt", "gradient_checkpointing"}
 FREE |= {"save_every", "keep_checkpoints", "members", "combine", "curve"}
+
+
+@contextmanager
+def training_in(run: Run) -> Iterator[None]:
+    """Hold the run for this process, and keep what peft and transformers warn each other of off
+    the terminal."""
+    with run.writing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def check_start(stage: str, name: str, folder: Path) -> None:

@@ -113,7 +113,9 @@ class TreeLayout:
     def step(self, trees: Sequence[Tree]) -> Step:
         """All of `trees`, the longest first."""
         batches = [self.batch(group) for group in self.groups(trees)]
-        return Step(batches, sum(map(len, trees)), max(1, sum(map(self.objective.count, trees))))
+        alone = sum(sum(map(len, t.branches)) + t.responses * len(t.shared_T) for t in trees)
+        tokens = sum(map(len, trees)) if self.share else alone
+        return Step(batches, tokens, max(1, sum(map(self.objective.count, trees))))
 
     def groups(self, trees: Sequence[Tree]) -> list[list[Tree]]:
         """Trees that lie in one micro-batch each, cut where it costs least."""
