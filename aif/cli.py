@@ -119,7 +119,7 @@ def plan(
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Say what `label` would do with the same arguments: calls, tokens, what an edit costs.
+    """Say what `label` would do and cost. Takes the same arguments.
 
     Asks nothing and writes nothing.
     """
@@ -144,7 +144,7 @@ def respond(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Sample responses to prompts: writes responses.jsonl."""
+    """Sample responses to prompts. Writes responses.jsonl."""
     given = {
         "respond.prompts": prompts,
         "respond.shots": shots,
@@ -170,7 +170,7 @@ def revise(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Critique and revise responses, a principle a round: writes revisions.jsonl.
+    """Critique and revise responses. Writes revisions.jsonl, a principle a round.
 
     Every round is kept. Run again with an edited principle, it asks again only from the first
     round on that used it.
@@ -202,7 +202,7 @@ def filter_(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Keep revisions that the judge prefers to their response: writes kept.jsonl."""
+    """Keep revisions that the judge prefers. Writes kept.jsonl."""
     from aif.asking import check_faults
 
     given = {
@@ -218,7 +218,7 @@ def filter_(
 
 @verb(app)
 def vote(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
-    """Vote on the answers that responses end in: writes votes.jsonl. Asks nothing."""
+    """Vote on the answers of responses. Writes votes.jsonl and asks nothing."""
     run_stage("vote", existing_run(run, set_), json_, quiet, told.vote)
 
 
@@ -239,7 +239,7 @@ def sft(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune the policy on revisions and demonstrations: writes the model to RUN/sft.
+    """Fine-tune on revisions and demonstrations. Writes the model to RUN/sft.
 
     Stopped and started again it ends with the same weights as if it had not been stopped.
     """
@@ -270,7 +270,7 @@ def reward(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a reward model on the labels: writes it to RUN/reward, with a report card.
+    """Train a reward model on the labels. Writes it to RUN/reward, with a report card.
 
     Stopped and started again it ends with the same weights as if it had not been stopped.
     """
@@ -290,7 +290,7 @@ def score(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score pairs with the run's reward model: writes scores.jsonl, and tells how often it agrees
+    """Score pairs with the reward model. Writes scores.jsonl, and tells how often the scores agree
     with the choices in the file."""
     from aif.progress import Progress
     from aif.train.score import score as scored
@@ -303,14 +303,14 @@ def score(
 
 @verb(app)
 def compare(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
-    """Pair up a prompt's responses: writes comparisons.jsonl. Asks nothing."""
+    """Pair up a prompt's responses. Writes comparisons.jsonl and asks nothing."""
     opened = existing_run(run, set_)
     run_stage("compare", opened, json_, quiet, lambda s: [f"{s['run']}/comparisons.jsonl"])
 
 
 @verb(app, "run")
 def run_(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
-    """Every stage in order, as RUN/run.toml says: respond, compare, label."""
+    """Respond, compare and label, as run.toml says."""
     from aif.asking import check_faults
     from aif.pipeline import run_all
     from aif.progress import Progress
@@ -324,7 +324,7 @@ def run_(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = F
 
 @verb(app)
 def status(run: RunFolder, json_: Json = False) -> None:
-    """Where a run stands: counts, faults, tokens, and what is next."""
+    """Say where a run stands, and what is next."""
     from aif.status import lines
     from aif.status import status as found
 
