@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from aif.constitution import Constitution, Principle
-from aif.judge import ORDERS, log_odds, probability
+from aif.judge import ORDERS
+from aif.odds import log_odds, probability
 from aif.records import Comparison, Label, Verdict
 
 ROUNDING = 1e-9  # in log-odds: what is even is exactly even, thresholds hold from both sides

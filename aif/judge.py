@@ -19,6 +19,7 @@ from typing import Any
 
 from aif.constitution import Constitution, Principle
 from aif.llm import Answer, Ask
+from aif.odds import probability
 from aif.parse import is_refusal, parse_choice
 from aif.records import Comparison, Verdict, content_id
 from aif.settings import BUNDLED, LabelSettings, LLMSettings
@@ -26,7 +27,6 @@ from aif.templates import Template, neutralised
 
 OPTIONS = {"pairwise": ("A", "B"), "pointwise": ("Yes", "No")}
 ORDERS = {"pairwise": ("ab", "ba"), "pointwise": ("a", "b")}
-MAX_LOG_ODDS = 30.0  # 1 - p is lost to rounding beyond this
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,22 +200,6 @@ def delimiter(comparison: Comparison, order: str) -> str:
     """
     texts = sorted(texts_in_order(comparison, order))
     return content_id("delimiter", comparison.prompt_id, texts)[:12]
-
-
-def probability(log_odds: float) -> float:
-    """The logistic function, with the log-odds cut at +-30.
-
-    It is rounded to what leaves 1 - p exact, so that swapped responses flip a label and no more.
-    """
-    p = 1 / (1 + math.exp(-max(-MAX_LOG_ODDS, min(MAX_LOG_ODDS, log_odds))))
-    return 1 - (1 - p)
-
-
-def log_odds(p: float) -> float:
-    """The inverse of `probability`, in +-30; log_odds(1 - p) is -log_odds(p)."""
-    if not 0 < p < 1:
-        return MAX_LOG_ODDS if p >= 1 else -MAX_LOG_ODDS
-    return max(-MAX_LOG_ODDS, min(MAX_LOG_ODDS, math.log(p) - math.log1p(-p)))
 
 
 def _why_unparsed(answer: Answer) -> str:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "aif"
 
 # Lowest first: a module imports from floors below its own, and from no other.
 FLOORS = [
-    "errors records",
+    "errors records odds",
     "jsonl config parse answers progress",
     "constitution journal settings templates",
     "run pairs llm pretrained",

@@ -10,8 +10,9 @@ from scipy import stats
 
 from aif.combine import label_of
 from aif.constitution import Constitution
-from aif.judge import Judge, log_odds, probability
+from aif.judge import Judge
 from aif.llm import Answer
+from aif.odds import log_odds, probability
 from aif.records import Comparison, Label
 from aif.settings import LabelSettings, LLMSettings
 

@@ -10,20 +10,18 @@ through the model as a whole, as InstructGPT did (Ouyang et al. 2022, 2203.02155
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from aif import constitution as constitutions
 from aif.errors import AifError, InputError, shown
+from aif.odds import log_odds, probability
 from aif.pairs import Pair, read_pairs, read_rated
 from aif.records import Comparison, Label, Message, Verdict, content_id
 from aif.run import Run
 from aif.settings import RewardSettings
 from aif.train.dialogues import held_out, split_key
-
-MAX_LOG_ODDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +192,8 @@ def _judged(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], s
         first = verdict.order == "a"
         p = verdict.p_first if first else 1 - verdict.p_first
         text = comparison.first if first else comparison.second
-        found[comparison.prompt_id, text][verdict.principle_id] = _log_odds(p)
+        found[comparison.prompt_id, text][verdict.principle_id] = log_odds(p)
     for (prompt_id, text), by_principle in found.items():
         weight = sum(weights.get(name, 1.0) for name in by_principle)
         total = sum(weights.get(name, 1.0) * value for name, value in by_principle.items())
-        yield prompts[prompt_id], text, 1 / (1 + math.exp(-total / weight))
-
-
-def _log_odds(p: float) -> float:
-    if not 0 < p < 1:
-        return MAX_LOG_ODDS if p >= 1 else -MAX_LOG_ODDS
-    return math.log(p) - math.log1p(-p)
+        yield prompts[prompt_id], text, probability(total / weight)

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from aif import jsonl
 from aif.errors import InputError
+from aif.odds import probability
 from aif.pairs import read_pairs
 from aif.progress import Progress
 from aif.run import Run
@@ -42,7 +42,7 @@ def score(run: Run, progress: Progress, source: str) -> dict[str, Any]:
                     "prompt_id": pair.prompt_id,
                     "score_first": pair.score_first,
                     "score_second": pair.score_second,
-                    "p_first": 1 / (1 + math.exp(-max(-700.0, min(700.0, pair.delta)))),
+                    "p_first": probability(pair.delta),
                     "p_human": pair.p_human,
                 }
                 for pair in pairs
