@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
+from aif.errors import InputError
 from aif.settings import RewardSettings
 from aif.train.preference_losses import (
     OBJECTIVES,
@@ -24,6 +25,7 @@ from aif.train.preference_losses import (
     Pairs,
     Ranking,
     bradley_terry,
+    objective_of,
     plackett_luce,
 )
 from aif.train.scoring import combined
@@ -290,6 +292,25 @@ def test_every_objective_has_its_setting(objective):
     kind = OBJECTIVES[RewardSettings(objective=objective).objective]
     found = told(kind, [tree(2, [(0, 1, 0.9)], grades=[0.9, 0.1])], drawn(2))
     assert found.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("ranking", {"margin": 0.5}),
+        ("ranking", {"hard": True}),
+        ("ranking", {"confidence_weights": True}),
+        ("ranking", {"label_smoothing": 0.1}),
+        ("grades", {"margin": 0.5}),
+        ("grades", {"centering": 0.1}),
+    ],
+)
+def test_an_option_that_an_objective_would_pass_over_is_an_error(objective, options):
+    (key,) = options
+    with pytest.raises(InputError, match=f"reward: {key}: got .*, expected nothing; objective ="):
+        objective_of(RewardSettings(objective=objective, **options))
+    assert objective_of(RewardSettings(**options)).settings
+    assert objective_of(RewardSettings(objective=objective)).settings
 
 
 def test_an_ensemble_speaks_by_mean_minimum_or_lower_bound():

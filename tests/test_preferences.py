@@ -127,6 +127,18 @@ def test_the_same_grade_everywhere_is_an_error(tmp_path, values):
         read_preferences(filed(tmp_path, rows, objective="grades", hard=values[0] != values[1]))
 
 
+@pytest.mark.parametrize("hard", [True, False])
+def test_a_response_with_an_even_grade_is_left_out_where_grades_are_hard(tmp_path, hard):
+    grades = [("x", 0.9), ("y", 1.0), ("y", 0.0), ("z", 0.2)]
+    rows = [{"prompt": "A?", "response": text, "label": grade} for text, grade in grades]
+    rows.append({"prompt": "B?", "response": "w", "label": 0.5})
+    found = read_preferences(filed(tmp_path, rows, objective="grades", hard=hard))
+    kept = [(group.responses, group.grades) for group in found.groups]
+    every = [(["x", "y", "z"], [0.9, 0.5, 0.2]), (["w"], [0.5])]
+    assert kept == ([(["x", "z"], [0.9, 0.2])] if hard else every)
+    assert found.left_out == ({"even": 2} if hard else {})
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 

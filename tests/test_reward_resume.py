@@ -74,7 +74,6 @@ def noted(run: Path) -> list:
     card = json.loads((run / "reward-card.json").read_text())
     for key in ("resumed_from", "tokens_per_s"):
         summary.pop(key)
-    card.pop("pictures")
     return [read_jsonl(run / "metrics.jsonl"), summary, card]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from aif.errors import InputError, shown
 from aif.settings import RewardSettings
 from aif.train.trees import Objective, Tree
 
@@ -138,6 +139,22 @@ class Grades:
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"pairs": Pairs, "ranking": Ranking, "grades": Grades}
+UNUSED = {
+    "pairs": (),
+    "ranking": ("hard", "confidence_weights", "margin", "label_smoothing"),
+    "grades": ("margin", "centering"),
+}
+
+
+def objective_of(settings: RewardSettings) -> Objective:
+    """The objective that is named. Raises InputError for an option that it would pass over."""
+    for key in UNUSED[settings.objective]:
+        if value := getattr(settings, key):
+            raise InputError(
+                "reward", key, got=shown(value),
+                expected=f'nothing; objective = "{settings.objective}" has no use for it',
+            )  # fmt: skip
+    return OBJECTIVES[settings.objective](settings)
 
 
 def _starts(trees: Sequence[Tree]) -> list[int]:

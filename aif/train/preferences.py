@@ -165,9 +165,15 @@ def _graded(run: Run, source: str, left_out: Counter[str]) -> Iterator[Group]:
         group = groups.setdefault(key, Group(prompt, source))
         grades[key][group.place(text)].append(grade)
     for key, group in groups.items():
-        by_place = grades[key]
-        group.grades = [sum(by_place[n]) / len(by_place[n]) for n in range(len(group.responses))]
-        yield group
+        means = {text: sum(grades[key][n]) / len(grades[key][n])
+                 for n, text in enumerate(group.responses)}  # fmt: skip
+        if run.settings.reward.hard:
+            even = [text for text, mean in means.items() if mean == 0.5]
+            left_out.update(["even"] * len(even))
+            means = {text: mean for text, mean in means.items() if text not in even}
+        group.responses, group.grades = list(means), list(means.values())
+        if group.grades:
+            yield group
 
 
 def _judged(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], str, float]]:

@@ -29,7 +29,7 @@ from aif.train.dialogues import Example
 from aif.train.known import Known, known_of, scored_pairs
 from aif.train.metrics import Metrics
 from aif.train.model import inner, load_for_training, micro_batch, save, without_dropout
-from aif.train.preference_losses import OBJECTIVES
+from aif.train.preference_losses import objective_of
 from aif.train.preferences import Group, Preferences, read_preferences, split
 from aif.train.scoring import (
     Asked,
@@ -96,6 +96,7 @@ def reward(run: Run, progress: Progress) -> dict[str, Any]:
     Raises InputError for bad data or settings, Interrupted when a signal stops it.
     """
     settings = run.settings.reward
+    objective_of(settings)
     name = start_model(run)
     for number in range(settings.members):
         check_start(STAGE, name, run.file(member_name(number)))
@@ -194,7 +195,7 @@ def _trained(
 
     model = load_for_training(name, settings, load)
     inner(model).config.pad_token_id = prepared.tokenizer.pad_token_id
-    objective = OBJECTIVES[settings.objective](settings)
+    objective = objective_of(settings)
     most, call = micro_batch(model, settings)
     pad = prepared.tokenizer.pad_token_id
     layout = TreeLayout(most, pad, shares(model, settings.share_prompt), objective, call)
@@ -304,7 +305,8 @@ def _card(
         full = {"pairs": members[0]["pairs"], **card[kind]}
         points = sorted([*curve, full], key=lambda point: point["pairs"])
         card["curve"] = [{k: p[k] for k in ("pairs", "accuracy", "interval")} for p in points]
-    card["pictures"] = [str(path) for path in draw(card, run.file(CARD))]
+    made = draw(card, run.file(CARD))
+    card["pictures"] = [str(path.relative_to(run.path)) for path in made]
     run.write_state(CARD, card)
     return card
 
