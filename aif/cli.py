@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from aif import told
+from aif.cli_constitution import constitution_app
 from aif.console import (
     EPILOG,
     BaseUrl,
     Concurrency,
     ConstitutionFile,
     FaultRate,
-    File,
     Json,
     Judge,
     Limit,
@@ -41,9 +41,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-)
-constitution_app = typer.Typer(
-    help="Look at a constitution file.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(constitution_app, name="constitution")
 
@@ -302,6 +299,47 @@ def score(
 
 
 @verb(app)
+def ppo(
+    run: RunFolder,
+    model: Annotated[
+        str | None, typer.Option(help="To start from; default: RUN/sft, else the policy.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="JSONL with `prompt`, or hf:NAME; default: the run's.")
+    ] = None,
+    reward_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            metavar="SOURCE[=WEIGHT]",
+            help="model (RUN/reward), judge (the run's, asked live) or MODULE:FUNCTION; "
+            "repeatable, summed by weight.",
+        ),
+    ] = None,
+    gold: Annotated[
+        str | None, typer.Option(help="judge or MODULE:FUNCTION; watched, not learned from.")
+    ] = None,
+    seed: Seed = None,
+    set_: Set = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the policy on a reward by PPO. Writes it to RUN/ppo, its critic to RUN/ppo-critic.
+
+    Stopped and started again it ends with the same weights as if it had not been stopped.
+    """
+    given = {
+        "ppo.model": model,
+        "ppo.prompts": prompts,
+        "ppo.reward": dict(map(parse_source, reward_)) if reward_ else None,
+        "ppo.gold": gold,
+        "ppo.seed": seed,
+    }
+    opened = training_run(run, set_, given, [prompts] if prompts else None)
+    run_stage("ppo", opened, json_, quiet, told.ppo)
+
+
+@verb(app)
 def compare(run: RunFolder, set_: Set = None, json_: Json = False, quiet: Quiet = False) -> None:
     """Pair up a prompt's responses. Writes comparisons.jsonl and asks nothing."""
     opened = existing_run(run, set_)
@@ -346,35 +384,6 @@ def export(
         return [f"{summary['rows']:,} rows{f'; left out: {left}' if left else ''}", summary["file"]]
 
     show_summary(write(existing_run(run), format, to), json_, False, told)
-
-
-@verb(constitution_app)
-def check(file: File, json_: Json = False) -> None:
-    """Check a constitution: an error ends with exit code 1, a note does not."""
-    from aif.constitution import load
-
-    found = load(file)
-    notes = found.lint()
-    show_summary(
-        {"file": str(file), "principles": len(found.principle), "notes": notes},
-        json_,
-        False,
-        lambda s: [
-            *(f"note: {note}" for note in notes),
-            f"{file}: {s['principles']} principles, ok",
-        ],
-    )
-
-
-@verb(constitution_app)
-def show(file: File, json_: Json = False) -> None:
-    """Print a constitution as it is understood, defaults filled in."""
-    from aif.constitution import load
-    from aif.status import constitution_lines
-
-    found = load(file)
-    summary = found.model_dump() | {"digest": found.digest()}
-    show_summary(summary, json_, False, lambda _: constitution_lines(found))
 
 
 def main() -> None:

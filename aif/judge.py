@@ -63,7 +63,7 @@ class Judge:
         self.options = OPTIONS[self.protocol]
         self.orders = ORDERS[self.protocol]
         self._control_tokens = tuple(control_tokens)
-        self._question_ids = {p.id: self._question_id(p) for p in constitution.principle}
+        self.question_ids = {p.id: self._question_id(p) for p in constitution.principle}
 
     def _question_id(self, principle: Principle) -> str:
         """The id of what every cell of a principle has in common."""
@@ -92,7 +92,7 @@ class Judge:
             for order in self.orders
         ]
         return [
-            Cell(content_id("cell", self._question_ids[principle.id], shown_id), principle, order)
+            Cell(content_id("cell", self.question_ids[principle.id], shown_id), principle, order)
             for principle in self.principles_for(comparison)
             for order, shown_id in shown
         ]

@@ -34,6 +34,7 @@ STAGES = (
     Stage("compare", "responses.jsonl", "comparisons.jsonl"),
     Stage("label", "comparisons.jsonl", "labels.jsonl"),
     Stage("reward", "labels.jsonl", "reward", "train.reward"),
+    Stage("ppo", "reward", "ppo"),
 )
 RUN = ("respond", "compare", "label")  # what `aif run` does
 

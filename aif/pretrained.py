@@ -55,6 +55,13 @@ def load_model(name: str, dtype: str, device: str) -> Any:
     return model.to(place).eval()
 
 
+def ends_of(model: Any, tokenizer: Any) -> set[int]:
+    """Every token that ends what the model writes."""
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return set(ids) if isinstance(ids, list) else {ids} - {None}
+
+
 def load_reward_model(name: str, dtype: str, device: str, new_head: int | None = None) -> Any:
     """The model as a `transformers` sequence classifier with one score, its head in float32.
 

@@ -12,7 +12,7 @@ constitution = "constitutions/warm.toml"
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field
@@ -121,6 +121,8 @@ class LoraSettings(Strict):
 class TrainSettings(Strict):
     """How a model is trained, whatever it learns from. The weights that learn stay float32."""
 
+    FULL_RATE: ClassVar[float] = 2e-5
+    LORA_RATE: ClassVar[float] = 2e-4  # adapters begin at zero and take about ten times the rate
     model: str | None = None  # None: the policy
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)  # of the optimizer; None: as the epochs come to
@@ -179,6 +181,56 @@ class RewardSettings(TrainSettings):
     curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field([])
 
 
+class PPOSettings(TrainSettings):
+    """Reinforcement learning of the policy. `reward` maps a source of reward to its weight."""
+
+    FULL_RATE: ClassVar[float] = 3e-6
+    LORA_RATE: ClassVar[float] = 1e-4
+    model: str | None = None  # None: RUN/sft where it is there, else the policy
+    algorithm: Literal["ppo", "rloo", "reinforce"] = "ppo"  # the latter two without a critic
+    prompts: str | None = None  # None: the run's own
+    reward: dict[str, float] = Field({"model": 1.0})  # model, judge, MODULE:FUNCTION
+    reward_model: str | None = None  # None: RUN/reward
+    critic: str | None = None  # None: the reward model where it is a reward, else the policy
+    batch_size: int = Field(32, ge=1)  # prompts a step
+    samples: int = Field(1, ge=1)  # responses a prompt
+    ppo_epochs: int = Field(4, ge=1)  # passes over a step's responses
+    minibatches: int = Field(1, ge=1)  # optimizer steps a pass
+    response_tokens: int | None = Field(None, ge=1)  # None: as policy.max_tokens
+    temperature: float | None = Field(None, gt=0)  # None: as policy.temperature
+    kl_coef: float = Field(0.05, ge=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_target: float | None = Field(None, gt=0)  # nats a response; None: kl_coef stays
+    kl_horizon: int = Field(10_000, ge=1)  # responses over which kl_coef adapts
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    cliprange: float = Field(0.2, gt=0)
+    cliprange_value: float = Field(0.2, gt=0)
+    vf_coef: float = Field(0.1, ge=0)
+    entropy_coef: float = Field(0.0, ge=0)
+    target_kl: float | None = Field(None, gt=0)  # approxkl that ends a step's passes
+    critic_learning_rate: float | None = Field(None, ge=0)  # None: the policy's
+    critic_warmup: int = Field(0, ge=0)  # steps in which only the critic learns
+    normalise: bool = True  # the reward model's scores, by its reference mean and std
+    scale_scores: bool = False  # by the running standard deviation
+    score_clip: float | None = Field(None, gt=0)  # scores are kept in +-score_clip
+    missing_eos_penalty: float = Field(1.0, ge=0)  # off the score of a response without an end
+    whiten_rewards: bool = False
+    ptx: dict[str, Annotated[float, Field(gt=0)]] = Field({})  # as sft.data, mixed into each step
+    ptx_coef: float = Field(1.0, gt=0)  # weight of its loss
+    gold: str | None = None  # judge or MODULE:FUNCTION, watched and never trained on
+    stop_when_gold_falls: int | None = Field(None, ge=1)  # looks in a row below its best
+    trackers: list[str] = Field([])  # of accelerate: tensorboard, wandb, ...
+    learning_rate: float | None = Field(None, ge=0)  # None: 3e-6, with LoRA 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-5, gt=0)
+    eval_fraction: float = Field(0.1, ge=0, lt=1)  # of the prompts, held out to watch
+    eval_every: int | None = Field(None, ge=1)  # steps; None: a tenth of them
+    max_tokens: int = Field(1024, ge=8)  # of a prompt and its response
+    load_best: bool = False  # end with the weights of the highest gold, or held-out score
+
+
 class CompareSettings(Strict):
     """Which of a prompt's responses are put side by side."""
 
@@ -211,6 +263,7 @@ class Settings(Strict):
     vote: VoteSettings = VoteSettings()
     sft: SFTSettings = SFTSettings()
     reward: RewardSettings = RewardSettings()
+    ppo: PPOSettings = PPOSettings()
     compare: CompareSettings = CompareSettings()
     label: LabelSettings = LabelSettings()
 

@@ -134,6 +134,30 @@ def reward(summary: dict[str, Any]) -> list[str]:
     return [*lines, *_card(summary["card"]), *summary["models"]]
 
 
+def ppo(summary: dict[str, Any]) -> list[str]:
+    """Where the policy stood and stands, on what it learned from and on what it did not."""
+    first, last = summary["first"], summary["last"]
+    lines = [
+        f"{summary['steps']:,} steps of {summary['algorithm']} on {summary['prompts']:,} prompts: "
+        f"score {first['objective/scores']:.3f} -> {last['objective/scores']:.3f}, "
+        f"KL {last['objective/kl']:.2f}, response length {last['val/response_length']:.0f} tokens"
+    ]
+    if summary["dropped"]:
+        lines.append(f"too long: {summary['dropped']:,} prompts left out")
+    before, after = summary["eval_before"], summary["eval_after"]
+    for name in ("scores", "gold") if before else ():
+        if (key := f"eval/{name}") in after:
+            lines.append(
+                f"held out, {name}: {before[key]:.3f} -> {after[key]:.3f} at KL "
+                f"{after['eval/kl']:.2f} ({summary['eval_prompts']:,} prompts)"
+            )
+    if summary["best_step"] is not None:
+        lines.append(f"ends with the weights of step {summary['best_step']:,}, its highest gold")
+    if summary.get("judge_calls"):
+        lines.append(f"{summary['judge_calls']:,} calls of the judge")
+    return [*lines, summary["model"]]
+
+
 def score(summary: dict[str, Any]) -> list[str]:
     """How often the scores agree with what the file says."""
     lines = [f"{summary['pairs']:,} pairs scored"]

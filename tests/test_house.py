@@ -17,26 +17,41 @@ FLOORS = [
     "constitution journal settings templates",
     "run pairs llm pretrained",
     "train train.dialogues train.losses train.checkpoint train.metrics",
-    "train.tokens train.model train.preferences train.pictures",
-    "train.batch train.stage train.card",
-    "train.trainer train.trees",
-    "train.preference_losses train.scoring",
-    "train.sft train.known",
+    "train.tokens train.model train.preferences train.pictures train.ppo_math",
+    "train.batch train.stage train.card train.actor_critic train.rollout train.prompts",
+    "train.trainer train.trees train.experience",
+    "train.preference_losses train.scoring train.learner",
+    "train.sft train.known train.rewards",
     "train.reward",
-    "train.score",
+    "train.score train.ppo_loop",
+    "train.ppo_setup train.watch",
+    "train.ppo",
     "llm.wire llm.pace llm.signals llm.generate llm.scripted",
     "llm.crew llm.score",
     "llm.api llm.local",
     "judge reviser asking",
     "combine",
     "judging",
+    "grading",
+    "ppo",
     "respond vote revise filter compare label export",
     "pipeline",
     "status console told",
+    "cli_constitution",
     "cli",
 ]
 FLOOR_OF = {name: number for number, line in enumerate(FLOORS) for name in line.split()}
-STAGES = {"train.sft", "train.reward", "respond", "vote", "revise", "filter", "compare", "label"}
+STAGES = {
+    "train.sft",
+    "train.reward",
+    "train.ppo",
+    "respond",
+    "vote",
+    "revise",
+    "filter",
+    "compare",
+    "label",
+}
 
 LOCAL = {"llm.local", "pretrained", "llm.generate", "llm.score"}  # loaded for a local model alone
 TRAIN = {path.stem for path in (PACKAGE / "train").glob("*.py")} - {"__init__"}

@@ -22,7 +22,7 @@ from aif.errors import InputError, shown
 from aif.llm import LLM, Answer, Ask, ended
 from aif.llm.generate import Draw, Drawn, generate
 from aif.llm.score import PrefixScorer
-from aif.pretrained import load_model, load_tokenizer
+from aif.pretrained import ends_of, load_model, load_tokenizer
 from aif.records import content_id
 from aif.settings import LLMSettings
 
@@ -168,7 +168,7 @@ class LocalLLM(LLM):
                 draws.append(_draw(row, sample))
                 owner.append(i)
         done: dict[int, dict[int, Drawn | RuntimeError]] = {i: {} for i in range(len(rows))}
-        eos = self._eos
+        eos = ends_of(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id or 0
         for n, drawn in generate(self.model, draws, eos, pad, self._text):
             row = rows[owner[n]]
@@ -196,13 +196,6 @@ class LocalLLM(LLM):
             },
         )
         return ended(answer, row.ask.stop)
-
-    @property
-    def _eos(self) -> set[int]:
-        """Every token that ends an answer."""
-        ids = self.model.generation_config.eos_token_id
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return set(ids) if isinstance(ids, list) else {ids} - {None}
 
     def _text(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -67,7 +67,7 @@ class Layout:
         """All of `rows`, the longest first."""
         learned = sum(int(row.loss_mask_T.sum()) for row in rows)
         return Step(
-            [self._batch(group) for group in self.groups(rows)], sum(map(len, rows)), learned
+            [self.batch(group) for group in self.groups(rows)], sum(map(len, rows)), learned
         )
 
     def groups(self, rows: Sequence[Tokens]) -> list[list[Tokens]]:
@@ -85,7 +85,8 @@ class Layout:
         cuts = cheapest_cuts(len(rows), size, self.micro_tokens, self.call_tokens)
         return [rows[start:end] for start, end in cuts]
 
-    def _batch(self, rows: list[Tokens]) -> Batch:
+    def batch(self, rows: Sequence[Tokens]) -> Batch:
+        """These rows in one micro-batch."""
         if self.packing:
             position_ids = np.concatenate([np.arange(len(row)) for row in rows])
             return Batch(

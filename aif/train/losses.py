@@ -18,21 +18,44 @@ from torch.utils.checkpoint import checkpoint
 LOGITS_BYTES = 1 << 28  # of one chunk in float32
 
 
-def token_nll(head: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """-log p of each target token, [N], in float32; `head` maps [n, D] to logits [n, V]."""
+def token_logprobs(
+    head: Any,
+    hidden_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(log p of each target token, entropy of the distribution that it is from if wanted) at a
+    temperature, [N] each, in float32; `head` maps [n, D] to logits [n, V]."""
+
+    def part(
+        hidden_ND: torch.Tensor, targets_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits_NV = head(hidden_ND).float()
+        logits_NV = logits_NV if temperature == 1.0 else logits_NV / temperature
+        logprobs_N = -F.cross_entropy(logits_NV, targets_N, reduction="none")
+        return logprobs_N, _entropy(logits_NV) if entropy else None
+
     vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     if len(targets_N) <= rows:
-        return _nll(head, hidden_ND, targets_N)
+        return part(hidden_ND, targets_N)
     parts = [
-        checkpoint(_nll, head, hidden, targets, use_reentrant=False)
+        checkpoint(part, hidden, targets, use_reentrant=False)
         for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
     ]
-    return torch.cat(parts)
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
 
-def _nll(head: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(head(hidden_ND).float(), targets_N, reduction="none")
+def _entropy(logits_NV: torch.Tensor) -> torch.Tensor:
+    logprobs_NV = logits_NV.log_softmax(-1)
+    return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+
+
+def token_nll(head: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """-log p of each target token, [N], in float32; `head` maps [n, D] to logits [n, V]."""
+    return -token_logprobs(head, hidden_ND, targets_N)[0]
 
 
 def learned(
@@ -68,7 +91,7 @@ def forward_is_nll(model: Any) -> None:
     that do more to their logits than the head (a soft cap, a scale) are found by trying, and take
     the long way: all logits at once.
     """
-    model.head_is_all = _head_is_all(model)
+    model.head_is_all = head_is_all(model)
     model.forward = MethodType(nll_forward, model)
 
 
@@ -79,7 +102,8 @@ def forward_is_own(model: Any) -> None:
 
 
 @torch.no_grad()
-def _head_is_all(model: Any) -> bool:
+def head_is_all(model: Any) -> bool:
+    """Whether a model's logits are its head of the last hidden state and no more."""
     was_training = model.training
     model.eval()
     ids_BT = torch.arange(4, device=model.device)[None] + 1

@@ -18,8 +18,6 @@ from aif.settings import BUNDLED, LoraSettings, SFTSettings, TrainSettings
 from aif.train.checkpoint import seal
 
 Loader = Callable[[str, str, str], Any]  # (name, dtype, device) -> model
-FULL_LEARNING_RATE = 2e-5
-LORA_LEARNING_RATE = 2e-4  # adapters begin at zero and take about ten times the rate
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -75,7 +73,7 @@ def learning_rate(settings: TrainSettings) -> float:
     """The one that is set, or the default of full fine-tuning or of LoRA."""
     if settings.learning_rate is not None:
         return settings.learning_rate
-    return LORA_LEARNING_RATE if settings.lora else FULL_LEARNING_RATE
+    return settings.LORA_RATE if settings.lora else settings.FULL_RATE
 
 
 def packs(model: Any, settings: SFTSettings) -> bool:

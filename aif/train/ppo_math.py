@@ -66,12 +66,13 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: KLKind
     k1 and k3 are unbiased; k1 may be negative, k2 and k3 never are. The log-ratio is clamped.
     """
     # detail 9 (verl): k1 goes into the reward. In a loss the mean gradient of k2 is that of the
-    # KL; that of k1 is zero, and that of k3 belongs to another divergence.
+    # KL; that of k1 is zero, and that of k3 is the gradient of KL(reference || policy).
     log_ratio = (logprobs - ref_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if kind == "k1":
         return log_ratio
     if kind == "k2":
         return 0.5 * log_ratio.square()
+    # In float32 exp() - 1 would be below zero for half of all small log-ratios.
     return torch.expm1(-log_ratio) + log_ratio
 
 

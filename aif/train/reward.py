@@ -32,11 +32,14 @@ from aif.train.model import inner, load_for_training, micro_batch, save, without
 from aif.train.preference_losses import objective_of
 from aif.train.preferences import Group, Preferences, read_preferences, split
 from aif.train.scoring import (
+    STAGE,
     Asked,
     Ensemble,
     RewardModel,
     forward_is_loss,
     forward_is_own,
+    load_ensemble,
+    member_name,
     shares,
 )
 from aif.train.stage import check_start, digest_of, done_before, training_in
@@ -44,7 +47,6 @@ from aif.train.tokens import Tally, Tokeniser
 from aif.train.trainer import Trained, Training, train
 from aif.train.trees import Tree, TreeLayout, tree_digest
 
-STAGE = "reward"
 CARD = "reward-card"
 SAMPLE = 512  # texts of a kind whose scores are looked at
 
@@ -120,22 +122,6 @@ def start_model(run: Run) -> str:
         return run.settings.reward.model
     tuned = run.file("sft")
     return str(tuned) if checkpoint.sealed(tuned) is not None else run.settings.policy.model
-
-
-def member_name(number: int) -> str:
-    """The stage and folder name of the ensemble's nth model, from 0."""
-    return STAGE if number == 0 else f"{STAGE}-{number + 1}"
-
-
-def load_ensemble(run: Run) -> Ensemble:
-    """The run's trained reward model, or models. Raises AifError where one is not there."""
-    settings = run.settings.reward
-    folders = [run.file(member_name(n)) for n in range(settings.members)]
-    for folder in folders:
-        if checkpoint.sealed(folder) is None:
-            raise AifError(f"{folder}: not there or not complete; `aif reward {run.path}` first")
-    chat = run.settings.policy.form != "text"
-    return Ensemble([RewardModel.load(f, settings, chat) for f in folders], settings.combine)
 
 
 def _member(

@@ -16,7 +16,7 @@ from aif.progress import Progress
 from aif.run import Run
 from aif.train.card import report_card
 from aif.train.known import Known, scored_pairs
-from aif.train.reward import load_ensemble
+from aif.train.scoring import load_ensemble
 
 STAGE = "score"
 

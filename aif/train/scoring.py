@@ -18,6 +18,7 @@ import torch
 from aif.errors import AifError, InputError
 from aif.pretrained import load_reward_model, load_tokenizer, torch_dtype
 from aif.records import Message
+from aif.run import Run
 from aif.settings import RewardSettings
 from aif.train import checkpoint
 from aif.train.dialogues import Example
@@ -25,6 +26,7 @@ from aif.train.model import inner, micro_batch
 from aif.train.tokens import Tokeniser
 from aif.train.trees import Objective, Tree, TreeLayout, branch_mask
 
+STAGE = "reward"
 PLAIN = {"full_attention"}
 Asked = tuple[list[Message], Sequence[str]]  # a prompt and responses to it
 
@@ -185,6 +187,28 @@ class Ensemble:
             return None
         pairs = zip(self.members, scores, strict=True)
         return combined([member.normalised(score) for member, score in pairs], self.combine)
+
+
+def member_name(number: int) -> str:
+    """The stage and folder name of the ensemble's nth model, from 0."""
+    return STAGE if number == 0 else f"{STAGE}-{number + 1}"
+
+
+def member_folders(run: Run) -> list[Path]:
+    """Where the run's trained reward model, or models, are. Raises AifError where one is not."""
+    folders = [run.file(member_name(n)) for n in range(run.settings.reward.members)]
+    for folder in folders:
+        if checkpoint.sealed(folder) is None:
+            raise AifError(f"{folder}: not there or not complete; `aif reward {run.path}` first")
+    return folders
+
+
+def load_ensemble(run: Run) -> Ensemble:
+    """The run's trained reward model, or models. Raises AifError where one is not there."""
+    settings = run.settings.reward
+    chat = run.settings.policy.form != "text"
+    members = [RewardModel.load(folder, settings, chat) for folder in member_folders(run)]
+    return Ensemble(members, settings.combine)
 
 
 def combined(scores: Sequence[float], how: str) -> float:

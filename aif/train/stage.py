@@ -21,9 +21,11 @@ from aif.settings import TrainSettings
 from aif.train import checkpoint
 from aif.train.model import identity, learning_rate
 
+# transformers' names of ours.
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 # What may be changed in the middle of a run: where and how it is computed, not what.
 FREE = {"device", "micro_tokens", "packing", "share_prompt", "gradient_checkpointing"}
-FREE |= {"save_every", "keep_checkpoints", "members", "combine", "curve"}
+FREE |= {"save_every", "keep_checkpoints", "members", "combine", "curve", "trackers"}
 
 
 @contextmanager

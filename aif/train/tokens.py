@@ -111,6 +111,20 @@ class Tokeniser:
             for group in part:
                 yield self._fitted_alike(group, [next(found) for _ in group])
 
+    def prompts(self, dialogues: Iterable[list[Message]], room: int) -> Iterator[np.ndarray | None]:
+        """Each prompt as a model is given it to answer, with `room` tokens to spare for that; None
+        for one that does not fit, even without its oldest turns."""
+        for messages in dialogues:
+            # What is left out is what would be left out before an answer.
+            talk: list[Message] | None = [*_clean(messages), {"role": "assistant", "content": ""}]
+            while talk is not None:
+                (ids,) = self._encoded([self._text(talk[:-1], prompt=True)])
+                if len(ids) + room <= self.max_tokens:
+                    break
+                talk = _without_oldest(talk)
+            self.tally.dropped += talk is None
+            yield None if talk is None else np.array(ids, np.int32)
+
     def _fitted_alike(
         self, group: Sequence[Example], found: list[tuple[list[int], list[bool]]]
     ) -> list[Tokens] | None:

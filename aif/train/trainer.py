@@ -30,9 +30,9 @@ from aif.train import checkpoint
 from aif.train.batch import Step, Steps
 from aif.train.metrics import Metrics
 from aif.train.model import learning_rate
+from aif.train.stage import SCHEDULES
 
 SAVE_EVERY_S = 600.0
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass
@@ -76,7 +76,7 @@ def train(training: Training) -> Trained:
         shutil.rmtree(training.checkpoints, ignore_errors=True)
     trainer = StepTrainer(training)
     try:
-        with stopping(training):
+        with stopping(training.stop, training.progress):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except torch.OutOfMemoryError as error:
         raise AifError(
@@ -313,18 +313,19 @@ class _Guide(TrainerCallback):
 
 
 @contextmanager
-def stopping(training: Training) -> Iterator[None]:
-    """Make SIGINT and SIGTERM end the training after the step under way, with a checkpoint.
+def stopping(event: threading.Event, progress: Progress) -> Iterator[None]:
+    """Make SIGINT and SIGTERM set `event`, so that training ends after the step under way, with a
+    checkpoint.
 
     A second one leaves at once: checkpoints are valid at every moment. Outside the main thread
     signals are left alone.
     """
 
     def stop(number: int, frame: object) -> None:
-        if training.stop.is_set():
+        if event.is_set():
             os._exit(Interrupted.exit_code)
-        training.stop.set()
-        training.progress.say("stopping after this step; again to leave at once")
+        event.set()
+        progress.say("stopping after this step; again to leave at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,0 +1,137 @@
+"""What a response is worth: the reward model, a judge, any function, or a weighted sum of them.
+
+    [ppo.reward]
+    model = 1.0                    # the run's reward model, or its ensemble
+    judge = 0.2                    # the run's judge under its constitution, asked as we go
+    "rewards.py:brevity" = 0.1     # rewards.brevity(prompts, responses)
+
+A function takes prompts (lists of messages) and responses (texts) and gives a number for each, or
+None where it has none; such a response is not learned from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aif.errors import AifError, InputError, shown
+from aif.records import Message
+from aif.train.scoring import Ensemble
+
+Reward = Callable[[Sequence[list[Message]], Sequence[str]], Sequence[float | None]]
+PROBE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+class ModelReward:
+    """A reward model or an ensemble of them; of a single one the score, `normalise`d or as it is.
+
+    An ensemble's scores are normalised before they are combined.
+    """
+
+    def __init__(self, ensemble: Ensemble, normalise: bool):
+        self.ensemble, self.normalise = ensemble, normalise and len(ensemble.members) == 1
+
+    def __call__(
+        self, prompts: Sequence[list[Message]], responses: Sequence[str]
+    ) -> list[float | None]:
+        """A score a response; None for one that does not fit with its prompt."""
+        asked = [(prompt, [text]) for prompt, text in zip(prompts, responses, strict=True)]
+        scores = [row[0] for row in self.ensemble.scores(asked)]
+        if not self.normalise:
+            return scores
+        (member,) = self.ensemble.members
+        return [None if score is None else member.normalised(score) for score in scores]
+
+
+class Rewards:
+    """Named rewards, weighed and summed.
+
+    `means` has each one's mean over the responses of the last call that it had a number for.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[Reward, float]]):
+        self.parts = parts
+        self.means: dict[str, float] = {}
+
+    @property
+    def models(self) -> list[Any]:
+        """The models that take memory in this process."""
+        found = [reward for reward, _ in self.parts.values() if isinstance(reward, ModelReward)]
+        return [member.model for reward in found for member in reward.ensemble.members]
+
+    def __call__(
+        self, prompts: Sequence[list[Message]], responses: Sequence[str]
+    ) -> list[float | None]:
+        """The weighted sum for each response; None where one of the rewards has none."""
+        totals: list[float | None] = [0.0] * len(responses)
+        self.means = {}
+        for name, (reward, weight) in self.parts.items():
+            values = checked(name, reward(prompts, responses), len(responses))
+            known = [value for value in values if value is not None]
+            if known:
+                self.means[name] = sum(known) / len(known)
+            totals = [
+                None if total is None or value is None else total + weight * value
+                for total, value in zip(totals, values, strict=True)
+            ]
+        return totals
+
+
+def checked(name: str, values: Any, count: int) -> list[float | None]:
+    """What a reward gave as a list of floats and Nones; AifError where it is anything else."""
+    found = values.tolist() if hasattr(values, "tolist") else values
+    expected = f"expected {count} numbers or None, one a response"
+    try:
+        found = list(found)
+    except TypeError:
+        raise AifError(f"reward {name}: got {shown(values)}, {expected}") from None
+    if len(found) != count:
+        raise AifError(f"reward {name}: got {len(found)} values, {expected}")
+    for value in found:
+        if value is not None and not isinstance(value, int | float):
+            shape = getattr(values, "shape", None)
+            got = f"shape {tuple(shape)}" if shape is not None else shown(value)
+            raise AifError(f"reward {name}: got {got}, {expected}")
+        if value is not None and not math.isfinite(value):
+            raise AifError(f"reward {name}: got {value}, {expected}")
+    return [None if value is None else float(value) for value in found]
+
+
+def source_of(spec: str, key: str, sources: Mapping[str, Reward]) -> Reward:
+    """The source of that name, or the function that it names; `key` is the setting's."""
+    return sources[spec] if spec in sources else function_of(spec, key)
+
+
+def function_of(spec: str, key: str) -> Reward:
+    """The function that MODULE:FUNCTION names, MODULE being importable or a .py file; asked once,
+    so that a wrong one is found before any work. Raises InputError."""
+    module_name, _, name = spec.rpartition(":")
+    if not module_name or not name.isidentifier():
+        raise InputError("ppo", key, got=shown(spec), expected="model, judge or MODULE:FUNCTION")
+    try:
+        found = getattr(_module(module_name), name)
+    except (ImportError, OSError, AttributeError, SyntaxError) as error:
+        got = f"{shown(spec)} ({error})"
+        raise InputError("ppo", key, got=got, expected="a function") from None
+    if not callable(found):
+        got = f"{shown(spec)}, {type(found).__name__}"
+        raise InputError("ppo", key, got=got, expected="a function")
+    checked(spec, found([PROBE, PROBE], ["Paris.", "I do not know."]), 2)
+    return found
+
+
+def _module(name: str) -> Any:
+    if not name.endswith(".py"):
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        return importlib.import_module(name)
+    path = Path(name).expanduser()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
