@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -71,8 +71,13 @@ class ActorCritic(torch.nn.Module):
 class Reference:
     """The policy before any training: itself with its adapters off, or a frozen second model."""
 
-    def __init__(self, actor: ActorCritic, frozen: Any = None):
-        self._actor, self.frozen = actor, frozen
+    def __init__(
+        self,
+        actor: ActorCritic,
+        frozen: Any = None,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        self._actor, self.frozen, self._autocast = actor, frozen, autocast
 
     @torch.no_grad()
     def logprobs(
@@ -85,7 +90,10 @@ class Reference:
         details: a ratio or a KL of two temperatures is of two other distributions)."""
         actor = self._actor
         model = inner(self.frozen or actor.policy)
-        with nullcontext() if self.frozen else actor.policy.disable_adapter():
+        kind = _head(model).weight.dtype
+        # What the accelerator does for the policy's forward, it does not do for this.
+        mixed = nullcontext() if kind == torch.float32 else torch.autocast(model.device.type, kind)
+        with mixed, nullcontext() if self.frozen else actor.policy.disable_adapter():
             return logprobs_of(
                 model, input_ids, loss_mask, position_ids, actor.temperature, False,
                 actor.head_is_all,
@@ -136,5 +144,5 @@ def merged_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         if name.endswith(".base_layer.weight"):
             layer = inner(policy).get_submodule(name.removesuffix(".base_layer.weight"))
-            weight = weight + layer.get_delta_weight("default").to(weight.dtype)
+            weight = (weight + layer.get_delta_weight("default")).to(weight.dtype)
         yield name.replace(".base_layer.", "."), weight

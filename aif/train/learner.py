@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -18,6 +18,8 @@ from aif.settings import PPOSettings
 from aif.train.batch import Batch, Layout, Steps
 from aif.train.experience import Experience, micro_batches
 from aif.train.ppo_math import policy_loss, value_loss
+
+NAMED = 8  # prompts, in an error
 
 
 class NotFinite(AifError):
@@ -59,7 +61,7 @@ class Learner:
             # Schulman et al. 2017: an early stop where the policy has left its trust region.
             if self.settings.target_kl and seen["policy/approxkl_avg"] > self.settings.target_kl:
                 break
-            for name, norm in self._clipped_norms().items():
+            for name, norm in self._clipped_norms(answers(found, rows)).items():
                 measured[name].append(norm)
             self.optimizer.step()
         means = {name: fmean(values) for name, values in measured.items()}
@@ -84,8 +86,7 @@ class Learner:
             last = n + 1 == len(batches)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = self._loss(found, numbers, batch, total)
-                prompts = ", ".join(sorted({found.prompts[n][:12] for n in numbers}))
-                self._check(float(loss.detach()), f"loss of the responses to prompts {prompts}")
+                self._check(float(loss.detach()), f"loss of {answers(found, numbers)}")
                 self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def _loss(
@@ -132,11 +133,12 @@ class Learner:
             with self.accelerator.no_sync(self.model):
                 nll = self.model(**batch.inputs(self.accelerator.device), texts=True)
                 loss = self.settings.ptx_coef * nll / texts.loss_items
-                self._add("loss/ptx_avg", nll / texts.loss_items)
+                # Every process has the same texts, and what is added is summed over all of them.
+                self._add("loss/ptx_avg", nll / texts.loss_items / self.accelerator.num_processes)
                 self._check(float(loss.detach()), "loss of the ptx texts")
                 self.accelerator.backward(loss)
 
-    def _clipped_norms(self) -> dict[str, float]:
+    def _clipped_norms(self, of: str) -> dict[str, float]:
         """Clip the gradients, the policy's and the critic's each by themselves: an error of the
         critic is not to shorten the policy's step."""
         model = self.accelerator.unwrap_model(self.model)
@@ -147,7 +149,7 @@ class Learner:
             weights = [w for w in part.parameters() if w.requires_grad]
             most = self.settings.max_grad_norm or math.inf
             norms[f"{name}/grad_norm"] = float(self.accelerator.clip_grad_norm_(weights, most))
-            self._check(norms[f"{name}/grad_norm"], f"gradient of the {name}")
+            self._check(norms[f"{name}/grad_norm"], f"gradient of the {name} over {of}")
         return norms
 
     def _add(self, name: str, value: torch.Tensor) -> None:
@@ -162,3 +164,10 @@ class Learner:
     def _check(self, value: float, what: str) -> None:
         if not math.isfinite(value):
             raise NotFinite(f"the {what} is {value}")
+
+
+def answers(found: Experience, rows: Sequence[int]) -> str:
+    """What these rows are, to a person."""
+    prompts = sorted({found.prompts[n][:12] for n in rows})
+    more = f" and {len(prompts) - NAMED:,} more" if len(prompts) > NAMED else ""
+    return f"the responses to prompts {', '.join(prompts[:NAMED])}{more}"

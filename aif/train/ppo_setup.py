@@ -177,7 +177,7 @@ def made(run: Run, prepared: Prepared) -> PPO:
     transformers.set_seed(settings.seed)
     ensemble = prepared.load_ensemble()
     actor = _actor(run, prepared, prepared.value_scale(ensemble))
-    reference = Reference(actor, None if settings.lora else _frozen(prepared, kind))
+    frozen = None if settings.lora else _frozen(prepared, kind)
     prepared.ends |= ends_of(inner(actor.policy), prepared.tokenizer)
     most, call = micro_batch(actor.policy, settings)
     layout = Layout(most, False, prepared.tokenizer.pad_token_id, call)
@@ -198,7 +198,7 @@ def made(run: Run, prepared: Prepared) -> PPO:
         settings=settings,
         accelerator=accelerator,
         learner=Learner(accelerator, wrapped, optimizer, layout, settings, ptx),
-        reference=reference,
+        reference=Reference(actor, frozen, accelerator.autocast),
         rollouts=_rollouts(prepared, kind, actor.temperature),
         rewards=prepared.rewards(ensemble),
         prompts=prompts,

@@ -11,11 +11,12 @@ None where it has none; such a response is not learned from.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,10 @@ def checked(name: str, values: Any, count: int) -> list[float | None]:
     """What a reward gave as a list of floats and Nones; AifError where it is anything else."""
     found = values.tolist() if hasattr(values, "tolist") else values
     expected = f"expected {count} numbers or None, one a response"
-    try:
-        found = list(found)
-    except TypeError:
-        raise AifError(f"reward {name}: got {shown(values)}, {expected}") from None
+    if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping | Set):
+        raise AifError(f"reward {name}: got {shown(values)}, {expected}")
+    # Numbers of numpy and torch, which need not be Python's.
+    found = [value.tolist() if hasattr(value, "tolist") else value for value in found]
     if len(found) != count:
         raise AifError(f"reward {name}: got {len(found)} values, {expected}")
     for value in found:
@@ -109,20 +110,32 @@ def source_of(spec: str, key: str, sources: Mapping[str, Reward]) -> Reward:
 
 def function_of(spec: str, key: str) -> Reward:
     """The function that MODULE:FUNCTION names, MODULE being importable or a .py file; asked once,
-    so that a wrong one is found before any work. Raises InputError."""
+    so that a wrong one is found before any work. Raises InputError.
+
+    What it raises when it is asked comes as AifError: it is no fault of ours.
+    """
     module_name, _, name = spec.rpartition(":")
     if not module_name or not name.isidentifier():
-        raise InputError("ppo", key, got=shown(spec), expected="model, judge or MODULE:FUNCTION")
+        known = "model, judge" if key == "reward" else "judge"
+        raise InputError("ppo", key, got=shown(spec), expected=f"{known} or MODULE:FUNCTION")
     try:
         found = getattr(_module(module_name), name)
-    except (ImportError, OSError, AttributeError, SyntaxError) as error:
-        got = f"{shown(spec)} ({error})"
-        raise InputError("ppo", key, got=got, expected="a function") from None
+    except Exception as error:  # a module may do anything when it is loaded
+        got = f"{shown(spec)} ({type(error).__name__}: {error})"
+        raise InputError("ppo", key, got=got, expected="a function") from error
     if not callable(found):
         got = f"{shown(spec)}, {type(found).__name__}"
         raise InputError("ppo", key, got=got, expected="a function")
-    checked(spec, found([PROBE, PROBE], ["Paris.", "I do not know."]), 2)
-    return found
+
+    @functools.wraps(found)
+    def asked(prompts: Sequence[list[Message]], responses: Sequence[str]) -> Any:
+        try:
+            return found(prompts, responses)
+        except Exception as error:
+            raise AifError(f"reward {spec}: raised {type(error).__name__}: {error}") from error
+
+    checked(spec, asked([PROBE, PROBE], ["Paris.", "I do not know."]), 2)
+    return asked
 
 
 def _module(name: str) -> Any:
@@ -131,7 +144,8 @@ def _module(name: str) -> Any:
             sys.path.insert(0, "")
         return importlib.import_module(name)
     path = Path(name).expanduser()
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"aif_ppo_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass looks for what its annotations name
     spec.loader.exec_module(module)
     return module

@@ -137,7 +137,7 @@ def drawn(logits_BV: torch.Tensor, temperature: float, noise_B: torch.Tensor) ->
     cumulative_BV = (logits_BV.float() / temperature).softmax(-1).cumsum(-1)
     if not cumulative_BV[:, -1].isfinite().all():
         raise AifError("ppo: the policy's logits are not finite numbers")
-    # Rounding leaves the sum a little off 1; and a token of probability 0 is never drawn.
-    level_B1 = (noise_B * cumulative_BV[:, -1])[:, None]
-    found_B = torch.searchsorted(cumulative_BV, level_B1, right=True).squeeze(1)
-    return found_B.clamp(max=logits_BV.shape[-1] - 1)
+    # Rounding leaves the sum a little off 1, and takes a number just below 1 to 1 (float64 to
+    # float32); below the sum it always ends at a token, and never at one of probability 0.
+    level_B1 = (noise_B.clamp(max=1 - 2**-24) * cumulative_BV[:, -1])[:, None]
+    return torch.searchsorted(cumulative_BV, level_B1, right=True).squeeze(1)

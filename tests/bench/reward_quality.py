@@ -1,6 +1,6 @@
 """How well a reward model learns the bundled judge's labels of the bundled model's responses.
 
-    python tests/bench/reward_quality.py [--prompts 110] [--samples 4] [--seeds 3]
+    python tests/bench/reward_quality.py [--prompts 110] [--samples 4] [--seeds 0 1 2]
 
 The demo's prompts, constitution and judge; every pair of a prompt's responses is labelled. A seed
 decides which prompts are held out, the order and the initial head. Accuracy is on held-out prompts
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="prompts an optimizer step")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--held-out", type=float, default=0.18, help="share of the prompts")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--curve", type=float, nargs="*", default=[])
     parser.add_argument("--out", type=Path, help="keep the run here; a second call resumes")
     options = parser.parse_args()
@@ -46,7 +46,7 @@ def main() -> None:
         for stage in (respond, compare, label):
             stage(run, progress)
         cards = []
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             cards.append(reward(opened(folder, options, seed), progress)["card"])
             print_row(f"seed {seed}", cards[-1])
     every = [card["ai"] for card in cards]
@@ -70,7 +70,7 @@ def opened(folder: Path, options: argparse.Namespace, seed: int) -> Run:
             "learning_rate": options.learning_rate,
             "eval_fraction": options.held_out,
             "seed": seed,
-            "curve": options.curve if seed == 0 else [],
+            "curve": options.curve if seed == options.seeds[0] else [],
         },
     }
     return Run(folder, load_settings(folder / "run.toml", given))

@@ -1,0 +1,269 @@
+"""Responses of the policy, against a loop that runs the whole text anew for every token."""
+
+# ruff: noqa: E402  (what needs torch is imported once torch is known to be there)
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import numpy as np
+from tiny import tiny_model
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+from aif.errors import AifError
+from aif.train import rollout
+from aif.train.rollout import DROP, Rollout, TransformersRollouts, drawn
+
+VOCAB = 64
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    "initializer_range": 0.3, "pad_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
+KINDS = {
+    "llama": lambda: tiny_model(**SHAPE),
+    "sliding mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, sliding_window=5)),
+}
+ENDS = set(range(7))  # one token in nine: responses end all along the way
+ALMOST_1 = 1 - 2**-24  # the largest number below 1 in float32
+NEXT_TO_1 = np.random.default_rng(361910).random(19)[18]  # float32 rounds it to 1
+
+
+def model_of(kind: str = "llama", seed: int = 0):
+    torch.manual_seed(0)
+    model = KINDS[kind]()
+    if seed:
+        torch.manual_seed(seed)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def rollouts_of(model=None, **options) -> TransformersRollouts:
+    options = {"max_tokens": 24, "temperature": 0.9, "ends": ENDS, "pad_id": 0} | options
+    return TransformersRollouts(model_of() if model is None else model, **options)
+
+
+def prompts(n: int = 20) -> list[np.ndarray]:
+    """Of 1 to 12 tokens, in no order, some of one length and some the same."""
+    draw = np.random.default_rng(0)
+    found = [draw.integers(0, VOCAB, draw.integers(1, 13)).astype(np.int32) for _ in range(40)]
+    found[7] = found[2]
+    return found[:n]
+
+
+def naive(model, prompt: np.ndarray, seed: int, ends=ENDS, tokens: int = 24, temperature=0.9):
+    """No cache, no batch, no padding; the inverse of the cumulative probabilities in float64."""
+    ids = prompt.tolist()
+    for number in np.random.default_rng(seed).random(tokens):
+        with torch.no_grad():
+            logits_V = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+        passed = (logits_V / temperature).softmax(-1).cumsum(-1) > number
+        ids.append(int(passed.nonzero()[0]))
+        if ids[-1] in ends:
+            break
+    return ids[len(prompt) :]
+
+
+def ids_of(found: list[Rollout]) -> list[list[int]]:
+    return [one.ids_T.tolist() for one in found]
+
+
+def calls_of(rollouts: TransformersRollouts) -> list[tuple[int, int]]:
+    """The shape [rows, tokens] of all that the model will be called with."""
+    seen = []
+    rollouts.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tokens_are_drawn_as_often_as_they_are_likely(temperature):
+    n = 1 << 14
+    noise_N = torch.arange(n) / n
+    for seed in range(20):
+        logits_V = 3 * torch.randn(9, generator=torch.Generator().manual_seed(seed))
+        logits_V[seed % 9] = -torch.inf
+        counts_V = drawn(logits_V.expand(n, -1), temperature, noise_N).bincount(minlength=9)
+        want_V = (logits_V.double() / temperature).softmax(-1) * n
+        assert (counts_V - want_V).abs().max() < 1.01
+        assert counts_V[seed % 9] == 0
+
+
+def test_each_row_is_drawn_by_its_own_number_and_begins_where_the_last_ends():
+    even_BV = torch.zeros(5, 4)
+    noise_B = torch.tensor([0.5, 0.0, 0.25, ALMOST_1, 0.2499])
+    assert drawn(even_BV, 1.0, noise_B).tolist() == [2, 0, 1, 3, 0]
+    one_each_BV = torch.full((4, 4), -torch.inf).fill_diagonal_(0.0).flip(0)
+    assert drawn(one_each_BV, 1.0, torch.rand(4)).tolist() == [3, 2, 1, 0]
+
+
+def test_what_has_no_probability_is_never_drawn():
+    assert np.float32(NEXT_TO_1) == 1 > NEXT_TO_1
+    draw = torch.Generator().manual_seed(0)
+    logits_BV = 8 * torch.randn(3000, VOCAB, generator=draw)
+    possible_BV = torch.rand(3000, VOCAB, generator=draw) < torch.rand(3000, 1, generator=draw)
+    possible_BV[:, 11] = True
+    logits_BV[~possible_BV] = -torch.inf
+    for number in (0.0, 0.5, ALMOST_1, NEXT_TO_1):
+        found_B = drawn(logits_BV, 0.7, torch.full((3000,), number))
+        assert possible_BV.gather(1, found_B[:, None]).all()
+    first_B, last_B = (
+        drawn(logits_BV.clamp(-20, 0), 9.0, torch.full((3000,), n)) for n in (0.0, NEXT_TO_1)
+    )
+    assert set(first_B.tolist()) == {0}
+    assert set(last_B.tolist()) == {VOCAB - 1}
+
+
+@pytest.mark.parametrize(
+    "wrong", [[0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0], [-torch.inf] * 3], ids=str
+)
+def test_logits_that_are_no_numbers_are_an_error(wrong):
+    logits_BV = torch.tensor([[1.0, 2.0, 3.0], wrong])
+    with pytest.raises(AifError, match="logits are not finite"):
+        drawn(logits_BV, 1.0, torch.tensor([0.5, 0.5]))
+
+
+def test_weights_that_are_no_numbers_are_an_error():
+    rollouts = rollouts_of()
+    rollouts.sync([("lm_head.weight", torch.full((VOCAB, 16), torch.nan))])
+    with pytest.raises(AifError, match="logits are not finite"):
+        rollouts.sample(prompts(3), [1, 2, 3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_responses_are_those_of_a_plain_loop_though_rows_leave_the_batch(kind):
+    model, asked = model_of(kind), prompts()
+    want = [naive(model.eval(), prompt, seed) for seed, prompt in enumerate(asked)]
+    lengths = list(map(len, want))
+    assert len(set(lengths)) > 8
+    rollouts = rollouts_of(model)
+    calls = calls_of(rollouts)
+    assert ids_of(rollouts.sample(asked, range(len(asked)))) == want
+    assert calls[0] == (len(asked), max(map(len, asked)))
+    assert [tokens for _, tokens in calls[1:]] == [1] * (max(lengths) - 1), "a cache is not used"
+    for t, (rows, _) in enumerate(calls):
+        done = rows - sum(length > t for length in lengths)
+        assert done * DROP < rows, "finished rows are still in the batch"
+    assert len({rows for rows, _ in calls}) > 5
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_more_prompts_than_fit_run_in_turn_those_of_like_lengths_together(rows, monkeypatch):
+    asked, seeds = prompts(), list(range(100, 120))
+    want = rollouts_of().sample(asked, seeds)
+    monkeypatch.setitem(rollout.ROWS, "cpu", rows)
+    rollouts = rollouts_of()
+    calls = calls_of(rollouts)
+    assert ids_of(rollouts.sample(asked, seeds)) == ids_of(want)
+    lengths = sorted(map(len, asked))
+    firsts = [(n, t) for n, t in calls if t > 1]
+    parts = [lengths[n : n + rows] for n in range(0, len(lengths), rows)]
+    assert firsts == [(len(part), part[-1]) for part in parts if part[-1] > 1]
+    assert max(n for n, _ in calls) == rows
+
+
+def test_a_response_goes_to_its_first_end_or_to_the_last_token_there_is_room_for():
+    found = rollouts_of(max_tokens=12).sample(prompts(40), range(40))
+    assert {one.ended for one in found} == {True, False}
+    for one in found:
+        assert one.ids_T.dtype == np.int32
+        ends = [n for n, token in enumerate(one.ids_T.tolist()) if token in ENDS]
+        assert ends == ([len(one.ids_T) - 1] if one.ended else [])
+        assert one.ended or len(one.ids_T) == 12
+
+
+def test_an_end_in_the_last_place_is_an_end():
+    asked, seeds = prompts(), range(20)
+    whole = rollouts_of().sample(asked, seeds)
+    room = sorted(len(one.ids_T) for one in whole if one.ended)[10]
+    just, short = (rollouts_of(max_tokens=n).sample(asked, seeds) for n in (room, room - 1))
+    last = [n for n, one in enumerate(whole) if len(one.ids_T) == room]
+    for n in last:
+        assert ids_of([just[n], short[n]]) == [ids_of(whole)[n], ids_of(whole)[n][:-1]]
+        assert (just[n].ended, short[n].ended) == (True, False)
+
+
+def test_without_ends_nothing_ends():
+    model, asked = model_of().eval(), prompts(4)
+    found = rollouts_of(model, ends=set(), max_tokens=9).sample(asked, range(4))
+    assert not any(one.ended for one in found)
+    assert ids_of(found) == [naive(model, p, n, set(), 9) for n, p in enumerate(asked)]
+
+
+def test_nothing_asked_is_nothing_found():
+    assert rollouts_of().sample([], []) == []
+
+
+def test_a_seed_decides_a_response_and_another_seed_another():
+    rollouts, asked = rollouts_of(ends=set()), prompts()
+    first, again, other = (
+        ids_of(rollouts.sample(asked, seeds))
+        for seeds in (range(20), range(20), range(20, 40))
+    )  # fmt: skip
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    same = ids_of(rollouts.sample([asked[2]] * 3, [5, 6, 5]))
+    assert same[0] == same[2] != same[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_does_not_depend_on_its_neighbours(kind):
+    rollouts, asked = rollouts_of(model_of(kind)), prompts()
+    together = ids_of(rollouts.sample(asked, range(20)))
+    alone = [ids_of(rollouts.sample([p], [n]))[0] for n, p in enumerate(asked)]
+    turned = ids_of(rollouts.sample(asked[::-1], range(19, -1, -1)))
+    assert together == alone == turned[::-1]
+
+
+def test_padding_goes_by_place_and_not_by_a_tokens_id():
+    asked = [np.array([9] * n + [5, 9], np.int32) for n in range(8)]
+    want = ids_of(rollouts_of(pad_id=50).sample(asked, range(8)))
+    assert ids_of(rollouts_of(pad_id=9).sample(asked, range(8))) == want
+
+
+def test_a_sampler_learns_nothing_and_drops_nothing_out():
+    model = model_of().train()
+    rollouts = rollouts_of(model)
+    assert rollouts.models == [model]
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_weights_are_copied_and_the_next_responses_are_of_them():
+    rollouts, source, asked = rollouts_of(), model_of(seed=1), prompts()
+    before = ids_of(rollouts.sample(asked, range(20)))
+    rollouts.sync(source.named_parameters())
+    want = ids_of(rollouts_of(model_of(seed=1)).sample(asked, range(20)))
+    assert ids_of(rollouts.sample(asked, range(20))) == want != before
+    with torch.no_grad():
+        for weight in source.parameters():
+            weight.zero_()
+    assert ids_of(rollouts.sample(asked, range(20))) == want
+    assert not any(weight.requires_grad for weight in rollouts.model.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_rounded_to_the_samplers_and_names_it_has_not_are_passed_over(tied):
+    source, model = (tiny_model(**SHAPE | {"tie_word_embeddings": tied}) for _ in range(2))
+    with torch.no_grad():
+        for weight in source.parameters():
+            weight.add_(torch.rand_like(weight))
+    rollouts = rollouts_of(model.bfloat16())
+    every = dict(source.named_parameters(remove_duplicate=False))  # a tied head by both its names
+    assert ("lm_head.weight" in dict(model.named_parameters())) != tied
+    rollouts.sync([*every.items(), ("value_head.weight", torch.zeros(1, 16))])
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, every[name].bfloat16())
+
+
+def test_a_bfloat16_model_draws_tokens_of_its_vocabulary():
+    found = rollouts_of(model_of().bfloat16()).sample(prompts(), range(20))
+    assert len({tuple(ids) for ids in ids_of(found)}) > 15
+    assert all(0 <= one.ids_T.min() <= one.ids_T.max() < VOCAB for one in found)
