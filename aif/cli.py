@@ -319,6 +319,8 @@ def ppo(
     gold: Annotated[
         str | None, typer.Option(help="judge or MODULE:FUNCTION; watched, not learned from.")
     ] = None,
+    constitution: ConstitutionFile = None,
+    judge: Judge = None,
     seed: Seed = None,
     set_: Set = None,
     json_: Json = False,
@@ -333,6 +335,8 @@ def ppo(
         "ppo.prompts": prompts,
         "ppo.reward": dict(map(parse_source, reward_)) if reward_ else None,
         "ppo.gold": gold,
+        "label.constitution": constitution,
+        "judge.model": judge,
         "ppo.seed": seed,
     }
     opened = training_run(run, set_, given, [prompts] if prompts else None)

@@ -216,6 +216,8 @@ class PPOSettings(TrainSettings):
     score_clip: float | None = Field(None, gt=0)  # scores are kept in +-score_clip
     missing_eos_penalty: float = Field(1.0, ge=0)  # off the score of a response without an end
     whiten_rewards: bool = False
+    rollouts: Literal["transformers", "vllm"] = "transformers"  # what samples responses
+    vllm_memory: float = Field(0.3, gt=0, lt=1)  # share of a GPU's memory for vLLM
     ptx: dict[str, Annotated[float, Field(gt=0)]] = Field({})  # as sft.data, mixed into each step
     ptx_coef: float = Field(1.0, gt=0)  # weight of its loss
     gold: str | None = None  # judge or MODULE:FUNCTION, watched and never trained on

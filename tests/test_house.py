@@ -19,7 +19,7 @@ FLOORS = [
     "train train.dialogues train.losses train.checkpoint train.metrics",
     "train.tokens train.model train.preferences train.pictures train.ppo_math",
     "train.batch train.stage train.card train.actor_critic train.rollout train.prompts",
-    "train.trainer train.trees train.experience",
+    "train.trainer train.trees train.experience train.vllm_rollouts",
     "train.preference_losses train.scoring train.learner",
     "train.sft train.known train.rewards",
     "train.reward",
@@ -70,6 +70,7 @@ HEAVY = {  # package -> modules that may import it where they are loaded
     "numpy": TRAIN,
     "rich": set(),
     "trl": set(),
+    "vllm": set(),
     "matplotlib": set(),
     "scipy": set(),
 }

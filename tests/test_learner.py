@@ -459,6 +459,7 @@ def one_of_two(known: Experience, folder: str) -> None:
     torch.save((told, weights(ours)), f"{folder}/{rank}.pt")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd has threads, which do not fork")
 def test_two_processes_learn_what_one_does(tmp_path):
     """Though their shares are of unlike size: losses are over the tokens of both."""
     one = learner(ptx=ptx_steps(Layout(10_000, False, 5)), **SHARED)

@@ -277,6 +277,7 @@ def test_what_is_best_is_the_first_of_the_highest():
         ({"reward": {"model": 1.0}}, "/reward: not there or not complete; `aif reward"),
         ({"response_tokens": 63}, "none of 8 prompts leaves room for 63 tokens"),
         ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"trackers": ["nowhere"]}, "ppo: trackers: got 'nowhere', expected one that is installed"),
     ],
 )
 def test_what_is_wrong_is_told_before_the_first_step(tmp_path, model, options, told, monkeypatch):
@@ -341,7 +342,7 @@ def test_numbers_that_are_none_stop_it_by_name(tmp_path, model, monkeypatch):
 
 
 def test_a_tracker_is_told_what_is_measured(tmp_path, model):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboardX")
     run = quick_run(tmp_path / "run", model, trackers=["tensorboard"])
     ppo(run, Said())
     assert list(run.path.rglob("events.out.tfevents*"))

@@ -81,12 +81,16 @@ def test_critique_revise_fine_tune(folder):
     assert "10 responses to 5 prompts (0 faults)" in after
 
 
-def test_reward_model(folder):
+def test_reward_model_and_ppo(folder):
     """On the example pairs, labelled as the first of the daily jobs has it."""
     run(commands("Run a batch")[1], folder)
     reward, score = (run(line, folder) for line in commands("Reward model"))
     assert "runs/first/reward" in reward
     assert "12 pairs scored" in score
+    (ppo,) = (run(line, folder) for line in commands("PPO"))
+    assert "2 steps of ppo on " in ppo
+    assert "held out, scores: " in ppo
+    assert "runs/first/ppo" in ppo
 
 
 def test_the_two_commands_are_in_the_makefile():

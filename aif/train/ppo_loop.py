@@ -109,8 +109,13 @@ class PPO:
     def _sampled(self, asked: Sequence[PolicyPrompt], k: int) -> list[Rollout]:
         policy = self.accelerator.unwrap_model(self.learner.model).policy
         self.rollouts.sync(merged_weights(policy))
-        rank = self.accelerator.process_index
-        seeds = [seed_of(self.settings.seed, k, rank, n) for n in range(len(asked))]
+        # A response's seed is of its place in the step, however many processes there are.
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        each = self.settings.samples
+        seeds = [
+            seed_of(self.settings.seed, k, rank + n // each * world, n % each)
+            for n in range(len(asked))
+        ]
         return self.rollouts.sample([prompt.ids_T for prompt in asked], seeds)
 
     def _scores(

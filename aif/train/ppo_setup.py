@@ -12,9 +12,11 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 
 from aif.errors import InputError, shown
 from aif.pretrained import (
+    bundled_folder,
     ends_of,
     load_model,
     load_reward_model,
@@ -24,7 +26,7 @@ from aif.pretrained import (
 )
 from aif.records import content_id
 from aif.run import Run
-from aif.settings import PPOSettings, SFTSettings
+from aif.settings import BUNDLED, PPOSettings, SFTSettings
 from aif.train import checkpoint
 from aif.train.actor_critic import ActorCritic, Reference, freeze
 from aif.train.batch import Layout, Steps
@@ -42,11 +44,12 @@ from aif.train.ppo_loop import PPO, Position
 from aif.train.ppo_math import AdaptiveKL
 from aif.train.prompts import PromptStream, prompts_of
 from aif.train.rewards import ModelReward, Reward, Rewards, source_of
-from aif.train.rollout import TransformersRollouts
+from aif.train.rollout import Rollouts, TransformersRollouts
 from aif.train.scoring import Ensemble, RewardModel, member_folders
 from aif.train.stage import SCHEDULES, digest_of
 from aif.train.tokens import Tokeniser, Tokens
 from aif.train.tokens import digest as tokens_digest
+from aif.train.vllm_rollouts import VLLMRollouts
 
 STAGE = "ppo"
 LOOKS = 10  # in all, where ppo.eval_every does not say how often
@@ -61,6 +64,12 @@ def check_settings(run: Run) -> str:
         raise _wrong("reward", settings.reward, "model, judge or MODULE:FUNCTION with a weight")
     if (settings.load_best or settings.stop_when_gold_falls) and not settings.gold:
         raise _wrong("gold", None, "judge or MODULE:FUNCTION, to know what is best by")
+    known = [tracker.value for tracker in get_available_trackers()]
+    for tracker in settings.trackers:
+        if tracker not in known:
+            raise _wrong(
+                "trackers", tracker, f"one that is installed: {', '.join(known) or 'none'}"
+            )
     if temperature(run) <= 0:
         raise _wrong("temperature", 0, "more than 0: a policy has to try things out")
     if settings.model:
@@ -229,15 +238,17 @@ def _frozen(prepared: Prepared, kind: torch.dtype) -> Any:
     return freeze(load_model(prepared.name, "float32", prepared.settings.device), kind)
 
 
-def _rollouts(prepared: Prepared, kind: torch.dtype, temperature: float) -> TransformersRollouts:
-    dtype = str(kind).removeprefix("torch.")
-    return TransformersRollouts(
-        load_model(prepared.name, dtype, prepared.settings.device),
-        max_tokens=prepared.room,
-        temperature=temperature,
-        ends=prepared.ends,
-        pad_id=prepared.tokenizer.pad_token_id,
-    )
+def _rollouts(prepared: Prepared, kind: torch.dtype, temperature: float) -> Rollouts:
+    dtype, settings = str(kind).removeprefix("torch."), prepared.settings
+    sampling = {"max_tokens": prepared.room, "temperature": temperature, "ends": prepared.ends}
+    if settings.rollouts == "vllm":
+        folder = bundled_folder() if prepared.name == BUNDLED else prepared.name
+        context = prepared.tokeniser.max_tokens
+        return VLLMRollouts(
+            str(folder), dtype=dtype, context=context, memory=settings.vllm_memory, **sampling
+        )
+    model = load_model(prepared.name, dtype, settings.device)
+    return TransformersRollouts(model, pad_id=prepared.tokenizer.pad_token_id, **sampling)
 
 
 def _actor(run: Run, prepared: Prepared, scale: tuple[float, float]) -> ActorCritic:

@@ -26,6 +26,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 # What may be changed in the middle of a run: where and how it is computed, not what.
 FREE = {"device", "micro_tokens", "packing", "share_prompt", "gradient_checkpointing"}
 FREE |= {"save_every", "keep_checkpoints", "members", "combine", "curve", "trackers"}
+FREE |= {"vllm_memory"}
 
 
 @contextmanager

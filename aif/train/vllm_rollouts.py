@@ -1,0 +1,85 @@
+"""Rollouts by vLLM, in this process: its scheduler and its kernels, our weights at every step.
+
+What vLLM computes is close to what the policy computes and not the same, so its log-probabilities
+are never used: those that PPO's ratio is taken of are read again by the model that learns (detail
+17).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from aif.errors import AifError
+from aif.train.rollout import Rollout
+
+
+class VLLMRollouts:
+    """A vLLM engine that takes over the policy's weights; `name` is a folder or a hub id.
+
+    `memory` is the share of a GPU's memory that it may hold, weights and cache. Raises AifError
+    where vLLM is not installed.
+    """
+
+    models: Sequence[Any] = ()  # its memory is what it was given
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: str,
+        max_tokens: int,
+        temperature: float,
+        ends: set[int],
+        context: int,
+        memory: float,
+    ):
+        # The engine core in this process: weights are handed over as tensors, not over a wire.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        try:
+            from vllm import LLM, SamplingParams
+        except ModuleNotFoundError as error:
+            raise AifError(f"ppo: rollouts = 'vllm' needs {error.name}: pip install vllm") from None
+        self._llm = LLM(
+            name,
+            dtype=dtype,
+            max_model_len=context,
+            gpu_memory_utilization=memory,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+        )
+        self._ends = sorted(ends)
+
+        def params(seed: int) -> SamplingParams:
+            return SamplingParams(
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=seed % 2**63,
+                stop_token_ids=self._ends,
+                detokenize=False,
+            )
+
+        self._params = params
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over the policy's weights; what was cached under the old ones is dropped."""
+        found = list(weights)
+        self._llm.apply_model(lambda model: model.load_weights(iter(found)))
+        self._llm.reset_prefix_cache()
+
+    def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> list[Rollout]:
+        """A response to each prompt, in their order."""
+        asked = [{"prompt_token_ids": ids.tolist()} for ids in prompts]
+        made = self._llm.generate(asked, [self._params(seed) for seed in seeds], use_tqdm=False)
+        return [self._rollout(found.outputs[0]) for found in made]
+
+    def _rollout(self, output: Any) -> Rollout:
+        ids = list(output.token_ids)
+        ended = output.finish_reason == "stop"
+        if ended and ids[-1:] not in [[end] for end in self._ends]:
+            ids.append(output.stop_reason)  # the token that ended it, where vLLM left it out
+        return Rollout(np.array(ids, np.int32), ended)
