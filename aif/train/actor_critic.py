@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -71,13 +71,8 @@ class ActorCritic(torch.nn.Module):
 class Reference:
     """The policy before any training: itself with its adapters off, or a frozen second model."""
 
-    def __init__(
-        self,
-        actor: ActorCritic,
-        frozen: Any = None,
-        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ):
-        self._actor, self.frozen, self._autocast = actor, frozen, autocast
+    def __init__(self, actor: ActorCritic, frozen: Any = None):
+        self._actor, self.frozen = actor, frozen
 
     @torch.no_grad()
     def logprobs(

@@ -56,12 +56,20 @@ def _with_adapters(model: Any, lora: LoraSettings) -> Any:
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        found = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(
             "lora", "targets", got=shown(lora.targets),
             expected=f"names of the model's linear layers ({shown(str(error), 160)})",
         ) from error  # fmt: skip
+    ends = ("lm_head", "embed_tokens")
+    tied = [name for name in found.targeted_module_names if name.rpartition(".")[2] in ends]
+    if tied and model.config.get_text_config().tie_word_embeddings:
+        # Merged into the one weight that both are, an adapter of one would be of the other too.
+        raise InputError(
+            "lora", "targets", got=shown(tied[0]), expected="layers without a tied weight"
+        )
+    return found
 
 
 def inner(model: Any) -> Any:

@@ -228,23 +228,29 @@ def ppo(run: Run, progress: Progress, sources: Mapping[str, Reward] | None = Non
         if last := done_before(run, STAGE, folder, about, progress):
             return last
         algorithm = made(run, prepared)
-        progress.say(memory_line(algorithm))
-        watch = Watch(run, algorithm, prepared.held_out, prepared.gold)
-        session = Session(
-            run, algorithm, watch if prepared.held_out else None, about, progress,
-            Metrics(run, STAGE),
-        )  # fmt: skip
-        began_at = session.resume()
-        progress.start(STAGE, len(algorithm.prompts), done=began_at)
         try:
-            with stopping(session.stop, progress):
-                session.train()
+            summary = about | _run(run, prepared, algorithm, about, progress)
         finally:
-            progress.finish()
-        best = session.end_with_best()
-        actor = algorithm.accelerator.unwrap_model(algorithm.learner.model)
-        _save(run, prepared, actor, about)
-        summary = about | _summary(run, prepared, algorithm, began_at, best)
+            algorithm.rollouts.close()
+            algorithm.accelerator.end_training()
         run.write_state(STAGE, summary)
-        algorithm.accelerator.end_training()
     return summary
+
+
+def _run(
+    run: Run, prepared: Prepared, algorithm: PPO, about: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Train to the end and leave the models; returns the summary."""
+    progress.say(memory_line(algorithm))
+    watch = Watch(run, algorithm, prepared.held_out, prepared.gold) if prepared.held_out else None
+    session = Session(run, algorithm, watch, about, progress, Metrics(run, STAGE))
+    began_at = session.resume()
+    progress.start(STAGE, len(algorithm.prompts), done=began_at)
+    try:
+        with stopping(session.stop, progress):
+            session.train()
+    finally:
+        progress.finish()
+    best = session.end_with_best()
+    _save(run, prepared, algorithm.accelerator.unwrap_model(algorithm.learner.model), about)
+    return _summary(run, prepared, algorithm, began_at, best)

@@ -207,7 +207,7 @@ def made(run: Run, prepared: Prepared) -> PPO:
         settings=settings,
         accelerator=accelerator,
         learner=Learner(accelerator, wrapped, optimizer, layout, settings, ptx),
-        reference=Reference(actor, frozen, accelerator.autocast),
+        reference=Reference(actor, frozen),
         rollouts=_rollouts(prepared, kind, actor.temperature),
         rewards=prepared.rewards(ensemble),
         prompts=prompts,

@@ -40,6 +40,9 @@ class Rollouts(Protocol):
     def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> list[Rollout]:
         """A response to each prompt, in their order."""
 
+    def close(self) -> None:
+        """Free what it holds."""
+
 
 class TransformersRollouts:
     """Decoding on a transformers model of its own, whose finished sequences leave the batch.
@@ -59,10 +62,15 @@ class TransformersRollouts:
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over the policy's weights, rounded to this model's."""
+        """Take over the policy's weights, rounded to this model's. Raises AifError where one of
+        this model's is not among them."""
+        missing = set(self._weights)
         for name, weight in weights:
             if name in self._weights:  # a tied head is there under one name
                 self._weights[name].copy_(weight)
+                missing.discard(name)
+        if missing:
+            raise AifError(f"ppo: the policy has no weight {min(missing)} to sample with")
 
     def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> list[Rollout]:
         """A response to each prompt, in their order; prompts of like lengths run together."""
@@ -75,6 +83,9 @@ class TransformersRollouts:
             for n, rollout in zip(some, made, strict=True):
                 found[n] = rollout
         return found
+
+    def close(self) -> None:
+        """Nothing: the model goes when nobody holds it."""
 
     @torch.inference_mode()
     def _decode(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> list[Rollout]:

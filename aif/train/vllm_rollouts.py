@@ -40,6 +40,7 @@ class VLLMRollouts:
     ):
         # The engine core in this process: weights are handed over as tensors, not over a wire.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # stdout is for results
         try:
             from vllm import LLM, SamplingParams
         except ModuleNotFoundError as error:
@@ -67,8 +68,7 @@ class VLLMRollouts:
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over the policy's weights; what was cached under the old ones is dropped."""
-        found = list(weights)
-        self._llm.apply_model(lambda model: model.load_weights(iter(found)))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights)})
         self._llm.reset_prefix_cache()
 
     def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> list[Rollout]:
@@ -76,6 +76,10 @@ class VLLMRollouts:
         asked = [{"prompt_token_ids": ids.tolist()} for ids in prompts]
         made = self._llm.generate(asked, [self._params(seed) for seed in seeds], use_tqdm=False)
         return [self._rollout(found.outputs[0]) for found in made]
+
+    def close(self) -> None:
+        """End the engine and free its memory; it is of no use afterwards."""
+        self._llm.llm_engine.engine_core.shutdown()
 
     def _rollout(self, output: Any) -> Rollout:
         ids = list(output.token_ids)
