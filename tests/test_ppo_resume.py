@@ -150,6 +150,17 @@ def test_how_it_is_computed_is_no_reason_to_train_again(straight, model, monkeyp
     assert ppo(toy_run(straight, model, **STEPS | free), Said())["steps"] == 6
 
 
+def test_an_edited_reward_makes_it_anew(tmp_path, model):
+    options = STEPS | {"max_steps": 2}
+    ppo(toy_run(tmp_path / "run", model, **options), Said())
+    run = toy_run(tmp_path / "run", model, **options)
+    path = tmp_path / "run" / "rewards.py"
+    path.write_text(path.read_text().replace("/ 8", "/ 4"))
+    said = Said()
+    assert ppo(run, said)["resumed_from"] == 0
+    assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
+
+
 def test_another_setting_makes_it_anew(tmp_path, model):
     options = STEPS | {"max_steps": 2}
     run = toy_run(tmp_path / "run", model, **options)

@@ -131,9 +131,17 @@ def test_logits_that_are_no_numbers_are_an_error(wrong):
 
 def test_weights_that_are_no_numbers_are_an_error():
     rollouts = rollouts_of()
-    rollouts.sync([("lm_head.weight", torch.full((VOCAB, 16), torch.nan))])
+    found = [(name, torch.full_like(w, torch.nan)) for name, w in model_of().named_parameters()]
+    rollouts.sync(found)
     with pytest.raises(AifError, match="logits are not finite"):
         rollouts.sample(prompts(3), [1, 2, 3])
+
+
+def test_weights_that_are_not_all_there_are_an_error():
+    with pytest.raises(AifError, match=r"the policy has no weight lm_head\.weight to sample with"):
+        rollouts_of().sync(
+            (name, w) for name, w in model_of().named_parameters() if name != "lm_head.weight"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,7 +41,9 @@ class PromptStream:
     def __init__(self, prompts: Sequence[PolicyPrompt], settings: PPOSettings):
         self._prompts, self._seed = prompts, settings.seed
         self._size = settings.batch_size
-        self._steps = settings.max_steps or math.ceil(settings.epochs * len(prompts) / self._size)
+        self._steps = settings.max_steps or math.ceil(
+            round(settings.epochs * len(prompts) / self._size, 6)  # 1.1 * 10 / 11 is 1
+        )
         self._epoch = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aif.errors import AifError, InputError, shown
-from aif.records import Message
+from aif.records import Message, content_id
 from aif.train.scoring import Ensemble
 
 Reward = Callable[[Sequence[list[Message]], Sequence[str]], Sequence[float | None]]
@@ -134,8 +135,17 @@ def function_of(spec: str, key: str) -> Reward:
         except Exception as error:
             raise AifError(f"reward {spec}: raised {type(error).__name__}: {error}") from error
 
+    asked.identity = _source_digest(found)
     checked(spec, asked([PROBE, PROBE], ["Paris.", "I do not know."]), 2)
     return asked
+
+
+def _source_digest(function: Any) -> str | None:
+    """Of the file that a function is written in: an edit makes it another reward."""
+    try:
+        return content_id("source", Path(inspect.getsourcefile(function)).read_text("utf-8"))
+    except (OSError, TypeError):
+        return None
 
 
 def _module(name: str) -> Any:

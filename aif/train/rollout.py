@@ -93,7 +93,7 @@ class TransformersRollouts:
         # One number a token decides it, whoever else is in the batch.
         noise_BT = torch.from_numpy(
             np.stack([np.random.default_rng(seed).random(self.max_tokens) for seed in seeds])
-        ).to(device, torch.float32)
+        ).to(device)
         ids_BT, mask_BT = (t.to(device) for t in left_padded(prompts, self.pad_id))
         position_B1 = mask_BT.sum(1, keepdim=True)
         cache = DynamicCache(config=self.model.config)
@@ -145,10 +145,12 @@ def left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tenso
 def drawn(logits_BV: torch.Tensor, temperature: float, noise_B: torch.Tensor) -> torch.Tensor:
     """A draw of softmax(logits / T) in each row by its number in [0, 1): where the cumulative
     probability passes it. Raises AifError where the logits are not numbers."""
-    cumulative_BV = (logits_BV.float() / temperature).softmax(-1).cumsum(-1)
+    cumulative_BV = (logits_BV.float() / temperature).softmax(-1)
+    # In float64: a parallel sum in float32 may fall a little from one token to the next.
+    cumulative_BV = cumulative_BV.cumsum(-1, dtype=torch.float64)
     if not cumulative_BV[:, -1].isfinite().all():
         raise AifError("ppo: the policy's logits are not finite numbers")
-    # Rounding leaves the sum a little off 1, and takes a number just below 1 to 1 (float64 to
-    # float32); below the sum it always ends at a token, and never at one of probability 0.
-    level_B1 = (noise_B.clamp(max=1 - 2**-24) * cumulative_BV[:, -1])[:, None]
+    # Rounding leaves the sum a little off 1, and may take a number just below 1 to 1; below the
+    # sum it always ends at a token, and never at one of probability 0.
+    level_B1 = (noise_B.double().clamp(max=1 - 2**-50) * cumulative_BV[:, -1])[:, None]
     return torch.searchsorted(cumulative_BV, level_B1, right=True).squeeze(1)
