@@ -212,7 +212,7 @@ def test_texts_that_are_mixed_in_stay_likely(tmp_path, model):
         ppo(run, Said())
         ids = torch.tensor([toy_tokenizer()("User: c Assistant: d e f d e f")["input_ids"]])
         policy = AutoModelForCausalLM.from_pretrained(run.path / "ppo")
-        losses[name] = float(policy(ids, labels=ids).loss)
+        losses[name] = policy(ids, labels=ids).loss.item()
     assert losses["with"] < losses["without"] - 0.5
     assert of_step(run, "loss/ptx_avg")[-1] < of_step(run, "loss/ptx_avg")[0]
 
@@ -260,7 +260,8 @@ def test_it_stops_when_gold_falls_and_ends_with_the_best_weights(tmp_path, model
 
 
 def test_what_is_best_is_the_first_of_the_highest():
-    log = [{"step": s, "eval/gold": g} for s, g in [(0, 0.1), (5, 0.4), (10, 0.4), (15, 0.2)]]
+    golds = [(0, 0.1), (5, 0.4), (10, 0.4), (15, 0.2)]
+    log = [{"step": s, "eval/gold": g, "eval/kl": 0.0} for s, g in golds]
     log.insert(1, {"step": 1, "objective/kl": 0.0})
     assert (best_step(log), falls(log)) == (5, 2)
     assert (best_step([]), falls([])) == (None, 0)

@@ -15,9 +15,10 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from aif.errors import AifError, Interrupted
+from aif.errors import AifError, Interrupted, JudgeStopped
 from aif.progress import Progress
 from aif.run import Run
 from aif.train import checkpoint
@@ -38,7 +39,7 @@ from aif.train.ppo_setup import (
 from aif.train.rewards import Reward
 from aif.train.stage import check_start, done_before, training_in
 from aif.train.trainer import SAVE_EVERY_S, stopping
-from aif.train.watch import Watch, best_step, falls
+from aif.train.watch import Watch, best_step, falls, looks
 
 # One of each row is in a checkpoint that is resumed from.
 FILES = (
@@ -77,34 +78,41 @@ class Session:
         """Step after step to the end. Raises Interrupted, a checkpoint kept, when a signal or a
         judge that is gone ends it; AifError where numbers are none."""
         position, steps = self.ppo.position, len(self.ppo.prompts)
-        if self.watch and not position.log:
-            self.watch.look()
-            if self._ends_with_best:
-                self.save()
-        while position.step < steps and not self._fallen():
-            try:
-                measured = self.ppo.step()
-            except NotFinite as error:
-                last = checkpoint.newest(self._folder, self.about, self.progress, FILES)
-                raise AifError(
-                    f"ppo: step {position.step + 1}: {error}; a lower ppo.learning_rate may help. "
-                    f"The last good checkpoint is {last or 'none'}"
-                ) from error
-            except AifError as error:
-                if isinstance(error, Interrupted) and position.step:
+        try:
+            self._look(steps)
+            while position.step < steps and not self._fallen():
+                self._tell(self._step())
+                if self._save_due() and position.step < steps:
                     self.save()
-                raise type(error)(f"ppo: step {position.step + 1}: {error}") from error
-            self._tell(measured)
-            self._look_and_save(steps)
-            if self.stop.is_set() and position.step < steps:
+                self._look(steps)
+                if self.stop.is_set() and position.step < steps:
+                    raise Interrupted(
+                        f"interrupted at step {position.step:,} of {steps:,}; "
+                        "the same command resumes"
+                    )
+        except (Interrupted, JudgeStopped):
+            if position.step:  # a step that was cut off has changed nothing yet
                 self.save()
-                raise Interrupted(
-                    f"interrupted at step {position.step:,} of {steps:,}; the same command resumes"
-                )
+            raise
         self.metrics.put(position.log, now=True)
 
+    def _step(self) -> dict[str, float]:
+        number = self.ppo.position.step + 1
+        try:
+            return self.ppo.step()
+        except NotFinite as error:
+            last = checkpoint.newest(self._folder, self.about, self.progress, FILES)
+            raise AifError(
+                f"ppo: step {number}: {error}; a lower ppo.learning_rate may help. "
+                f"The last good checkpoint is {last or 'none'}"
+            ) from error
+        except AifError as error:
+            if type(error) is AifError:
+                raise AifError(f"ppo: step {number}: {error}") from error
+            raise
+
     @property
-    def _folder(self) -> Any:
+    def _folder(self) -> Path:
         return self.run.file("checkpoints") / STAGE
 
     def _tell(self, measured: dict[str, float]) -> None:
@@ -118,19 +126,22 @@ class Session:
             self.metrics.put(position.log)
         self.ppo.accelerator.log(measured, step=position.step)
 
-    def _look_and_save(self, steps: int) -> None:
-        settings, step = self.ppo.settings, self.ppo.position.step
-        last = step >= steps
-        due = False
-        if self.watch and (last or step % look_every(settings, steps) == 0):
-            self.ppo.accelerator.log(self.watch.look(), step=step)
-            due = self._ends_with_best and best_step(self.ppo.position.log) == step
-        if settings.save_every:
-            due |= step % settings.save_every == 0
-        else:
-            due |= time.monotonic() - self.saved_at >= SAVE_EVERY_S
-        if due and not last:
+    def _look(self, steps: int) -> None:
+        """Look where it is due and has not been done; keep the weights that gold is highest with,
+        if they may be what it ends with."""
+        step, log = self.ppo.position.step, self.ppo.position.log
+        due = step >= steps or step % look_every(self.ppo.settings, steps) == 0
+        if not self.watch or not due or step in looks(log):
+            return
+        self.ppo.accelerator.log(self.watch.look(), step=step)
+        if self._ends_with_best and best_step(log) == step < steps:
             self.save()
+
+    def _save_due(self) -> bool:
+        every = self.ppo.settings.save_every
+        if every:
+            return self.ppo.position.step % every == 0
+        return time.monotonic() - self.saved_at >= SAVE_EVERY_S
 
     @property
     def _ends_with_best(self) -> bool:
@@ -192,7 +203,7 @@ def _summary(
     run: Run, prepared: Prepared, algorithm: PPO, began_at: int, best: int | None
 ) -> dict[str, Any]:
     log = algorithm.position.log
-    looks = [entry for entry in log if any(key.startswith("eval/") for key in entry)]
+    seen = list(looks(log).values())
     steps = [entry for entry in log if "objective/kl" in entry]
     return {
         "run": str(run.path),
@@ -207,8 +218,8 @@ def _summary(
         "best_step": best,
         "first": steps[0],
         "last": steps[-1],
-        "eval_before": looks[0] if looks else None,
-        "eval_after": next((e for e in looks if e["step"] == best), looks[-1]) if looks else None,
+        "eval_before": seen[0] if seen else None,
+        "eval_after": looks(log).get(best, seen[-1]) if seen else None,
     }
 
 

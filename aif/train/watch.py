@@ -96,16 +96,21 @@ _COLUMN = {
 }  # fmt: skip
 
 
+def looks(log: Sequence[dict[str, float]]) -> dict[int, dict[str, float]]:
+    """What each look found, by its step."""
+    return {int(entry["step"]): entry for entry in log if "eval/kl" in entry}
+
+
 def best_step(log: Sequence[dict[str, float]]) -> int | None:
     """The step of the look with the highest gold, the first of several; None before any."""
-    looks = [entry for entry in log if "eval/gold" in entry]
-    return int(max(looks, key=lambda entry: entry["eval/gold"])["step"]) if looks else None
+    gold = {n: entry["eval/gold"] for n, entry in looks(log).items() if "eval/gold" in entry}
+    return max(gold, key=gold.get) if gold else None
 
 
 def falls(log: Sequence[dict[str, float]]) -> int:
     """How many looks there have been since the best one."""
-    looks = [int(entry["step"]) for entry in log if "eval/gold" in entry]
-    return len(looks) - 1 - looks.index(best_step(log)) if looks else 0
+    steps = [n for n, entry in looks(log).items() if "eval/gold" in entry]
+    return len(steps) - 1 - steps.index(best_step(log)) if steps else 0
 
 
 def _mean(values: Any) -> float | None:
