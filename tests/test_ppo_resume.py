@@ -132,6 +132,9 @@ def test_with_adapters_it_goes_on_to_the_same_bits(tmp_path, model):
     run = toy_run(tmp_path / "run", model, **options)
     with pytest.raises(Interrupted):
         ppo(run, Said(3))
+    kept = load_file(run.path / "checkpoints" / "ppo" / "checkpoint-3" / "model.safetensors")
+    # Adapters and the critic's new head; the models under them are as they were read.
+    assert all("lora_" in name or ".score." in name for name in kept)
     assert ppo(run, Said())["resumed_from"] == 3
     same_end(run.path, tmp_path / "straight")
 

@@ -53,6 +53,14 @@ class ActorCritic(torch.nn.Module):
         )
         return logprobs_N, self._values(*batch) if self.critic else None, entropy_N
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """Without what is frozen: under adapters, that is as it was read."""
+        found = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name, weight in self.named_parameters(remove_duplicate=False):
+            if not weight.requires_grad:
+                found.pop(prefix + name, None)
+        return found
+
     def _values(
         self,
         input_ids: torch.Tensor,

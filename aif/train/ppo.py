@@ -71,8 +71,12 @@ class Session:
         if found is None:
             shutil.rmtree(folder, ignore_errors=True)
             return 0
-        self.ppo.accelerator.load_state(str(found))
+        self._load(found)
         return self.ppo.position.step
+
+    def _load(self, folder: Path) -> None:
+        # Not strict, as frozen weights are not in a checkpoint.
+        self.ppo.accelerator.load_state(str(folder), strict=not self.ppo.settings.lora)
 
     def train(self) -> None:
         """Step after step to the end. Raises Interrupted, a checkpoint kept, when a signal or a
@@ -181,7 +185,7 @@ class Session:
         if why := checkpoint.fault(folder, FILES):
             self.progress.say(f"{folder}: {why}; ending with the last weights instead")
             return None
-        self.ppo.accelerator.load_state(str(folder))
+        self._load(folder)
         self.ppo.position.log = log
         return best
 
