@@ -114,7 +114,8 @@ def quiet() -> None:
     """Keep progress bars and warnings off the terminal, which is the command line's."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in ("huggingface_hub", "accelerate"):  # accelerate tells of every tied weight it saves
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def set_pad(tokenizer: Any) -> None:
