@@ -164,6 +164,18 @@ def test_an_edited_reward_makes_it_anew(tmp_path, model):
     assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
 
 
+def test_an_edited_gold_makes_it_anew(tmp_path, model):
+    """It decides where training stops and which weights are kept."""
+    gold = {"max_steps": 2, "gold": f"{tmp_path}/gold.py:gold"}
+    path = tmp_path / "gold.py"
+    path.write_text("def gold(prompts, texts):\n    return [0.0 for _ in texts]\n")
+    ppo(toy_run(tmp_path / "run", model, **STEPS | gold), Said())
+    path.write_text("def gold(prompts, texts):\n    return [1.0 for _ in texts]\n")
+    said = Said()
+    ppo(toy_run(tmp_path / "run", model, **STEPS | gold), said)
+    assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
+
+
 def test_another_setting_makes_it_anew(tmp_path, model):
     options = STEPS | {"max_steps": 2}
     run = toy_run(tmp_path / "run", model, **options)

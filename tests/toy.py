@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conftest import write_jsonl
+from conftest import read_jsonl, write_jsonl
 
 from aif.config import checked
 from aif.run import Run
@@ -98,6 +98,4 @@ def toy_run(path: Path, model: Path, reward: str | dict = "share", **ppo: Any) -
 
 def of_step(run: Run, name: str) -> list[float]:
     """The values of a metric, step by step."""
-    from conftest import read_jsonl
-
     return [row["value"] for row in read_jsonl(run.path / "metrics.jsonl") if row["name"] == name]

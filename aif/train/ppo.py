@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from aif.errors import AifError, Interrupted, JudgeStopped
+from aif.pretrained import ends_of
 from aif.progress import Progress
 from aif.run import Run
 from aif.train import checkpoint
@@ -199,7 +200,7 @@ def _save(run: Run, prepared: Prepared, actor: ActorCritic, about: dict[str, Any
         save(folder, actor.critic, tokenizer, prepared.critic, about, load=load)
     save(
         run.file(STAGE), actor.policy, tokenizer, prepared.name, about,
-        finish=lambda model: generation_ends(model, prepared.ends),
+        finish=lambda model: generation_ends(model, ends_of(model, tokenizer)),
     )  # fmt: skip
 
 

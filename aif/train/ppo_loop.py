@@ -94,6 +94,9 @@ class PPO:
         found = self._timed("read", lambda: self._experience(asked, rollouts, scores))
         learned = self._timed("learn", lambda: self._learned(found, k))
         measured = self._measured(found, rollouts, scores) | learned
+        passes = learned["policy/updates"] / self.settings.minibatches
+        read_tokens = sum(map(len, found.rows))
+        measured["time/learn_tokens_per_s"] = read_tokens * passes / self.seconds["learn"]
         if self.settings.kl_target:
             n = len(found.rows) * self.accelerator.num_processes
             self.position.kl.update(measured["objective/kl"], n)
@@ -106,9 +109,13 @@ class PPO:
         share = self.prompts[k][self.accelerator.process_index :: self.accelerator.num_processes]
         return [prompt for prompt in share for _ in range(self.settings.samples)]
 
-    def _sampled(self, asked: Sequence[PolicyPrompt], k: int) -> list[Rollout]:
+    def sample(self, asked: Sequence[PolicyPrompt], seeds: Sequence[int]) -> list[Rollout]:
+        """A response of the policy, as it now is, to each prompt."""
         policy = self.accelerator.unwrap_model(self.learner.model).policy
         self.rollouts.sync(merged_weights(policy))
+        return self.rollouts.sample([prompt.ids_T for prompt in asked], seeds)
+
+    def _sampled(self, asked: Sequence[PolicyPrompt], k: int) -> list[Rollout]:
         # A response's seed is of its place in the step, however many processes there are.
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         each = self.settings.samples
@@ -116,7 +123,7 @@ class PPO:
             seed_of(self.settings.seed, k, rank + n // each * world, n % each)
             for n in range(len(asked))
         ]
-        return self.rollouts.sample([prompt.ids_T for prompt in asked], seeds)
+        return self.sample(asked, seeds)
 
     def _scores(
         self, asked: Sequence[PolicyPrompt], rollouts: Sequence[Rollout]
@@ -193,7 +200,6 @@ class PPO:
         told |= {f"time/{name}_s": seconds for name, seconds in took.items()}
         told["time/rollout_tokens_per_s"] = tokens / took["rollout"]
         told["time/read_tokens_per_s"] = read_tokens / took["read"]
-        told["time/learn_tokens_per_s"] = read_tokens * self.settings.ppo_epochs / took["learn"]
         each = self.settings.batch_size * self.settings.samples
         return told | {"episode": (self.position.step + 1) * each}
 

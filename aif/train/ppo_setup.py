@@ -26,8 +26,7 @@ from aif.pretrained import (
 )
 from aif.records import content_id
 from aif.run import Run
-from aif.settings import BUNDLED, PPOSettings, SFTSettings
-from aif.train import checkpoint
+from aif.settings import BUNDLED, PPOSettings
 from aif.train.actor_critic import ActorCritic, Reference, freeze
 from aif.train.batch import Layout, Steps
 from aif.train.dialogues import read_examples
@@ -46,7 +45,7 @@ from aif.train.prompts import PromptStream, prompts_of
 from aif.train.rewards import ModelReward, Reward, Rewards, source_of
 from aif.train.rollout import Rollouts, TransformersRollouts
 from aif.train.scoring import Ensemble, RewardModel, member_folders
-from aif.train.stage import SCHEDULES, digest_of
+from aif.train.stage import SCHEDULES, digest_of, start_model
 from aif.train.tokens import Tokeniser, Tokens
 from aif.train.tokens import digest as tokens_digest
 from aif.train.vllm_rollouts import VLLMRollouts
@@ -72,10 +71,7 @@ def check_settings(run: Run) -> str:
             )
     if temperature(run) <= 0:
         raise _wrong("temperature", 0, "more than 0: a policy has to try things out")
-    if settings.model:
-        return settings.model
-    tuned = run.file("sft")
-    return str(tuned) if checkpoint.sealed(tuned) is not None else run.settings.policy.model
+    return start_model(run, settings.model)
 
 
 def temperature(run: Run) -> float:
@@ -105,17 +101,19 @@ class Prepared:
         self.functions = {s: source_of(s, "reward", sources) for s in named if s != "model"}
         self.reward_folders = self._reward_folders() if "model" in named else []
         self.critic = self._critic()
-        self.ends: set[int] = set()
 
     def digest(self) -> str:
         """Of all that the weights at the end depend on."""
         models = [identity(str(folder)) for folder in self.reward_folders]
-        others = [getattr(source, "identity", None) for source in self.functions.values()]
+        sources = [*self.functions.values(), self.gold]
+        others = [getattr(source, "identity", None) for source in sources]
+        reward = self.run.settings.reward
+        scored = (reward.combine, reward.max_tokens) if models else None
         critic = identity(self.critic) if self.critic else None
         prompts = [(prompt.id, prompt.ids_T.tolist()) for prompt in self.learn]
         return digest_of(
             STAGE, self.settings, self.name,
-            content_id(prompts, self.room, temperature(self.run), models, others, critic),
+            content_id(prompts, self.room, temperature(self.run), models, scored, others, critic),
             content_id([prompt.id for prompt in self.held_out]), tokens_digest(self.ptx),
         )  # fmt: skip
 
@@ -167,7 +165,9 @@ class Prepared:
     def _ptx(self) -> list[Tokens]:
         if not self.settings.ptx:
             return []
-        sft = SFTSettings(data=self.settings.ptx)
+        # Revisions are picked as for `aif sft`.
+        kept = {"data": self.settings.ptx, "objective": "response"}
+        sft = self.run.settings.sft.model_copy(update=kept)
         mixed = Run(self.run.path, self.run.settings.model_copy(update={"sft": sft}))
         return list(self.tokeniser.dialogues(read_examples(mixed).rows))
 
@@ -187,7 +187,7 @@ def made(run: Run, prepared: Prepared) -> PPO:
     ensemble = prepared.load_ensemble()
     actor = _actor(run, prepared, prepared.value_scale(ensemble))
     frozen = None if settings.lora else _frozen(prepared, kind)
-    prepared.ends |= ends_of(inner(actor.policy), prepared.tokenizer)
+    ends = ends_of(inner(actor.policy), prepared.tokenizer)
     most, call = micro_batch(actor.policy, settings)
     layout = Layout(most, False, prepared.tokenizer.pad_token_id, call)
     prompts = PromptStream(prepared.learn, settings)
@@ -208,7 +208,7 @@ def made(run: Run, prepared: Prepared) -> PPO:
         accelerator=accelerator,
         learner=Learner(accelerator, wrapped, optimizer, layout, settings, ptx),
         reference=Reference(actor, frozen),
-        rollouts=_rollouts(prepared, kind, actor.temperature),
+        rollouts=_rollouts(prepared, kind, actor.temperature, ends),
         rewards=prepared.rewards(ensemble),
         prompts=prompts,
         layout=layout,
@@ -238,9 +238,11 @@ def _frozen(prepared: Prepared, kind: torch.dtype) -> Any:
     return freeze(load_model(prepared.name, "float32", prepared.settings.device), kind)
 
 
-def _rollouts(prepared: Prepared, kind: torch.dtype, temperature: float) -> Rollouts:
+def _rollouts(
+    prepared: Prepared, kind: torch.dtype, temperature: float, ends: set[int]
+) -> Rollouts:
     dtype, settings = str(kind).removeprefix("torch."), prepared.settings
-    sampling = {"max_tokens": prepared.room, "temperature": temperature, "ends": prepared.ends}
+    sampling = {"max_tokens": prepared.room, "temperature": temperature, "ends": ends}
     if settings.rollouts == "vllm":
         folder = bundled_folder() if prepared.name == BUNDLED else prepared.name
         context = prepared.tokeniser.max_tokens

@@ -22,7 +22,6 @@ from aif.progress import Progress
 from aif.records import Prompt, Response, Revision, content_id
 from aif.run import Run
 from aif.settings import RewardSettings
-from aif.train import checkpoint
 from aif.train.batch import Steps
 from aif.train.card import accuracy, draw, moments, report_card
 from aif.train.dialogues import Example
@@ -42,7 +41,7 @@ from aif.train.scoring import (
     member_name,
     shares,
 )
-from aif.train.stage import check_start, digest_of, done_before, training_in
+from aif.train.stage import check_start, digest_of, done_before, start_model, training_in
 from aif.train.tokens import Tally, Tokeniser
 from aif.train.trainer import Trained, Training, train
 from aif.train.trees import Tree, TreeLayout, tree_digest
@@ -99,7 +98,7 @@ def reward(run: Run, progress: Progress) -> dict[str, Any]:
     """
     settings = run.settings.reward
     objective_of(settings)
-    name = start_model(run)
+    name = start_model(run, settings.model)
     for number in range(settings.members):
         check_start(STAGE, name, run.file(member_name(number)))
     with training_in(run):
@@ -114,14 +113,6 @@ def reward(run: Run, progress: Progress) -> dict[str, Any]:
             "left_out": prepared.found.left_out,
             "card": card,
         }
-
-
-def start_model(run: Run) -> str:
-    """What training starts from: `reward.model`, or what `aif sft` left, or the policy."""
-    if run.settings.reward.model:
-        return run.settings.reward.model
-    tuned = run.file("sft")
-    return str(tuned) if checkpoint.sealed(tuned) is not None else run.settings.policy.model
 
 
 def _member(

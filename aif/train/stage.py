@@ -38,6 +38,14 @@ def training_in(run: Run) -> Iterator[None]:
         yield
 
 
+def start_model(run: Run, named: str | None) -> str:
+    """What training starts from: the model that is named, or what `aif sft` left, or the policy."""
+    if named:
+        return named
+    tuned = run.file("sft")
+    return str(tuned) if checkpoint.sealed(tuned) is not None else run.settings.policy.model
+
+
 def check_start(stage: str, name: str, folder: Path) -> None:
     """Raise InputError where a stage is to start from the model that it makes."""
     if Path(name).expanduser().resolve() == folder.resolve():

@@ -7,6 +7,7 @@ are never used: those that PPO's ratio is taken of are read again by the model t
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -54,17 +55,13 @@ class VLLMRollouts:
             disable_log_stats=True,
         )
         self._ends = sorted(ends)
-
-        def params(seed: int) -> SamplingParams:
-            return SamplingParams(
-                temperature=temperature,
-                max_tokens=max_tokens,
-                seed=seed % 2**63,
-                stop_token_ids=self._ends,
-                detokenize=False,
-            )
-
-        self._params = params
+        self._params = functools.partial(
+            SamplingParams,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            stop_token_ids=self._ends,
+            detokenize=False,
+        )
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over the policy's weights; what was cached under the old ones is dropped."""
@@ -74,7 +71,9 @@ class VLLMRollouts:
     def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> list[Rollout]:
         """A response to each prompt, in their order."""
         asked = [{"prompt_token_ids": ids.tolist()} for ids in prompts]
-        made = self._llm.generate(asked, [self._params(seed) for seed in seeds], use_tqdm=False)
+        made = self._llm.generate(
+            asked, [self._params(seed=seed) for seed in seeds], use_tqdm=False
+        )
         return [self._rollout(found.outputs[0]) for found in made]
 
     def close(self) -> None:

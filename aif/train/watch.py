@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 
 from aif import jsonl
 from aif.run import Run
-from aif.train.actor_critic import merged_weights
 from aif.train.experience import read, tokens_of
 from aif.train.ppo_loop import PPO, seed_of, texts_of
 from aif.train.prompts import PolicyPrompt
@@ -54,11 +53,9 @@ class Watch:
 
     def _rows(self, asked: Sequence[PolicyPrompt]) -> list[dict[str, Any]]:
         ppo = self.ppo
-        policy = ppo.accelerator.unwrap_model(ppo.learner.model).policy
-        ppo.rollouts.sync(merged_weights(policy))
         # The same draws at every look, so that two looks differ by what was learned alone.
         seeds = [seed_of(ppo.settings.seed, "watch", prompt.id) for prompt in asked]
-        rollouts = ppo.rollouts.sample([prompt.ids_T for prompt in asked], seeds)
+        rollouts = ppo.sample(asked, seeds)
         texts, messages = texts_of(rollouts, ppo.tokenizer), [prompt.messages for prompt in asked]
         scores = ppo.rewards(messages, texts)
         golds: list[float | None] = [None] * len(asked)
