@@ -220,13 +220,13 @@ def test_a_trained_head_is_not_made_anew(trained):
 def test_it_starts_from_the_fine_tuned_policy_where_that_is_whole(tmp_path, model):
     run = reward_run(tmp_path / "run", model, learning_rate=0.0, max_steps=1)
     tuned = save_tiny(run.path / "sft", initializer_range=0.05)
-    assert stage.start_model(run) == str(model)
+    assert stage.start_model(run, run.settings.reward.model) == str(model)
     checkpoint.seal(tuned, {})
     assert reward(run, Said())["from"] == str(tuned)
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(weights(run.path / "reward")[name], weights(tuned)[name])
     other = reward_run(run.path, model, model=str(model))
-    assert stage.start_model(other) == str(model)
+    assert stage.start_model(other, other.settings.reward.model) == str(model)
 
 
 @pytest.mark.parametrize("name", ["reward", "reward-2"])
