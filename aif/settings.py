@@ -19,6 +19,7 @@ from pydantic import Field
 
 from aif.config import Strict, checked, read_toml
 from aif.errors import InputError
+from aif.weights import digest
 
 BUNDLED = "smollm2-135m"
 
@@ -43,9 +44,14 @@ class LLMSettings(Strict):
     device: str = "auto"
 
     def identity(self) -> dict[str, Any]:
-        """What an answer depends on; it enters every verdict's id. No secrets, no tuning."""
+        """What an answer depends on; it enters every verdict's id. No secrets, no tuning.
+
+        A folder counts by its files: what is trained anew in it is another model.
+        """
         keys = {"model", "temperature", "max_tokens", "samples", "logprobs", "dtype"}
-        return self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
+        found = self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
+        weights = digest(self.model)
+        return found if weights is None else found | {"weights": weights}
 
     @property
     def shown_form(self) -> Literal["chat", "text"]:
@@ -209,6 +215,9 @@ class PPOSettings(TrainSettings):
     vf_coef: float = Field(0.1, ge=0)
     entropy_coef: float = Field(0.0, ge=0)
     target_kl: float | None = Field(None, gt=0)  # approxkl that ends a step's passes
+    # zero: it begins by expecting the mean; reward: it says of each token what a reward model
+    # would, which was taught nothing but last ones
+    critic_head: Literal["zero", "reward"] = "zero"
     critic_learning_rate: float | None = Field(None, ge=0)  # None: the policy's
     critic_warmup: int = Field(0, ge=0)  # steps in which only the critic learns
     normalise: bool = True  # the reward model's scores, by its reference mean and std

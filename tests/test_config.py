@@ -129,3 +129,18 @@ def test_run_toml_is_the_users_and_never_overwritten(tmp_path):
 def test_a_limit_is_of_one_command_and_not_kept():
     tables = Settings.model_validate({"label": {"limit": 4, "seed": 3}}).to_keep()
     assert tables == {"label": {"seed": 3}}
+
+
+def test_a_model_folder_counts_by_its_files_and_others_by_name(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    settings = LLMSettings(model=str(folder))
+    first = settings.identity()
+    assert "weights" not in LLMSettings(model="openai:m").identity()
+    (folder / "notes.txt").write_text("no part of the model")
+    assert settings.identity() == first
+    (folder / "model.safetensors").write_bytes(b"two")
+    assert settings.identity() != first
+    (folder / "model.safetensors").write_bytes(b"one")
+    assert settings.identity() == first

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "aif"
 # Lowest first: a module imports from floors below its own, and from no other.
 FLOORS = [
     "errors records odds",
-    "jsonl config parse answers progress",
+    "jsonl config parse answers progress weights",
     "constitution journal settings templates",
     "run pairs llm pretrained",
     "train train.dialogues train.losses train.checkpoint train.metrics",

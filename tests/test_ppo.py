@@ -142,14 +142,16 @@ def test_in_its_head_start_only_the_critic_learns(tmp_path, model):
     assert of_step(run, "loss/value_avg")[1] != of_step(run, "loss/value_avg")[0]
 
 
-def test_the_critic_begins_as_the_reward_model_on_the_scale_of_the_rewards(tmp_path, model, scorer):
+@pytest.mark.parametrize("head", ["reward", "zero"])
+def test_the_critic_begins_on_the_scale_of_the_rewards(tmp_path, model, scorer, head):
     from aif.train.ppo_setup import Prepared, check_settings, made
 
     run = quick_run(tmp_path / "run", model, reward_model=str(scorer))
     config = json.loads((scorer / "config.json").read_text())
     config["aif_reward"] = {"mean": 0.5, "std": 2.0, "chat": False}
     (scorer / "config.json").write_text(json.dumps(config))
-    table = run.settings.ppo.model_copy(update={"reward": {"model": 3.0}})
+    changed = {"reward": {"model": 3.0}, "critic_head": head}
+    table = run.settings.ppo.model_copy(update=changed)
     run.settings = run.settings.model_copy(update={"ppo": table})
     algorithm = made(run, Prepared(run, check_settings(run), {}))
     prompt = algorithm.prompts[0][0]
@@ -162,7 +164,8 @@ def test_the_critic_begins_as_the_reward_model_on_the_scale_of_the_rewards(tmp_p
     more = torch.cat([ids, ids[:, :1]], 1)
     mask = torch.cat([mask, torch.ones(1, 1, dtype=torch.bool)], 1)
     _, values_N, _ = algorithm.learner.model.eval()(more, mask)
-    assert float(values_N[-1].detach()) == pytest.approx(normalised, abs=1e-5)
+    expected = normalised if head == "reward" else 0.0
+    assert float(values_N[-1].detach()) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_response_without_a_score_is_not_learned_from(tmp_path, model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from aif.errors import InputError, shown
 from aif.pretrained import bundled_folder, load_model, torch_dtype, usable_device
 from aif.settings import BUNDLED, LoraSettings, SFTSettings, TrainSettings
 from aif.train.checkpoint import seal
+from aif.weights import digest
 
 Loader = Callable[[str, str, str], Any]  # (name, dtype, device) -> model
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -108,17 +108,9 @@ def micro_batch(model: Any, settings: TrainSettings) -> tuple[int, int]:
 
 
 def identity(name: str) -> Any:
-    """What a model is, beyond its name: its files' hashes, or a hub id's commit."""
-    folder = bundled_folder() if name == BUNDLED else Path(name).expanduser()
-    if not folder.is_dir():
-        return name, transformers.AutoConfig.from_pretrained(name)._commit_hash
-    files = (path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json"))
-    return [(path.name, _sha256(path)) for path in files]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """What a model is, beyond its name: its files' digest, or a hub id's commit."""
+    found = digest(str(bundled_folder()) if name == BUNDLED else name)
+    return found or (name, transformers.AutoConfig.from_pretrained(name)._commit_hash)
 
 
 def without_dropout(model: Any) -> None:

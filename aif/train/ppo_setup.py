@@ -139,10 +139,12 @@ class Prepared:
     def value_scale(self, ensemble: Ensemble | None) -> tuple[float, float]:
         """(shift, scale) that put a critic which begins as the reward model on the rewards' scale
         (detail 6)."""
-        if ensemble is None or self.critic != str(self.reward_folders[0]):
+        settings = self.settings
+        theirs = ensemble is not None and self.critic == str(self.reward_folders[0])
+        if not theirs or settings.critic_head == "zero":
             return 0.0, 1.0
-        weight, first = self.settings.reward["model"], ensemble.members[0]
-        as_is = not self.settings.normalise and len(ensemble.members) == 1
+        weight, first = settings.reward["model"], ensemble.members[0]
+        as_is = not settings.normalise and len(ensemble.members) == 1
         return (0.0, weight) if as_is else (first.mean, weight / first.std)
 
     def _reward_folders(self) -> list[Path]:
@@ -172,9 +174,12 @@ class Prepared:
         return list(self.tokeniser.dialogues(read_examples(mixed).rows))
 
 
-def load_critic(name: str, dtype: str, device: str, seed: int) -> Any:
-    """A model with a score at every token; one without a score head gets one."""
-    return load_reward_model(name, dtype, device, new_head=seed)
+def load_critic(name: str, dtype: str, device: str, settings: PPOSettings) -> Any:
+    """A model with a value at every token, its head as `critic_head` has it (detail 6)."""
+    model = load_reward_model(name, dtype, device, new_head=settings.seed)
+    if settings.critic_head == "zero":
+        torch.nn.init.zeros_(model.score.weight)
+    return model
 
 
 def made(run: Run, prepared: Prepared) -> PPO:
@@ -259,7 +264,7 @@ def _actor(run: Run, prepared: Prepared, scale: tuple[float, float]) -> ActorCri
     critic = None
     if prepared.critic is not None:
         critic = load_for_training(
-            prepared.critic, settings, lambda *place: load_critic(*place, seed=settings.seed)
+            prepared.critic, settings, lambda *place: load_critic(*place, settings)
         )
         inner(critic).config.pad_token_id = prepared.tokenizer.pad_token_id
     actor = ActorCritic(policy, critic, temperature(run), *scale)

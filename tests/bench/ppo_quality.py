@@ -39,6 +39,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--held-out", type=float, default=0.2)
     parser.add_argument("--looks", type=int, default=5)
+    parser.add_argument("--algorithm", choices=("ppo", "rloo", "reinforce"), default="ppo")
+    parser.add_argument("--samples", type=int, default=1, help="of a prompt; 24 a step in all")
+    parser.add_argument("--critic-head", choices=("zero", "reward"), default="zero")
+    parser.add_argument("--critic-learning-rate", type=float)
     parser.add_argument("--full", action="store_true", help="fine-tune all weights, not adapters")
     parser.add_argument("--out", type=Path, help="keep the runs here; a second call resumes")
     options = parser.parse_args()
@@ -57,7 +61,11 @@ def opened(folder: Path, options: argparse.Namespace, seed: int) -> Run:
         "prompts": str(ROOT / "prompts/everyday.jsonl"),
         "reward_model": options.reward,
         "gold": "judge",
-        "batch_size": 24,
+        "algorithm": options.algorithm,
+        "samples": options.samples,
+        "batch_size": 24 // options.samples,
+        "critic_head": options.critic_head,
+        "critic_learning_rate": options.critic_learning_rate,
         "max_steps": options.steps,
         "ppo_epochs": 2,
         "response_tokens": options.tokens,
