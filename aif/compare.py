@@ -1,5 +1,7 @@
 """Put a prompt's responses side by side: responses.jsonl -> comparisons.jsonl. No model is asked.
 
+Where the fine-tuned policy has answered, its responses are taken: resampled.jsonl.
+
 Responses with a fault are left out, equal texts count once, and of K that remain every pair is
 taken, or `compare.per_prompt` of them, drawn by seed.
 """
@@ -25,13 +27,13 @@ def compare(run: Run, progress: Progress) -> dict[str, Any]:
     with run.writing():
         prompts = list(run.read("prompts.jsonl", Prompt))
         texts: dict[str, dict[str, None]] = defaultdict(dict)  # insertion-ordered sets
-        for response in run.read("responses.jsonl", Response):
+        for response in run.read(run.sampled, Response):
             if response.fault is None and response.text:
                 texts[response.prompt_id][response.text] = None
         rows = [row for prompt in prompts for row in pairs(run, prompt, list(texts[prompt.id]))]
         if not rows:
             raise InputError(
-                run.path / "responses.jsonl",
+                run.path / run.sampled,
                 "",
                 got="no prompt with two different responses",
                 expected="at least one (respond.samples >= 2)",
@@ -40,12 +42,13 @@ def compare(run: Run, progress: Progress) -> dict[str, Any]:
         compared = len({row.prompt_id for row in rows})
         summary = {
             "run": str(run.path),
+            "of": run.sampled,
             "comparisons": len(rows),
             "prompts_compared": compared,
             "prompts_without_a_pair": len(prompts) - compared,
         }
         run.write_state(STAGE, summary)
-    progress.say(f"compare: {len(rows):,} comparisons of {compared:,} prompts")
+    progress.say(f"compare: {len(rows):,} comparisons of {compared:,} prompts, of {run.sampled}")
     return summary
 
 

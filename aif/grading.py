@@ -38,13 +38,14 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
     be. Nothing is opened before the first call of it, and no model before there is something to
     ask. From that first call to `close` the caller holds the run (`Run.writing`).
 
-    `faults` counts what was asked in this process and what came to nothing.
+    `faults` counts what was asked in this process and what came to nothing; the answers are in the
+    journal of `stage`.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, stage: str = STAGE):
         _require_pointwise(run)
         self.faults = Faults()
-        self._run = run
+        self._run, self._stage = run, stage
         self._judge = judge_of(run, constitution_path(run))
         self._llm: LLM | None = None
         self._opened = ExitStack()
@@ -93,7 +94,7 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
 
     @cached_property
     def _journal(self) -> Journal:
-        return self._opened.enter_context(self._run.journal(STAGE))
+        return self._opened.enter_context(self._run.journal(self._stage))
 
     @cached_property
     def _labelled(self) -> Index:

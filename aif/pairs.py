@@ -48,6 +48,15 @@ class Pair:
     human: HumanChoice | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt with what its file says of it: a response, and whether it asks for harm."""
+
+    prompt: Prompt
+    response: str | None = None
+    harmful: bool | None = None  # None: not marked
+
+
 def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of a JSONL file or of `hf:NAME[:SPLIT]`."""
     if source.startswith("hf:"):
@@ -75,6 +84,29 @@ def read_prompts(source: str) -> Iterator[Prompt]:
     """The prompts of a file: `prompt` (text or messages), or a name that stands for it."""
     for place, row in read_rows(source):
         yield Prompt.of(_prompt(row, place), str(row.get("id", "")))
+
+
+def read_questions(source: str) -> Iterator[Question]:
+    """The prompts of a file, each with the response that stands beside it, if one does (by one of
+    RESPONSE_NAMES), and its mark: `harmful`, true or false, or `kind`, "harmful" or another."""
+    for place, row in read_rows(source):
+        name = next((n for n in RESPONSE_NAMES if isinstance(row.get(n), str | list | dict)), None)
+        if name is None:
+            prompt, response = _prompt(row, place), None
+        else:
+            alone = {key: row[key] for key in row if key == name or key not in RESPONSE_NAMES}
+            *prompt, last = _demonstration(alone, place)
+            response = last["content"] if last["content"].strip() else None
+        yield Question(Prompt.of(prompt, str(row.get("id", ""))), response, _harmful(row, place))
+
+
+def _harmful(row: dict[str, Any], place: str) -> bool | None:
+    found = row.get("harmful")
+    if found is None:
+        return row["kind"] == "harmful" if "kind" in row else None
+    if not isinstance(found, bool):
+        raise InputError(place, "harmful", got=shown(found), expected="true or false")
+    return found
 
 
 def read_pairs(source: str) -> Iterator[Pair]:

@@ -1,14 +1,26 @@
-"""The stages, in their order: each reads files of the run folder and writes others."""
+"""The stages in their order: each reads files of the run folder and writes others.
+
+    aif run runs/demo [--from STAGE] [--until STAGE] [--only STAGE]
+
+`STAGES` is the whole of it. A stage is done again only when what it reads, or a setting that it
+depends on, is not what it was; RUN/pipeline.json has the digests of both, and of what was written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
+from aif import digests
+from aif.asking import check_faults
+from aif.errors import InputError
 from aif.progress import Progress
+from aif.records import content_id
 from aif.run import Run
+from aif.settings import Settings
+from aif.templates import BUILTIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +28,8 @@ class Stage:
     """A verb of a run: `aif.MODULE.NAME(run, progress)` makes `writes` from `reads`."""
 
     name: str
-    reads: str
+    settings: str  # tables and keys of run.toml
+    reads: str  # of the run, where it is there; "*": all that the stages before it write
     writes: str
     module: str = ""  # where it is not called as the stage is
 
@@ -25,18 +38,42 @@ class Stage:
         return getattr(import_module(f"aif.{self.module or self.name}"), self.name)
 
 
+# fmt: off
 STAGES = (
-    Stage("respond", "respond.prompts", "responses.jsonl"),
-    Stage("vote", "responses.jsonl", "votes.jsonl"),
-    Stage("revise", "responses.jsonl", "revisions.jsonl"),
-    Stage("filter", "revisions.jsonl", "kept.jsonl"),
-    Stage("sft", "revisions.jsonl", "sft", "train.sft"),
-    Stage("compare", "responses.jsonl", "comparisons.jsonl"),
-    Stage("label", "comparisons.jsonl", "labels.jsonl"),
-    Stage("reward", "labels.jsonl", "reward", "train.reward"),
-    Stage("ppo", "reward", "ppo"),
+    Stage("respond", "policy respond", "", "prompts.jsonl responses.jsonl"),
+    Stage("vote", "vote", "prompts.jsonl responses.jsonl", "votes.jsonl"),
+    Stage("revise", "policy reviser revise label.constitution",
+          "prompts.jsonl responses.jsonl", "revisions.jsonl"),
+    Stage("filter", "judge label revise.constitution",
+          "prompts.jsonl responses.jsonl revisions.jsonl", "kept.jsonl"),
+    Stage("sft", "policy sft",
+          "prompts.jsonl responses.jsonl votes.jsonl revisions.jsonl kept.jsonl", "sft", "train.sft"),
+    Stage("resample", "policy respond", "sft", "resampled.jsonl", "respond"),
+    Stage("compare", "compare", "prompts.jsonl responses.jsonl resampled.jsonl",
+          "comparisons.jsonl"),
+    Stage("label", "judge label revise.constitution", "comparisons.jsonl",
+          "comparisons.jsonl verdicts.jsonl labels.jsonl"),
+    Stage("reward", "policy reward",
+          "prompts.jsonl responses.jsonl resampled.jsonl revisions.jsonl labels.jsonl sft",
+          "reward", "train.reward"),
+    Stage("ppo", "policy judge label revise.constitution reward ppo",
+          "prompts.jsonl revisions.jsonl sft reward", "ppo"),
+    Stage("evaluate", "policy judge label revise.constitution ppo.model evaluate", "*",
+          "evaluate.json evaluation.jsonl"),
+    Stage("report", "", "*", "report.html"),
 )
-RUN = ("respond", "compare", "label")  # what `aif run` does
+# fmt: on
+AGAIN = ("respond", "compare", "label", "reward", "ppo")  # what another iteration does
+STATE = "pipeline"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage of a run, or of one of its later iterations."""
+
+    run: Run
+    stage: Stage
+    name: str
 
 
 def stage(name: str) -> Stage:
@@ -44,6 +81,130 @@ def stage(name: str) -> Stage:
     return next(stage for stage in STAGES if stage.name == name)
 
 
-def run_all(run: Run, progress: Progress) -> dict[str, Any]:
-    """The stages of `aif run` in order; what an earlier try paid for is not asked again."""
-    return {name: stage(name).function()(run, progress) for name in RUN}
+def steps(run: Run) -> list[Step]:
+    """All that `aif run` does, in its order. An iteration after the first is a run in a folder of
+    its own, whose policy is what the one before it ended with."""
+    names = run.settings.pipeline.stages or due(run.settings)
+    last = [name for name in names if name in ("evaluate", "report")]
+    found = [Step(run, stage(name), name) for name in names if name not in last]
+    before = run
+    for number in range(2, run.settings.pipeline.iterations + 1):
+        before = _iteration(run, number, before)
+        found += [Step(before, stage(name), f"{number}/{name}") for name in AGAIN]
+    return found + [Step(run, stage(name), name) for name in last]
+
+
+def due(settings: Settings) -> list[str]:
+    """The stages that a run with these settings has, where `pipeline.stages` names none."""
+    left_out = set() if settings.sft.filtered else {"filter"}
+    left_out |= set() if "votes" in settings.sft.data else {"vote"}
+    if not settings.respond.prompts:  # pairs of its own
+        left_out |= {"respond", "vote", "revise", "filter", "sft", "resample", "compare"}
+    return [stage.name for stage in STAGES if stage.name not in left_out]
+
+
+def _iteration(run: Run, number: int, before: Run) -> Run:
+    settings = run.settings
+    policy = settings.policy.model_copy(update={"model": str(before.file("ppo"))})
+    fresh = {"model": None}  # each begins as the new policy
+    update = {
+        "policy": policy,
+        "reward": settings.reward.model_copy(update=fresh),
+        "ppo": settings.ppo.model_copy(update=fresh),
+    }
+    return Run(run.file(str(number)), settings.model_copy(update=update))
+
+
+def chosen(every: Sequence[Step], first: str | None, until: str | None, only: str | None):
+    """The steps from `first` to `until`, or `only` one. Raises InputError for another name."""
+    names = [step.name for step in every]
+    for option, name in (("--from", first), ("--until", until), ("--only", only)):
+        if name is not None and name not in names:
+            raise InputError("run", option, got=name, expected=f"one of {', '.join(names)}")
+    begin = names.index(only or first or names[0])
+    end = names.index(only or until or names[-1])
+    if end < begin:
+        raise InputError("run", "--until", got=until, expected=f"{first} or a stage after it")
+    return every[begin : end + 1]
+
+
+def run_all(run: Run, progress: Progress, todo: Sequence[Step]) -> dict[str, Any]:
+    """Do the steps that are not done, in their order; returns their summaries by name.
+
+    Raises TooManyFaults after a stage whose calls failed more often than it is allowed: nothing is
+    learned from what it left.
+    """
+    summaries = {}
+    for number, step in enumerate(todo, 1):
+        head = f"[{number}/{len(todo)}] {step.name}"
+        inputs = _inputs(step)
+        if _is_done(step, inputs):
+            progress.say(f"{head}: nothing has changed since it was done")
+            continue
+        progress.say(head)
+        summaries[step.name] = summary = step.stage.function()(step.run, progress)
+        if "fault_rate" in summary:
+            check_faults(summary, step.run.settings.label.max_fault_rate)
+        if not summary.get("faults") and not summary.get("unfinished"):
+            _keep_done(step, inputs)
+    return summaries
+
+
+def _is_done(step: Step, inputs: str) -> bool:
+    kept = step.run.state(STATE).get(step.stage.name)
+    return kept is not None and kept == {"inputs": inputs, "outputs": _outputs(step)}
+
+
+def _keep_done(step: Step, inputs: str) -> None:
+    kept = {"inputs": inputs, "outputs": _outputs(step)}
+    step.run.write_state(STATE, step.run.state(STATE) | {step.stage.name: kept})
+
+
+def _inputs(step: Step) -> str:
+    """Of what a step depends on. A setting that names a file or a model counts by its content; a
+    file that the step also writes counts as written."""
+    tables = step.run.settings.model_dump(mode="json")
+    found = {}
+    for key in step.stage.settings.split():
+        table, _, name = key.partition(".")
+        found[key] = tables[table][name] if name else tables[table]
+    names = [*_named(found)]
+    files = {name: step.run.file(name) for name in _reads(step) if name not in _writes(step)}
+    templates = [digests.of(path) for path in sorted(BUILTIN.iterdir())]
+    return content_id(
+        metadata.version("aif"), found, templates, [(name, digests.of(name)) for name in names],
+        [(name, digests.of(path)) for name, path in files.items()],
+    )  # fmt: skip
+
+
+def _outputs(step: Step) -> list[str | None]:
+    return [digests.of(step.run.file(name)) for name in _writes(step)]
+
+
+def _writes(step: Step) -> list[str]:
+    return step.stage.writes.split()
+
+
+def _reads(step: Step) -> list[str]:
+    if step.stage.reads != "*":
+        return step.stage.reads.split()
+    before = STAGES[: STAGES.index(step.stage)]
+    own = [name for stage in before for name in stage.writes.split()]
+    later = range(2, step.run.settings.pipeline.iterations + 1)
+    return own + [f"{number}/{name}" for number in later for name in ("labels.jsonl", "ppo")]
+
+
+def _named(value: Any) -> Iterator[str]:
+    """Every text in settings that is a file or a folder, or FILE.py:FUNCTION."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from _named(key)
+            yield from _named(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _named(one)
+    elif isinstance(value, str):
+        file, colon, _ = value.rpartition(".py:")
+        name = f"{file}.py" if colon else value
+        if digests.of(name) is not None:
+            yield name

@@ -21,38 +21,59 @@ from aif.pairs import read_dialogues, read_prompts
 from aif.progress import Progress
 from aif.records import Message, Prompt, Response, content_id
 from aif.run import Run
+from aif.settings import PolicySettings
 
 STAGE = "respond"
+AGAIN = "resample"
 # As `_transcript` has it: a base model goes on to make up the user's next turn.
 NEXT_TURN = "\n\nUser:"
 
 
 def respond(run: Run, progress: Progress) -> dict[str, Any]:
     """Sample `respond.samples` responses to each prompt from `[policy]`; returns the summary."""
-    with open_llm(run.settings.policy) as llm, run.writing():
+    return _sampled(run, run.settings.policy, STAGE, "responses.jsonl", progress)
+
+
+def resample(run: Run, progress: Progress) -> dict[str, Any]:
+    """The same from what `aif sft` left, into resampled.jsonl: preferences are then of responses
+    as the policy that is to learn from them gives them."""
+    tuned = run.file("sft")
+    if not (tuned / "config.json").exists():
+        raise InputError(tuned, "", got="no model", expected="`aif sft` to have been done")
+    policy = run.settings.policy.model_copy(update={"model": str(tuned)})
+    return _sampled(run, policy, AGAIN, "resampled.jsonl", progress)
+
+
+def _sampled(
+    given: Run, policy: PolicySettings, stage: str, file: str, progress: Progress
+) -> dict[str, Any]:
+    """Responses of `policy` to the run's prompts, in `file`; the summary."""
+    run = Run(given.path, given.settings.model_copy(update={"policy": policy}))
+    with open_llm(policy) as llm, run.writing():
         shots = read_shots(run.settings.respond.shots)
         prompts = take_in(run)
-        run.keep_settings()
-        with run.journal(STAGE) as journal:
+        given.keep_settings()
+        with run.journal(stage) as journal:
             asks = [
                 ask
                 for prompt in prompts
                 for ask in asks_for(run, prompt, shots)
                 if bytes.fromhex(ask.key) not in journal.index.answered
             ]
-            progress.start("respond", len(asks))
+            progress.start(stage, len(asks))
             tally = ask_all(llm, asks, journal, _journal_row, progress)
             progress.finish()
             rows = list(_responses(run, prompts, shots, journal))
-        written = run.write("responses.jsonl", rows)
+        written = run.write(file, rows)
         summary = {
             "run": str(run.path),
+            "file": file,
             "prompts": len(prompts),
             "responses": written,
             "calls_made": tally.answered + tally.faults.total(),
             "faults": dict(Counter(row.fault for row in rows if row.fault)),
         }
-        run.write_state(STAGE, summary)
+        run.write_state(stage, summary)
     if tally.stopped:
         raise tally.stopped
     return summary

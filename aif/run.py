@@ -55,6 +55,13 @@ class Run:
                 raise InputError(part, "", got="a symbolic link", expected="a plain file or folder")
         return path
 
+    @property
+    def sampled(self) -> str:
+        """The file of the responses that preferences are of: the fine-tuned policy's, where `aif
+        resample` has asked it."""
+        later = "resampled.jsonl"
+        return later if self.file(later).exists() else "responses.jsonl"
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the run for this process. Raises RunBusy if another one holds it.

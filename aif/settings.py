@@ -17,9 +17,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field
 
+from aif import digests
 from aif.config import Strict, checked, read_toml
 from aif.errors import InputError
-from aif.weights import digest
 
 BUNDLED = "smollm2-135m"
 
@@ -50,7 +50,7 @@ class LLMSettings(Strict):
         """
         keys = {"model", "temperature", "max_tokens", "samples", "logprobs", "dtype"}
         found = self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
-        weights = digest(self.model)
+        weights = digests.of_model(self.model)
         return found if weights is None else found | {"weights": weights}
 
     @property
@@ -262,9 +262,31 @@ class LabelSettings(Strict):
     max_fault_rate: float = Field(0.05, ge=0, le=1)
 
 
+class EvaluateSettings(Strict):
+    """Policies against each other on prompts that they have not learned from."""
+
+    policies: list[str] = Field([])  # by name; none: all that the run has
+    against: str | None = None  # None: sft where it is there, else base
+    prompts: str | None = None  # None: those that `aif ppo` held out
+    human: str | None = None  # pairs with people's choices, to hold the judge against
+    all_pairs: bool = False  # not only against one, but each with each
+    tie_margin: float = Field(0.0, ge=0, lt=0.5)  # a tie is within this of even
+    resamples: int = Field(1000, ge=100)  # of the prompts, for an interval
+    seed: int = 0
+    limit: int | None = Field(None, ge=1)
+
+
+class PipelineSettings(Strict):
+    """What `aif run` does."""
+
+    stages: list[str] = Field([])  # by name, in their order; none: those that the settings are for
+    iterations: int = Field(1, ge=1, le=20)  # of sampling, labelling and training
+
+
 class Settings(Strict):
     """Everything a run can be told, table by table."""
 
+    pipeline: PipelineSettings = PipelineSettings()
     policy: PolicySettings = PolicySettings()
     reviser: PolicySettings | None = None  # None: the policy itself
     judge: LLMSettings = LLMSettings()
@@ -277,6 +299,7 @@ class Settings(Strict):
     ppo: PPOSettings = PPOSettings()
     compare: CompareSettings = CompareSettings()
     label: LabelSettings = LabelSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
 
     def to_keep(self) -> dict[str, Any]:
         """What differs from the defaults, as run.toml's tables.

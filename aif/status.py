@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aif.constitution import Constitution
-from aif.pipeline import RUN, STAGES
+from aif.pipeline import STAGES, due
 from aif.run import Run
 
 # What is shown of a stage's summary, where it has it.
@@ -26,17 +26,17 @@ def status(run: Run) -> dict[str, Any]:
                 "faults": len(index.failed),
                 "damaged_lines": len(index.damage),
                 "tokens": state.get("tokens", {}),
-                "written": run.file(stage.writes).exists(),
+                "written": all(run.file(name).exists() for name in stage.writes.split()),
             }
     return {"run": str(run.path), "stages": stages, "next": _next(run, stages)}
 
 
 def _next(run: Run, stages: dict[str, Any]) -> str:
     """The command that takes the run further: the first stage that is due or not done."""
-    due = RUN if run.settings.respond.prompts else RUN[RUN.index("label") :]
+    wanted = run.settings.pipeline.stages or due(run.settings)
     for stage in STAGES:
         found = stages.get(stage.name)
-        if not found and stage.name not in due:
+        if not found and stage.name not in wanted:
             continue
         if not found or not found["written"] or found["faults"] or found.get("unfinished"):
             return f"aif {stage.name} {'--out ' if stage.name == 'label' else ''}{run.path}"

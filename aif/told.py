@@ -43,7 +43,7 @@ def respond(summary: dict[str, Any]) -> list[str]:
     return [
         f"{summary['responses']:,} responses to {summary['prompts']:,} prompts "
         f"({faults:,} faults), {summary['calls_made']:,} calls",
-        f"{summary['run']}/responses.jsonl",
+        f"{summary['run']}/{summary['file']}",
     ]
 
 

@@ -192,6 +192,7 @@ def test_json_is_one_object_for_every_verb(place, sampler):
     assert one_object(cli("compare", other, "--json"))["comparisons"] == 2
     sets = [f"--set=respond.prompts={place.prompts}"]
     sets += [f"--set=label.constitution={place.constitution}", "--set=label.protocol=pairwise"]
+    sets += ['--set=pipeline.stages=["respond", "compare", "label"]']
     stages = one_object(cli("run", other, *sets, "--json"))
     assert list(stages) == ["respond", "compare", "label"]
     assert stages["label"]["labels"] == 2

@@ -13,14 +13,14 @@ PACKAGE = ROOT / "aif"
 # Lowest first: a module imports from floors below its own, and from no other.
 FLOORS = [
     "errors records odds",
-    "jsonl config parse answers progress weights",
+    "jsonl config parse answers progress digests diversity winrate",
     "constitution journal settings templates",
     "run pairs llm pretrained",
     "train train.dialogues train.losses train.checkpoint train.metrics",
     "train.tokens train.model train.preferences train.pictures train.ppo_math",
     "train.batch train.stage train.card train.actor_critic train.rollout train.prompts",
     "train.trainer train.trees train.experience train.vllm_rollouts",
-    "train.preference_losses train.scoring train.learner",
+    "train.preference_losses train.scoring train.learner train.divergence",
     "train.sft train.known train.rewards",
     "train.reward",
     "train.score train.ppo_loop",
@@ -29,15 +29,17 @@ FLOORS = [
     "llm.wire llm.pace llm.signals llm.generate llm.scripted",
     "llm.crew llm.score",
     "llm.api llm.local",
-    "judge reviser asking",
+    "judge reviser asking policies measured",
     "combine",
     "judging",
     "grading",
     "ppo",
     "respond vote revise filter compare label export",
+    "evaluate",
     "pipeline",
-    "status console told",
-    "cli_constitution",
+    "status console told told_evaluate",
+    "told_run cli_constitution cli_train cli_evaluate",
+    "cli_run",
     "cli",
 ]
 FLOOR_OF = {name: number for number, line in enumerate(FLOORS) for name in line.split()}
@@ -67,12 +69,14 @@ HEAVY = {  # package -> modules that may import it where they are loaded
     "httpx2": {"llm.api"},
     "datasets": set(),
     "pandas": set(),
-    "numpy": TRAIN,
+    "numpy": TRAIN | {"winrate"},
     "rich": set(),
     "trl": set(),
     "vllm": set(),
     "matplotlib": set(),
     "scipy": set(),
+    "sklearn": set(),
+    "sacrebleu": set(),
 }
 
 

@@ -199,7 +199,7 @@ def _digest(settings: RewardSettings, name: str, prepared: Prepared, rows: Seque
 def reference(run: Run, prepared: Prepared, model: RewardModel) -> dict[str, Any]:
     """The moments of the scores that others are normalised by: of the policy's responses, or of
     those that were learned from where the run has none that fit."""
-    if run.file("responses.jsonl").exists() and (own := _scores(model, policy_responses(run))):
+    if run.file(run.sampled).exists() and (own := _scores(model, policy_responses(run))):
         return moments(own)
     learned = [(group.prompt, group.responses) for group in prepared.train_groups]
     return moments(_scores(model, drawn(learned)) or _scores(model, learned))
@@ -211,9 +211,9 @@ def _scores(model: RewardModel | Ensemble, asked: list[Asked]) -> list[float]:
 
 
 def policy_responses(run: Run) -> list[Asked]:
-    """A sample of the run's own responses."""
+    """A sample of the policy's own responses."""
     prompts = {row.id: row.messages for row in run.read("prompts.jsonl", Prompt)}
-    rows = run.read("responses.jsonl", Response)
+    rows = run.read(run.sampled, Response)
     return drawn([(prompts[row.prompt_id], [row.text]) for row in rows if row.text])
 
 
@@ -259,7 +259,7 @@ def _card(
     """The report card of what was held out, kept as reward-card.json and as pictures."""
     known = held_out_pairs(run, prepared)
     texts = {"held out": drawn([(g.prompt, g.responses) for g in prepared.eval_groups])}
-    if run.file("responses.jsonl").exists():
+    if run.file(run.sampled).exists():
         texts["policy"] = policy_responses(run)
     if run.file("revisions.jsonl").exists():
         texts["revised"] = revised(run)

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=32, help="of a response at most")
+    parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--kl-coef", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--held-out", type=float, default=0.2)
@@ -69,7 +70,7 @@ def opened(folder: Path, options: argparse.Namespace, seed: int) -> Run:
         "max_steps": options.steps,
         "ppo_epochs": 2,
         "response_tokens": options.tokens,
-        "temperature": 0.7,
+        "temperature": options.temperature,
         "kl_coef": options.kl_coef,
         "learning_rate": options.learning_rate,
         "eval_fraction": options.held_out,

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=110)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the policy")
     parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--batch-size", type=int, default=4, help="prompts an optimizer step")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
@@ -60,7 +61,7 @@ def main() -> None:
 
 def opened(folder: Path, options: argparse.Namespace, seed: int) -> Run:
     given = {
-        "policy": {"max_tokens": options.tokens, "temperature": 0.7},
+        "policy": {"max_tokens": options.tokens, "temperature": options.temperature},
         "respond": {"prompts": str(ROOT / "prompts/everyday.jsonl"), "samples": options.samples},
         "respond.limit": options.prompts,
         "label.constitution": str(ROOT / "constitutions/warm.toml"),

@@ -1,0 +1,66 @@
+"""What `aif run` ends with: where the policy stood, where it stands, and what it says now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from aif import jsonl
+from aif.run import Run
+
+SHOWN = 3  # prompts with their responses before and after
+WIDTH = 240  # characters of a text
+
+
+def lines(run: Run, summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """For a person; `summaries` are those of the stages that were done now."""
+    did = ", ".join(summaries) or "nothing, as nothing has changed"
+    told = [f"{run.path}: done: {did}"]
+    found = run.state("evaluate")
+    if found.get("policies"):
+        told += ["", *_standing(found), *_samples(run, found)]
+    report = run.file("report.html")
+    return [*told, "", str(report)] if report.exists() else told
+
+
+def _standing(found: Mapping[str, Any]) -> list[str]:
+    """A line a policy, and one a match."""
+    told = []
+    for policy in found["policies"]:
+        facts = [f"{name} {_number(policy.get(name))}" for name in ("gold", "score", "kl", "words")]
+        told.append(f"  {policy['name']:9} {'  '.join(facts)}")
+    for match in found.get("matches", ()):
+        rate = match["win_rate"]
+        told.append(
+            f"  {match['first']} wins {rate['mean']:.0%} ({rate['low']:.0%} to {rate['high']:.0%}) "
+            f"against {match['second']}, by {found['judge']} on {match['n']} prompts"
+        )
+    return told
+
+
+def _number(value: Any) -> str:
+    return f"{value['mean']:6.2f}" if isinstance(value, Mapping) else "     -"
+
+
+def _samples(run: Run, found: Mapping[str, Any]) -> list[str]:
+    """The first prompts, answered by the policy it is against and by the last one that learned."""
+    before = found["against"]
+    names = [policy["name"] for policy in found["policies"] if policy["name"].endswith("ppo")]
+    path = run.file("evaluation.jsonl")
+    if not names or not path.exists():
+        return []
+    rows = [row for _, row in jsonl.read(path)]
+    texts = {(row["policy"], row["prompt_id"]): row["response"] for row in rows}
+    prompts = {row["prompt_id"]: row.get("prompt") for row in rows}
+    told = []
+    for prompt in list(prompts)[:SHOWN]:
+        told += ["", f"> {_short(prompts[prompt])}"]
+        for name in (before, names[-1]):
+            told.append(f"  {name}: {_short(texts.get((name, prompt)))}")
+    return told
+
+
+def _short(text: str | None) -> str:
+    plain = " ".join((text or "-").split())
+    plain = "".join(c if c.isprintable() else "?" for c in plain)
+    return plain if len(plain) <= WIDTH else plain[: WIDTH - 1] + "…"
