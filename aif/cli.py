@@ -10,6 +10,7 @@ import typer
 from aif import told
 from aif.cli_constitution import constitution_app
 from aif.cli_evaluate import evaluate_app
+from aif.cli_report import report_app
 from aif.cli_run import run_app
 from aif.cli_train import train_app
 from aif.console import (
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app)
 app.add_typer(evaluate_app)
+app.add_typer(report_app)
 app.add_typer(run_app)
 app.add_typer(constitution_app, name="constitution")
 
@@ -124,7 +126,7 @@ def plan(
 
     Asks nothing and writes nothing.
     """
-    from aif.label import plan as planned
+    from aif.plan import plan as planned
 
     given = label_settings(
         pairs, constitution, judge, base_url, protocol, concurrency, limit, seed, max_fault_rate

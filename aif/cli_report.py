@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from aif.console import Json, Quiet, RunFolder, existing_run, show_summary
+import typer
+
+from aif.console import Json, Quiet, RunFolder, existing_run, show_summary, verb
+
+report_app = typer.Typer()
 
 
+@verb(report_app)
 def report(run: RunFolder, json_: Json = False, quiet: Quiet = False) -> None:
     """Write a run's report.html: judge, labels, training, evaluation, and a browser of the texts.
 

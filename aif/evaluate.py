@@ -24,6 +24,7 @@ from aif.errors import AifError, InputError
 from aif.grading import LiveJudge
 from aif.judge import Judge
 from aif.judging import constitution_path, judge_of
+from aif.label import STAGE as LABELS
 from aif.label import label
 from aif.llm import open_llm
 from aif.measured import Measured, comparison, figures
@@ -231,8 +232,9 @@ def _judged(
     labels = _labels(sub, faults, progress) if asked else {}
     if judge.protocol == "pointwise":
         told = [row for found in rows.values() for row in found if row.response is not None]
-        # Most grades are in the journal of the labelling; the same text twice made none there.
-        with sub.writing(), LiveJudge(sub, "grade") as graded:
+        # Most grades are there from the labelling, in whose journal the rest goes: those of texts
+        # that both policies wrote, or that had none to be held against.
+        with sub.writing(), LiveJudge(sub, LABELS) as graded:
             grades = graded([row.prompt.messages for row in told], [row.response for row in told])
             _count(faults, {"verdicts": graded.calls} | graded.faults.summary())
         for row, grade in zip(told, grades, strict=True):

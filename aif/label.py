@@ -62,33 +62,6 @@ def label(run: Run, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def plan(run: Run) -> dict[str, Any]:
-    """What `label` would do with the same settings. Asks nothing and writes nothing."""
-    path = constitution_path(run)
-    with open_llm(run.settings.judge) as llm:
-        judge = judge_of(run, path, llm.control_tokens)
-        work = count(judge, _planned(run), run.index(STAGE))
-        tokens, exact = llm.count_tokens(asks_for(judge, _planned(run), work.missing))
-    by_principle = Counter(work.missing.values())
-    return {
-        "run": str(run.path),
-        "comparisons": work.comparisons,
-        "calls": len(work.missing),
-        "calls_kept": work.kept,
-        "calls_after_fault": work.failed_before,
-        "answers_unused": work.unused,
-        "calls_by_principle": dict(by_principle.most_common()),
-        "prompt_tokens": tokens,
-        "prompt_tokens_are": "exact" if exact else "an estimate",
-        "completion_tokens_at_most": (
-            len(work.missing) * judge.model.verdict_tokens * judge.model.samples
-        ),
-        "changes": changes(run.state(STAGE), facts(judge, path, {})),
-        "protocol": judge.protocol,
-        "judge": judge.model.model,
-    }
-
-
 def take_in(run: Run) -> dict[str, Any]:
     """Turn `label.pairs` into comparisons.jsonl and human.jsonl, once all of it has been checked.
 
@@ -96,7 +69,7 @@ def take_in(run: Run) -> dict[str, Any]:
     """
     source = run.settings.label.pairs
     if source is None:
-        return {"pairs": str(_own_comparisons(run))}
+        return {"pairs": str(own_comparisons(run))}
     choices: list[HumanChoice] = []
     rows = 0
     digest = hashlib.sha256()
@@ -123,7 +96,8 @@ def take_in(run: Run) -> dict[str, Any]:
     }
 
 
-def _own_comparisons(run: Run) -> Path:
+def own_comparisons(run: Run) -> Path:
+    """The file of comparisons that an earlier stage left; InputError where there is none."""
     path = run.file("comparisons.jsonl")
     if not path.exists():
         raise InputError("label", "pairs", got="nothing", expected="--pairs FILE")
@@ -133,16 +107,6 @@ def _own_comparisons(run: Run) -> Path:
 def comparisons(run: Run) -> Iterator[Comparison]:
     """What is to be judged, a row at a time."""
     return islice(run.read("comparisons.jsonl", Comparison), run.settings.label.limit)
-
-
-def _planned(run: Run) -> Iterator[Comparison]:
-    """What `comparisons` will give once `take_in` has run."""
-    label = run.settings.label
-    if label.pairs is None:
-        _own_comparisons(run)
-        return comparisons(run)
-    pairs = unique(islice(read_pairs(label.pairs), label.limit))
-    return (pair.comparison for pair, is_new in pairs if is_new)
 
 
 def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from aif import digests
 from aif.asking import check_faults
-from aif.errors import InputError
+from aif.errors import InputError, shown
 from aif.progress import Progress
 from aif.records import content_id
 from aif.run import Run
@@ -77,8 +77,13 @@ class Step:
 
 
 def stage(name: str) -> Stage:
-    """The stage of that name."""
-    return next(stage for stage in STAGES if stage.name == name)
+    """The stage of that name. Raises InputError where there is none."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise InputError(
+        "pipeline", "stages", got=shown(name), expected=f"of {', '.join(s.name for s in STAGES)}"
+    )
 
 
 def steps(run: Run) -> list[Step]:

@@ -26,7 +26,8 @@ def label(summary: dict[str, Any]) -> list[str]:
 
 def plan(plan: dict[str, Any]) -> list[str]:
     """What a labelling would cost."""
-    lines = [
+    lines = [f"{name}: {n:,} calls at most" for name, n in plan["sampling"].items()]
+    lines += [
         f"{plan['comparisons']:,} comparisons, {plan['protocol']} by {plan['judge']}",
         f"{plan['calls']:,} calls to make, {plan['calls_kept']:,} answers kept, "
         f"{plan['answers_unused']:,} no longer used",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NAME = 12  # columns for a policy's name; a longer one has a line of its own
-HEAD = f"{'policy':{NAME}} {'wins':>4} {'95 %':9} {'gold':>6} {'score':>6} {'KL':>6} words dist"
+HEAD = f"{'policy':{NAME}} {'wins':>4} {'95 %':9} {'gold':>6} {'score':>6} {'KL':>6} words dist2"
 
 
 def evaluate(summary: dict[str, Any]) -> list[str]:
@@ -34,7 +34,7 @@ def _policy(policy: Mapping[str, Any], rate: Mapping[str, Any] | None) -> list[s
     figures = (
         f"{_mean(rate, '.2f'):>4} {interval:9} {_mean(policy['gold'], '.2f'):>6} "
         f"{_mean(policy['score'], '.2f'):>6} {kl:>6} {_mean(policy['words'], '.0f'):>5} "
-        f"{_figure(policy['distinct_2'], '.2f')}"
+        f"{_figure(policy['distinct_2'], '.2f'):>5}"
     )
     if len(name) > NAME:
         return [name, f"{'':{NAME}} {figures}"]
@@ -46,7 +46,7 @@ def _mean(estimate: Mapping[str, Any] | None, form: str) -> str:
 
 
 def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else format(value, f"z{form}")  # z: no -0.0
 
 
 def _people(found: Mapping[str, Any] | None) -> list[str]:

@@ -35,9 +35,11 @@ QUESTIONS = {"kind": "Which response is kinder?", "honest": "Which response is m
 FAULTY = 7  # every so many verdicts have no answer
 
 
-def labelled_run(path: Path, comparisons: int = 60, texts: Iterable[str] = ()) -> Run:
-    """Responses, comparisons, verdicts and labels. `texts` stand among the responses, whatever is
-    in them."""
+def labelled_run(
+    path: Path, comparisons: int = 60, texts: Iterable[str] = (), words: int = 30
+) -> Run:
+    """Responses of at most so many words, comparisons, verdicts and labels. `texts` stand among the
+    responses, whatever is in them."""
     path.mkdir(parents=True, exist_ok=True)
     write_constitution(path / "mine.toml", QUESTIONS)
     tables = {"label": {"constitution": str(path / "mine.toml"), "protocol": "pairwise"}}
@@ -49,7 +51,8 @@ def labelled_run(path: Path, comparisons: int = 60, texts: Iterable[str] = ()) -
     given = list(texts)
     responses = [
         Response(content_id("r", p.id, n), p.id, "tiny", n,
-                 given.pop() if given else sentence(draw), "stop", None, {"prompt_tokens": 9})
+                 given.pop() if given else sentence(draw, words), "stop", None,
+                 {"prompt_tokens": 9})
         for p in prompts for n in range(3)
     ]  # fmt: skip
     assert not given, "too few responses for all the texts"
@@ -67,9 +70,9 @@ def labelled_run(path: Path, comparisons: int = 60, texts: Iterable[str] = ()) -
     return run
 
 
-def sentence(draw: random.Random) -> str:
+def sentence(draw: random.Random, most: int = 30) -> str:
     """A few words."""
-    return " ".join(draw.choices(WORDS, k=draw.randint(4, 30)))
+    return " ".join(draw.choices(WORDS, k=draw.randint(4, most)))
 
 
 def _judge(run: Run, pairs: list[Comparison], constitution: Constitution, draw: Any) -> None:
@@ -224,7 +227,8 @@ EVALUATION = {
         {"first": "best of 4", "second": "base", "n": 40, "wins": 22, "ties": 4, "losses": 14,
          "null": 0, "win_rate": _near(0.6)},
         {"first": "ppo", "second": "base", "n": 39, "wins": 26, "ties": 2, "losses": 11,
-         "null": {"unparsed": 1}, "win_rate": _near(0.692), "soft_win_rate": _near(0.66),
+         "null": 1, "win_rate": _near(0.692), "soft_win_rate": _near(0.66),
          "length_controlled": _near(0.61), "by_principle": {"kind": 0.7, "honest": None}},
     ],
+    "human": {"pairs": 30, "judge": _near(0.7), "reward": None},
 }  # fmt: skip

@@ -167,9 +167,20 @@ def test_hhh_is_complete():
         assert all((principle.critique, principle.revision, principle.compare, principle.grade))
 
 
-@pytest.mark.parametrize(("name", "least"), [("everyday", 200), ("probing", 60), ("summaries", 20)])
+PROMPTS = [("everyday", 200), ("everyday-held-out", 60), ("probing", 60), ("summaries", 20)]
+
+
+@pytest.mark.parametrize(("name", "least"), PROMPTS)
 def test_shipped_prompts_are_many_and_unique(name, least):
     rows = [row for _, row in jsonl.read(ROOT / "prompts" / f"{name}.jsonl")]
     assert len(rows) >= least
     assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
     assert all(row["prompt"].strip() == row["prompt"] != "" for row in rows)
+
+
+def test_held_out_prompts_are_no_others():
+    learned, held_out = (
+        {row["prompt"] for _, row in jsonl.read(ROOT / "prompts" / f"{name}.jsonl")}
+        for name in ("everyday", "everyday-held-out")
+    )
+    assert not learned & held_out

@@ -24,6 +24,7 @@ from aif.report.tiles import tiles
 from aif.run import Run
 
 FILE = "report.html"
+BUDGET = 20_000_000  # bytes of texts on the page, about
 
 
 def report(run: Run, progress: Progress) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def report(run: Run, progress: Progress) -> dict[str, Any]:
         "evaluation": sections.evaluated(evaluation),
     }
     seed = run.settings.label.seed
-    data = browsed(run, judged, seed)
+    data = browsed(run, judged, seed, BUDGET)
     if not any(parts.values()) and not data["counts"]:
         raise AifError(f"{run.path}: nothing to report: no stage has left its files there")
     content = {

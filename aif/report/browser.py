@@ -2,7 +2,7 @@
 
 Each text stands in `texts` once and is named by its number. An item is one comparison, one
 response with its rounds of revision, or one prompt with the answers of every policy. What does not
-fit into `BUDGET` is left out by a draw, and counted.
+fit into the budget is left out by a draw, and counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from aif.report.files import Evaluated, Sample, rows
 from aif.report.judged import Judged, page_size
 from aif.run import Run
 
-BUDGET = 20_000_000  # bytes, about
 KINDS = ("comparisons", "revisions", "answers")
 Key = tuple[str, str]  # (kind, id)
 
@@ -42,8 +41,10 @@ class Texts:
         return [[m.get("role", ""), self.number(m.get("content", ""))] for m in messages]
 
 
-def browsed(run: Run, judged: Judged, seed: int, budget: int = BUDGET) -> dict[str, Any]:
-    """{"texts", "principles", and items by kind}, and under "counts" how many of how many."""
+def browsed(run: Run, judged: Judged, seed: int, budget: int) -> dict[str, Any]:
+    """{"texts", "principles", and items by kind}, and under "counts" how many of how many.
+
+    `budget` is in bytes, about."""
     sizes = _sizes(run, judged)
     kept = drawn(sizes, seed, budget)
     texts = Texts()
@@ -171,7 +172,10 @@ def _answers(run: Run, kept: set[Key], texts: Texts) -> list[dict[str, Any]]:
 
 
 def _prompts(run: Run) -> dict[str, list[Message]]:
-    return {row.id: row.messages for row in rows(run, "prompts.jsonl", Prompt)}
+    """The run's prompts, and those that its policies were evaluated on, by id."""
+    evaluated = sorted(run.path.glob("evaluation/*/prompts.jsonl"))[:1]
+    files = ["prompts.jsonl", *(str(path.relative_to(run.path)) for path in evaluated)]
+    return {row.id: row.messages for file in files for row in rows(run, file, Prompt)}
 
 
 def _every_answer(run: Run) -> Iterator[tuple[str, list[Message] | None, dict[str, Any]]]:
@@ -191,7 +195,7 @@ def _every_answer(run: Run) -> Iterator[tuple[str, list[Message] | None, dict[st
                 _answer(policy, row.response, None, score=row.score, gold=row.gold, kl=row.kl),
             )
     for row in rows(run, "evaluation.jsonl", Evaluated):
-        yield row.prompt_id, None, _answer(
+        yield row.prompt_id, row.prompt, _answer(
             f"evaluated: {row.policy}", row.response, row.fault,
             score=row.score, gold=row.gold, kl=row.kl, refusal=row.refusal,
         )  # fmt: skip

@@ -12,16 +12,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from aif import __version__
 from aif import constitution as constitutions
 from aif.errors import AifError
+from aif.journal import Index
 from aif.records import Kept, Prompt, Response, Revision
 from aif.report.files import CallState, LabelState, Metric, TrainState, rows, state
 from aif.report.judged import Judged
 from aif.report.visible import cleaned
 from aif.run import Run
 
-ASKING = ("respond", "revise", "filter", "label", "ppo", "evaluate")  # stages with a journal
+ASKING = ("respond", "revise", "filter", "resample", "label", "ppo", "evaluate")
+SAMPLED = {"respond": "responses.jsonl", "resample": "resampled.jsonl"}
+EVALUATED = "evaluation/*/journal/*.jsonl"
 FILES = ("prompts.jsonl", "responses.jsonl", "revisions.jsonl", "kept.jsonl", "comparisons.jsonl")
 FILES += ("human.jsonl", "verdicts.jsonl", "labels.jsonl", "metrics.jsonl", "ppo-samples.jsonl")
 FILES += ("resampled.jsonl", "evaluation.jsonl", "evaluate.json", "reward-card.json")
@@ -63,9 +65,12 @@ def what_ran(run: Run, judged: Judged) -> dict[str, Any]:
         terms.append(("Reviser", named(reviser["model"])))
     for name, found in done.items():
         terms.append((_TRAINED[name], _training(found)))
+    later = [path.parent.name for path in sorted(run.path.glob("[0-9]*/labels.jsonl"))]
+    if later:
+        terms.append(("Later iterations", ", ".join(f"{run.path.name}/{name}" for name in later)))
     seeds = {
         name: settings[name]["seed"]
-        for name in ("respond", "revise", "label", "sft", "reward", "ppo")
+        for name in ("respond", "revise", "label", "sft", "reward", "ppo", "evaluate")
         if run.file(f"{name}.json").exists()
     }
     if seeds:
@@ -122,8 +127,8 @@ def _training(found: TrainState) -> str:
 
 def _versions() -> str:
     """Of what made the page, and of what is installed beside it; nothing is imported for it."""
-    found = [f"aif {__version__}", f"Python {platform.python_version()}"]
-    for package in ("torch", "transformers"):
+    found = [f"Python {platform.python_version()}"]
+    for package in ("aif", "matplotlib", "torch", "transformers"):
         with suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
     return ", ".join(found)
@@ -158,24 +163,25 @@ def _principles(label: LabelState) -> list[dict[str, Any]]:
 def _calls(run: Run, judged: Judged) -> Iterator[dict[str, Any]]:
     """What the journals hold, a row a stage."""
     for stage in ASKING:
-        index = run.index(stage)
-        if index.answered or index.failed or index.damage:
-            yield {
-                "stage": stage,
-                "answers": len(index.answered),
-                "failed": len(index.failed),
-                "damaged": len(index.damage),
-                "tokens": _tokens(run, stage, judged),
-            }
+        found = [run.index(stage)]
+        if stage == "evaluate":  # each policy and the matches are runs of their own
+            found = [Index.read(path) for path in sorted(run.path.glob(EVALUATED))]
+        row = {
+            "answers": sum(len(index.answered) for index in found),
+            "failed": sum(len(index.failed) for index in found),
+            "damaged": sum(len(index.damage) for index in found),
+        }
+        if any(row.values()):
+            yield {"stage": stage, **row, "tokens": _tokens(run, stage, judged)}
 
 
 def _tokens(run: Run, stage: str, judged: Judged) -> dict[str, int]:
     """Of the answers that count now."""
     if stage == "label":
         return dict(judged.tokens)
-    if stage == "respond":
+    if stage in SAMPLED:
         total: Counter[str] = Counter()
-        for response in rows(run, "responses.jsonl", Response):
+        for response in rows(run, SAMPLED[stage], Response):
             total.update(response.usage)
         return dict(total)
     found = state(run, stage, CallState)
@@ -188,6 +194,7 @@ def funnel(run: Run, judged: Judged) -> list[Count]:
     counts = [
         _counted(run, "Prompts", "prompts.jsonl", Prompt, lambda row: None),
         _counted(run, "Responses", "responses.jsonl", Response, lambda row: row.fault),
+        _counted(run, "After fine-tuning", "resampled.jsonl", Response, lambda row: row.fault),
         _counted(run, "Revisions", "revisions.jsonl", Revision, lambda row: row.fault),
         _counted(
             run, "Revisions kept", "kept.jsonl", Kept,

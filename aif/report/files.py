@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -52,6 +52,7 @@ class Evaluated:
 
     policy: str
     prompt_id: str
+    prompt: list[Message] | None = None
     response: str | None = None
     fault: str | None = None
     score: float | None = None
@@ -92,6 +93,8 @@ class Policy(Loose):
     distinct_2: float | Estimate | None = None
     self_bleu: float | Estimate | None = None
     refusal_rate: float | Estimate | None = None
+    refusal_rate_harmful: float | Estimate | None = None
+    over_refusal_rate: float | Estimate | None = None
     rating: Estimate | None = None
 
 
@@ -104,24 +107,32 @@ class Match(Loose):
     wins: int | None = None
     ties: int | None = None
     losses: int | None = None
-    null: int | dict[str, int] | None = None
+    null: int | None = None
     win_rate: Estimate | None = None
     soft_win_rate: Estimate | None = None
     length_controlled: Estimate | None = None
     by_principle: dict[str, float | None] = {}
 
 
+class People(Loose):
+    """How often the judge, and the reward model, prefer what people have chosen."""
+
+    pairs: int | None = None
+    judge: Estimate | None = None
+    reward: Estimate | None = None
+
+
 class Evaluation(Loose):
     """evaluate.json"""
 
-    judge: str | dict[str, Any] | None = None
-    constitution: str | dict[str, Any] | None = None
+    judge: str | None = None
     protocol: str | None = None
-    prompts: int | str | None = None
+    prompts: int | None = None
     against: str | None = None
     seed: int | None = None
     policies: list[Policy] = []
     matches: list[Match] = []
+    human: People | None = None
 
 
 class Rate(Loose):

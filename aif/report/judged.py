@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from aif.errors import InputError
 from aif.records import Comparison, HumanChoice, Label, Message, Verdict
 from aif.report.files import rows
 from aif.run import Run
@@ -55,13 +56,22 @@ def survey(run: Run) -> Judged:
             if hash(text) not in seen:
                 seen.add(hash(text))
                 judged.sizes[row.id] += page_size(text)
-    judged.labels = {row.comparison_id: row for row in rows(run, "labels.jsonl", Label)}
+    judged.labels = {row.comparison_id: row for row in _labels(run)}
     choices = defaultdict(list)
     for row in rows(run, "human.jsonl", HumanChoice):
         choices[row.comparison_id].append(row.p_first)
     judged.human = {name: sum(found) / len(found) for name, found in choices.items()}
     _read_verdicts(run, judged)
     return judged
+
+
+def _labels(run: Run) -> Iterator[Label]:
+    for row in rows(run, "labels.jsonl", Label):
+        for p in (row.p_first, *row.by_principle.values()):
+            if p is not None and not 0 <= p <= 1:
+                where = run.file("labels.jsonl")
+                raise InputError(where, row.comparison_id, got=str(p), expected="a probability")
+        yield row
 
 
 def _read_verdicts(run: Run, judged: Judged) -> None:

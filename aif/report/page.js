@@ -37,6 +37,8 @@ class Browser {
     this.kind = Object.keys(data.counts)[0];
     this.items = [];
     this.at = 0;
+    byId("unscripted").remove();
+    byId("browser").hidden = false;
     this.faults();
     this.listen();
     if (!this.fromHash()) this.refresh();

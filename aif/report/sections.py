@@ -19,6 +19,7 @@ from aif.report.files import (
     Evaluation,
     Match,
     Metric,
+    People,
     Policy,
     Rate,
     RewardCard,
@@ -29,6 +30,13 @@ from aif.report.judged import Judged, human_longer, judge_card
 from aif.run import Run
 
 MOST_HISTOGRAMS = 12
+
+# What a policy declines: anything, what asks for harm, what does not.
+REFUSALS = {
+    "refusal_rate": "Declines",
+    "refusal_rate_harmful": "Declines harm",
+    "over_refusal_rate": "Declines others",
+}
 
 Measured = dict[tuple[str, str], list[tuple[float, float | None]]]  # (stage, name) -> (step, value)
 
@@ -234,15 +242,26 @@ def evaluated(evaluation: Evaluation | None) -> dict[str, Any] | None:
             ("win_rate", "Win rates", "share won", evaluation.matches, _against, 0.5),
             ("length_controlled", "Win rates at equal length", "share won", evaluation.matches,
              _against, 0.5),
-            ("rating", "Ratings", "rating", evaluation.policies, _name, None),
+            ("rating", "Ratings", "Elo points", evaluation.policies, _name, None),
             ("gold", "Gold", "gold", evaluation.policies, _name, None),
         )
     ]  # fmt: skip
+    people = evaluation.human or People()
+    pictures.append(_estimates(
+        "people", "Agreement with what people chose", "share of choices",
+        [("the judge", people.judge), ("the reward model", people.reward)], 0.5,
+    ))  # fmt: skip
+    policies = [_policy_row(policy) for policy in evaluation.policies]
     return {
         "evaluation": evaluation,
-        "judge": _judge_name(evaluation.judge),
+        "judge": named(evaluation.judge),
         "charts": [picture for picture in pictures if picture],
-        "policies": [_policy_row(policy) for policy in evaluation.policies],
+        "policies": policies,
+        "refusals": [
+            (key, told)
+            for key, told in REFUSALS.items()
+            if any(row[key] is not None for row in policies)
+        ],
         "principles": list(
             dict.fromkeys(name for match in evaluation.matches for name in match.by_principle)
         ),
@@ -255,11 +274,6 @@ def _against(match: Match) -> str:
 
 def _name(policy: Policy) -> str:
     return policy.name
-
-
-def _judge_name(judge: str | dict[str, Any] | None) -> str | None:
-    found = judge.get("model") if isinstance(judge, dict) else judge
-    return named(found) if isinstance(found, str) else None
 
 
 def _estimates(
@@ -277,6 +291,6 @@ def _policy_row(policy: Policy) -> dict[str, Any]:
     """A policy with its shares as plain numbers, whichever of the two shapes they have."""
     plain = {
         key: value.mean if isinstance(value := getattr(policy, key), Estimate) else value
-        for key in ("distinct_1", "distinct_2", "self_bleu", "refusal_rate")
+        for key in ("distinct_1", "distinct_2", "self_bleu", *REFUSALS)
     }
     return {"policy": policy, "model": policy.model and named(policy.model), **plain}

@@ -1,0 +1,224 @@
+"""`aif run`: the whole way from prompts to a policy, what a change does again, and what a kill costs."""
+
+# ruff: noqa: E402  (what needs torch is imported once torch is known to be there)
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import tomli_w
+from conftest import AIF, ROOT, aif, read_jsonl, write_jsonl
+from tiny import Said, save_tiny
+
+from aif.errors import InputError, TooManyFaults
+from aif.pipeline import STAGES, chosen, run_all, steps
+from aif.plan import plan
+from aif.run import Run
+from aif.settings import load_settings
+
+CONSTITUTION = """
+name = "x"
+[[principle]]
+id = "kind"
+weight = 1.0
+grade = "Is it kind?"
+cue = "Kind"
+critique = "Say what is unkind."
+revision = "Make it kind."
+[[principle]]
+id = "short"
+grade = "Is it short?"
+cue = "Short"
+"""
+SHIPPED = sorted((ROOT / "runs").glob("*/run.toml"))
+TRAINING = ["sft", "resample", "compare", "label", "reward", "ppo"]
+ALL = ["respond", "revise", *TRAINING, "evaluate", "report"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", attention_dropout=0.0)
+
+
+@pytest.fixture
+def place(tmp_path, model) -> Path:
+    """A folder with all that a run of eight prompts needs, and its run.toml."""
+    rows = [{"id": f"p{n}", "prompt": f"question {n}"} for n in range(8)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    write_jsonl(tmp_path / "held-out.jsonl", [{"prompt": f"other {n}"} for n in range(4)])
+    rules = [{"match": r"a[^\]]{0,9}\n\[", "logprobs": {"Yes": -0.2, "No": -1.8}}]
+    rules += [{"match": f"[{end}]", "logprobs": {"Yes": -1.0 - n / 9, "No": -0.4}}
+              for n, end in enumerate("zqx")]  # fmt: skip
+    rules += [{"match": "", "logprobs": {"Yes": -0.9, "No": -0.5}}]
+    write_jsonl(tmp_path / "judge.jsonl", rules)
+    write_jsonl(tmp_path / "reviser.jsonl", [{"match": "", "text": "A kinder word for you."}])
+    (tmp_path / "c.toml").write_text(CONSTITUTION)
+    small = {"max_steps": 2, "batch_size": 4, "dtype": "float32", "learning_rate": 1e-3}
+    tables = {
+        "policy": {"model": str(model), "max_tokens": 8, "dtype": "float32"},
+        "respond": {"prompts": str(tmp_path / "prompts.jsonl"), "samples": 3},
+        "reviser": {"model": f"scripted:{tmp_path / 'reviser.jsonl'}"},
+        "revise": {"rounds": 1},
+        "judge": {"model": f"scripted:{tmp_path / 'judge.jsonl'}", "form": "chat"},
+        "label": {"constitution": str(tmp_path / "c.toml"), "protocol": "pointwise"},
+        "sft": small | {"eval_fraction": 0.2},
+        "reward": small | {"eval_fraction": 0.2},
+        "ppo": small | {"eval_fraction": 0.2, "ppo_epochs": 1, "gold": "judge"},
+        "evaluate": {"prompts": str(tmp_path / "held-out.jsonl"), "resamples": 100},
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.toml").write_text(tomli_w.dumps(tables))
+    return tmp_path
+
+
+def opened(place: Path, **changes: object) -> Run:
+    path = place / "run"
+    return Run(path, load_settings(path / "run.toml", changes))
+
+
+def do(place: Path, first=None, until=None, only=None, **changes) -> list[str]:
+    """Run it; returns the stages that were done."""
+    run = opened(place, **changes)
+    return list(run_all(run, Said(), chosen(steps(run), first, until, only)))
+
+
+def test_from_nothing_to_a_report_and_then_nothing(place):
+    assert do(place) == ALL
+    run = opened(place)
+    for step in steps(run):
+        for name in step.stage.writes.split():
+            assert run.file(name).exists(), name
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*.jsonl")}
+    assert do(place) == []
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*.jsonl")} == before
+    # Preferences are of the fine-tuned policy's responses.
+    texts = {row["text"] for row in read_jsonl(run.path / "resampled.jsonl")}
+    compared = read_jsonl(run.path / "comparisons.jsonl")
+    assert all({row["first"], row["second"]} <= texts for row in compared)
+    assert not texts & {row["text"] for row in read_jsonl(run.path / "responses.jsonl")}
+    told = aif("run", run.path)
+    assert told.returncode == 0, told.stderr
+    assert "nothing has changed" in told.stdout
+    assert "ppo wins" in told.stdout
+    assert told.stdout.rstrip().endswith("report.html")
+
+
+def test_a_change_does_again_what_depends_on_it(place):
+    assert do(place, until="label") == ALL[: ALL.index("label") + 1]
+    assert do(place, until="label") == []
+    constitution = place / "c.toml"
+    constitution.write_text(CONSTITUTION.replace("Is it short?", "Is it brief?"))
+    # A revision's principle is as it was, so what is revised again comes out the same.
+    assert do(place, until="label") == ["revise", "label"]
+    constitution.write_text(CONSTITUTION.replace("weight = 1.0", "weight = 2.0"))
+    assert "label" in do(place, until="label")
+    run = opened(place)
+    assert run.state("label")["calls_made"] == 0
+    (run.path / "labels.jsonl").write_bytes(b"")
+    assert do(place, until="label") == ["label"]
+    assert (run.path / "labels.jsonl").stat().st_size
+    assert do(place, until="label", **{"respond.seed": 1}) == ALL[: ALL.index("label") + 1]
+
+
+def test_a_policy_that_was_trained_anew_is_asked_anew(place):
+    do(place, until="resample")
+    first = read_jsonl(place / "run" / "resampled.jsonl")
+    assert do(place, until="resample", **{"sft.learning_rate": 3e-3}) == ["sft", "resample"]
+    assert opened(place).state("resample")["calls_made"] == len(first)
+
+
+def test_a_part_of_it(place):
+    assert do(place, until="revise") == ["respond", "revise"]
+    assert do(place, first="revise", until="resample") == ["sft", "resample"]
+    assert do(place, only="compare") == ["compare"]
+    run = opened(place)
+    with pytest.raises(InputError, match=r"--from.*tea.*one of respond, revise"):
+        chosen(steps(run), "tea", None, None)
+    with pytest.raises(InputError, match=r"--until.*respond.*compare or a stage after it"):
+        chosen(steps(run), "compare", "respond", None)
+    wrong = opened(place, **{"pipeline.stages": ["respond", "tea"]})
+    with pytest.raises(InputError, match=r"pipeline.*stages.*tea"):
+        steps(wrong)
+
+
+def test_another_iteration_begins_where_the_last_one_ended(place):
+    changes = {"pipeline.iterations": 2, "pipeline.stages": ["respond", "compare", "label", "reward",
+               "ppo"]}  # fmt: skip
+    done = do(place, **changes)
+    assert done[-5:] == [f"2/{name}" for name in ("respond", "compare", "label", "reward", "ppo")]
+    rows = read_jsonl(place / "run" / "2" / "responses.jsonl")
+    assert {row["policy"] for row in rows} == {str(place / "run" / "ppo")}
+    assert (place / "run" / "2" / "ppo" / "model.safetensors").exists()
+    assert do(place, **changes) == []
+
+
+def test_labels_with_too_many_faults_are_not_learned_from(place):
+    write_jsonl(place / "judge.jsonl", [{"match": "", "fault": "refused"}])
+    with pytest.raises(TooManyFaults):
+        do(place)
+    assert not (place / "run" / "reward").exists()
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_with_the_same_and_pays_once(place, tmp_path):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "run").mkdir()
+    for name in ("run.toml",):
+        (whole / "run" / name).write_bytes((place / "run" / name).read_bytes())
+    do(whole, until="ppo")
+    run, kills = place / "run", 0
+    for seconds in (2.5, 4, 6, 8, 10, 13, 16, 20, 60):
+        process = subprocess.Popen(
+            [*AIF, "run", str(run), "--until", "ppo", "--quiet"], start_new_session=True
+        )
+        try:
+            assert process.wait(seconds) == 0
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            time.sleep(0.1)
+    assert kills
+    for name in ("responses", "revisions", "resampled", "comparisons", "labels"):
+        theirs = (run / f"{name}.jsonl").read_bytes().replace(b"/whole/run", b"/run")
+        assert theirs == (whole / "run" / f"{name}.jsonl").read_bytes().replace(b"/whole/run", b"/run")
+    for stage in ("respond", "revise", "label"):
+        ids = [row["id"] for row in read_jsonl(run / "journal" / f"{stage}.jsonl")]
+        assert len(ids) == len(set(ids)), f"{stage} paid twice"
+
+
+def test_every_file_that_a_stage_reads_is_written_before_it():
+    written: set[str] = {"human.jsonl"}
+    for stage in STAGES:
+        reads = set(stage.reads.split()) - {"*"}
+        # `label` takes the comparisons of a file as well as those of a stage.
+        assert reads <= written, f"{stage.name} reads {reads - written}"
+        written |= set(stage.writes.split())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
+def test_shipped_runs_are_valid_and_can_be_planned(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    run = Run(path.parent, load_settings(path, {"judge.check_model": False}))
+    names = [step.name for step in steps(run)]
+    assert "label" in names
+    found = plan(run)
+    assert found["comparisons"] + found["calls_kept"] > 0
+    json.dumps(found)
+
+
+def test_there_are_three_shipped_runs():
+    assert {path.parent.name for path in SHIPPED} >= {"demo", "hh-local", "summaries-api"}
