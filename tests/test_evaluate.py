@@ -425,6 +425,7 @@ def test_a_wrong_name_is_one_line_before_anybody_is_asked(place, name, told):
 def test_missing_things_are_one_line(place):
     place.run.mkdir()
     nothing = ["evaluate", str(place.run), "--judge", place.judge]
+    nothing += ["--set", f"policy.model={place.warm}"]
     told = CliRunner().invoke(app, nothing)
     assert "label: constitution: got nothing, expected --constitution FILE" in one_line(told)
     told = CliRunner().invoke(app, [*nothing, "--constitution", str(place.constitution)])

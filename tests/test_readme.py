@@ -95,6 +95,11 @@ def test_reward_model_and_ppo(folder):
     assert "1 steps of ppo on " in ppo
     assert "held out, scores: " in ppo
     assert "runs/first/ppo" in ppo
+    (line,) = commands("Evaluate")
+    assert "--limit 6" in line
+    evaluated = run(line.replace("--limit 6", "--limit 2"), folder)
+    assert "wins are against base" in evaluated
+    assert "runs/first/evaluate.json" in evaluated
 
 
 def test_the_two_commands_are_in_the_makefile():

@@ -165,7 +165,7 @@ def forest(
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         svg = inline(figure, name, title, told + ".")
-    columns = ["", x, "from", "to", "of"] + ([mark] if mark else [])
+    columns = ["what", x, "from", "to", "of"] + ([mark] if mark else [])
     rows = [
         [dot.label, dot.mean, dot.low, dot.high, dot.n] + ([dot.mark] if mark else [])
         for dot in dots
@@ -283,7 +283,7 @@ def overoptimisation(
             for place in others:
                 if (y := getattr(place, key)) is not None:
                     one.plot([place.kl], [y], "D", markersize=7, color=COLOUR["c3"])
-                    _tag(one, place.kl, y, _short(place.label), "ink")
+                    _tag(one, place.kl, y, _short(place.label), "ink", below=True)
             one.set_ylabel(told)
             one.margins(x=0.09, y=0.22)
             one.locator_params(axis="both", nbins=5)
@@ -294,11 +294,12 @@ def overoptimisation(
         )
         svg = inline(figure, name, title, told + ".")
     rows = [
-        (p.label, p.kl, "at most" if p.bound else "", p.proxy, p.gold) for p in (*path, *others)
+        (p.label, f"at most {p.kl:.3g}" if p.bound else p.kl, p.proxy, p.gold)
+        for p in (*path, *others)
     ]
-    legend = [("c1", "score by step"), ("c2", "gold by step")] if path else []
+    legend = [(role, f"{key} by step") for key, _, role in panels] if path else []
     legend += [("c3", "policies of the evaluation")] if others else []
-    return Chart(name, title, svg, ("", "KL", "", "score", "gold"), rows, legend)
+    return Chart(name, title, svg, ("step or policy", "KL", "proxy", "gold"), rows, legend)
 
 
 def _or_none(value: float | None) -> str:
@@ -320,6 +321,7 @@ def _walk(axes: Any, places: Sequence[tuple[float, float, str]], role: str) -> N
             last = here
 
 
-def _tag(axes: Any, x: float, y: float, label: str, role: str) -> None:
-    axes.annotate(label, (x, y), xytext=(0, 7), textcoords="offset points", ha="center",
+def _tag(axes: Any, x: float, y: float, label: str, role: str, below: bool = False) -> None:
+    """Write beside a point; below are policies, so that they do not meet the steps above."""
+    axes.annotate(label, (x, y), xytext=(0, -16 if below else 7), textcoords="offset points", ha="center",
                   fontsize=10, color=COLOUR[role])  # fmt: skip

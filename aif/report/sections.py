@@ -219,7 +219,7 @@ def overoptimisation(found: Measured, evaluation: Evaluation | None) -> Chart | 
         for policy in (evaluation.policies if evaluation else ())
         if policy.kl and policy.kl.mean is not None
     ]
-    known = [place for place in path + others if not place.proxy is place.gold is None]
+    known = [place for place in path + others if (place.proxy, place.gold) != (None, None)]
     if not known:
         return None
     return charts.overoptimisation(

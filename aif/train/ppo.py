@@ -195,7 +195,7 @@ def _save(run: Run, prepared: Prepared, actor: ActorCritic, about: dict[str, Any
     """The policy in ppo/ and the critic in ppo-critic/, to be gone on with or looked into."""
     tokenizer, settings = prepared.tokenizer, run.settings.ppo
     if actor.critic is not None:
-        load = functools.partial(load_critic, seed=settings.seed)
+        load = functools.partial(load_critic, settings=settings)
         folder = run.file(f"{STAGE}-critic")
         save(folder, actor.critic, tokenizer, prepared.critic, about, load=load)
     save(

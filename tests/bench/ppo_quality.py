@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--kl-coef", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--schedule", default="linear")
+    parser.add_argument("--epochs", type=int, default=2, help="over a step's responses")
     parser.add_argument("--held-out", type=float, default=0.2)
     parser.add_argument("--looks", type=int, default=5)
     parser.add_argument("--algorithm", choices=("ppo", "rloo", "reinforce"), default="ppo")
@@ -68,7 +70,8 @@ def opened(folder: Path, options: argparse.Namespace, seed: int) -> Run:
         "critic_head": options.critic_head,
         "critic_learning_rate": options.critic_learning_rate,
         "max_steps": options.steps,
-        "ppo_epochs": 2,
+        "ppo_epochs": options.epochs,
+        "schedule": options.schedule,
         "response_tokens": options.tokens,
         "temperature": options.temperature,
         "kl_coef": options.kl_coef,
