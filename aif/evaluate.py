@@ -20,7 +20,7 @@ from typing import Any
 
 from aif import jsonl
 from aif.asking import Faults
-from aif.errors import AifError, InputError
+from aif.errors import AifError, InputError, shown
 from aif.grading import LiveJudge
 from aif.judge import Judge
 from aif.judging import constitution_path, judge_of
@@ -29,7 +29,7 @@ from aif.label import label
 from aif.llm import open_llm
 from aif.measured import Measured, comparison, figures
 from aif.pairs import Question, read_pairs, read_questions
-from aif.policies import REFERENCE, Policy, chosen, start_of
+from aif.policies import NAMES, REFERENCE, Policy, chosen, start_of
 from aif.progress import Progress
 from aif.records import Comparison, HumanChoice, Label, Prompt, Response
 from aif.respond import respond
@@ -100,9 +100,18 @@ def _asked_as(run: Run, policy: Policy) -> PolicySettings:
 def _check(run: Run, policies: Sequence[Policy]) -> None:
     """Raise InputError for a model that is none, before the others have been asked."""
     for policy in policies:
-        if policy.name != REFERENCE:
+        if policy.name == REFERENCE:
+            continue
+        try:
             with open_llm(_asked_as(run, policy)) as llm:
                 _ = llm.control_tokens  # of a model in this process, for which it is looked at
+        except InputError as error:
+            if not policy.is_local or policy.name != policy.model:
+                raise
+            raise InputError(
+                "evaluate", "policies", got=f"{shown(policy.name)}, neither a name nor a model",
+                expected=f"{NAMES} ({error})",
+            ) from error  # fmt: skip
 
 
 def read_asked(run: Run) -> list[Question]:

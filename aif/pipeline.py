@@ -8,6 +8,7 @@ depends on, is not what it was; RUN/pipeline.json has the digests of both, and o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -148,21 +149,22 @@ def run_all(run: Run, progress: Progress, todo: Sequence[Step]) -> dict[str, Any
             progress.say(f"{head}: nothing has changed since it was done")
             continue
         progress.say(head)
+        began = time.monotonic()
         summaries[step.name] = summary = step.stage.function()(step.run, progress)
         if "fault_rate" in summary:
             check_faults(summary, step.run.settings.label.max_fault_rate)
         if not summary.get("faults") and not summary.get("unfinished"):
-            _keep_done(step, inputs)
+            _keep_done(step, inputs, time.monotonic() - began)
     return summaries
 
 
 def _is_done(step: Step, inputs: str) -> bool:
-    kept = step.run.state(STATE).get(step.stage.name)
-    return kept is not None and kept == {"inputs": inputs, "outputs": _outputs(step)}
+    kept = step.run.state(STATE).get(step.stage.name, {})
+    return kept.get("inputs") == inputs and kept["outputs"] == _outputs(step)
 
 
-def _keep_done(step: Step, inputs: str) -> None:
-    kept = {"inputs": inputs, "outputs": _outputs(step)}
+def _keep_done(step: Step, inputs: str, seconds: float) -> None:
+    kept = {"inputs": inputs, "outputs": _outputs(step), "seconds": round(seconds, 1)}
     step.run.write_state(STATE, step.run.state(STATE) | {step.stage.name: kept})
 
 

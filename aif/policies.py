@@ -19,6 +19,7 @@ from aif.run import Run
 from aif.settings import load_settings
 from aif.train.checkpoint import sealed
 
+NAMES = "base, sft, ppo, 2/ppo, best-of-4, reference, runs/other:ppo or a model"
 REFERENCE = "reference"
 BEST_OF = "best-of-4"  # where there is a reward model, one of those that nobody has to name
 _TRAINED = r"(?:\d+/)?(?:sft|ppo)"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from aif import jsonl
+from aif.records import Prompt
 from aif.run import Run
 
 SHOWN = 3  # prompts with their responses before and after
@@ -49,14 +51,14 @@ def _samples(run: Run, found: Mapping[str, Any]) -> list[str]:
     path = run.file("evaluation.jsonl")
     if not names or not path.exists():
         return []
-    rows = [row for _, row in jsonl.read(path)]
+    rows = (row for _, row in jsonl.read(path))
     texts = {(row["policy"], row["prompt_id"]): row["response"] for row in rows}
-    prompts = {row["prompt_id"]: row.get("prompt") for row in rows}
     told = []
-    for prompt in list(prompts)[:SHOWN]:
-        told += ["", f"> {_short(prompts[prompt])}"]
+    for _, row in islice(jsonl.read(run.file("evaluation") / "prompts.jsonl"), SHOWN):
+        prompt = Prompt.of(row["prompt"])
+        told += ["", f"> {_short(prompt.messages[-1]['content'])}"]
         for name in (before, names[-1]):
-            told.append(f"  {name}: {_short(texts.get((name, prompt)))}")
+            told.append(f"  {name}: {_short(texts.get((name, prompt.id)))}")
     return told
 
 

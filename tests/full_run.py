@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def _judge(run: Run, pairs: list[Comparison], constitution: Constitution, draw: 
         own = list(_verdicts(pair, constitution, draw, faulty=number % FAULTY == 0))
         verdicts += own
         labels.append(label_of(pair, own, constitution, "pairwise"))
+    labels[1] = replace(labels[1], p_first=0.7)  # on the border of what is confident
     run.write("verdicts.jsonl", verdicts)
     run.write("labels.jsonl", labels)
     run.write_state(

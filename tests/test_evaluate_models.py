@@ -24,6 +24,7 @@ from tiny import Said, quick, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from aif.config import checked
+from aif.errors import InputError
 from aif.evaluate import evaluate
 from aif.pretrained import load_tokenizer
 from aif.run import Run
@@ -212,12 +213,19 @@ def test_the_reward_model_is_held_against_people_too(folder, tmp_path):
     assert found["reward"]["n"] == 4
 
 
-def test_a_base_model_that_is_no_model_is_one_line_before_anything_is_asked(folder, tmp_path):
-    from aif.errors import InputError
-
-    run = Run(
-        tmp_path / "run", opened(folder, {"model": "/no/such/model"}, against="base").settings
-    )
-    with pytest.raises(InputError, match="'/no/such/model'"):
+@pytest.mark.parametrize(
+    ("policy", "named", "told"),
+    [
+        ({}, ["/no/such/model"], "neither a name nor a model, expected base, sft, ppo, "),
+        ({"model": "/no/such/model"}, [], "expected smollm2-135m, or a folder"),
+    ],
+)
+def test_what_is_no_model_is_one_line_before_anything_is_asked(
+    folder, tmp_path, policy, named, told
+):
+    settings = opened(folder, policy, against="base", policies=named).settings
+    run = Run(tmp_path / "run", settings)
+    with pytest.raises(InputError, match=r"got '/no/such/model' \(no such folder\)") as error:
         evaluate(run, Said())
+    assert told in str(error.value)
     assert not run.path.exists()

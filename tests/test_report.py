@@ -24,6 +24,8 @@ from aif.records import Comparison, HumanChoice, Label, Verdict
 from aif.report import report
 from aif.report.browser import browsed, drawn
 from aif.report.judged import judge_card, survey
+from aif.report.sections import MOST_PRINCIPLES
+from aif.report.tiles import tiles
 from aif.report.visible import cleaned, visible
 from aif.run import Run
 from aif.settings import Settings
@@ -73,6 +75,11 @@ def data_of(page: str) -> dict:
     return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
+def tile_names(page: str) -> list[str]:
+    tiles = re.search(r'<dl class="tiles">(.*?)</dl>', page, re.DOTALL)[1]
+    return re.findall("<dt>(.*?)</dt>", tiles)
+
+
 def empty_run(path) -> Run:
     path.mkdir(exist_ok=True)
     return Run(path, checked(Settings, {}, "test"))
@@ -103,6 +110,9 @@ def test_a_full_run_has_every_part(full):
         "funnel", "judging", "reward", "training", "kl", "evaluation", "browser"
     ]  # fmt: skip
     assert summary["browsed"]["comparisons"] == [60, 60]
+    assert tile_names(page) == ["Win rate", "Gold", "Score (proxy)", "KL"]
+    assert "61.2 % to 77.2 %" in parsed.text()
+    assert "0.500 \N{RIGHTWARDS ARROW} 0.309 held out, before and at step 30" in parsed.text()
     for told in ("Longer wins", "Calibration", "Learning curve", "Explained variance of the critic",
                  "Held-out prompts, by step", "Win rates at equal length", "Elo points",
                  "Agreement with what people chose", "at most 0.636", "69.2"):  # fmt: skip
@@ -113,6 +123,7 @@ def test_labels_alone_make_a_report(bare):
     _, _, page = bare
     parsed = Parsed(page)
     assert {"ran", "funnel", "judge", "labels", "browse"} <= set(parsed.ids())
+    assert tile_names(page) == ["Labels", "Same winner swapped", "Longer wins", "Confident"]
     assert not {"reward", "training", "kl", "evaluation"} & set(parsed.ids())
     assert re.findall(r'class="missing">[^<]*<code>aif (.*?)</code>', page) == list(HINTS)
 
@@ -322,6 +333,7 @@ def test_nulls_are_counted_and_never_drawn(full):
     assert f"{60 - null} labels, {null} null" in told
     assert f"Labels 60 {60 - null} {null} unparsed" in told
     assert "Responses 61 60 1 empty" in told
+    assert "label 48 2 0 24,000 240" in told  # answers, failed, damaged lines, tokens
     assert "Revisions 24 12 12 truncated" in told
     table = re.search(r"spread-0.*?<tbody>(.*?)</tbody>", page, re.DOTALL)[1]
     assert sum(map(int, re.findall(r"<td>(\d+)</td>", table))) == 60 - null
@@ -384,6 +396,29 @@ def test_the_judges_card_by_hand(tmp_path):
             "confident": (pytest.approx(2 / 3), 3),
             "first": (pytest.approx(2 / 3), 3),
         }
+
+
+def test_the_tiles_are_of_the_weights_that_training_ended_with():
+    measured = {("ppo", "eval/gold"): [(0, 1.0), (10, 3.0), (20, 2.0)],
+                ("ppo", "eval/kl"): [(0, 0.0), (10, 4.0), (20, 9.0)]}  # fmt: skip
+    gold, kl = tiles(measured, 10, None, None)
+    assert gold["value"] == "1.00 \N{RIGHTWARDS ARROW} 3.00"
+    assert kl["value"] == "4.00"
+    assert [tile["value"] for tile in tiles(measured, None, None, None)][1] == "9.00"
+
+
+def test_many_principles_are_all_in_the_table_and_not_all_drawn(tmp_path):
+    run = empty_run(tmp_path / "run")
+    pair = Comparison.of([{"role": "user", "content": "?"}], "a b", "a")
+    by_principle = {f"p{n}": 0.9 for n in range(30)}
+    run.write("comparisons.jsonl", [pair])
+    run.write("labels.jsonl", [Label(pair.id, 0.9, None, 60, None, by_principle)])
+    report(run, Progress(quiet=True))
+    told = Parsed(written(run)).text()
+    assert "p29 1 0 100.0 % 100.0 % 100.0 %" in told
+    assert f"{30 - MOST_PRINCIPLES} more principles stand in the table above." in told
+    assert "Distribution of p_first, p0" in told
+    assert "Distribution of p_first, p29" not in told
 
 
 def test_a_shared_grade_is_paid_once(tmp_path):

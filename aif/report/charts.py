@@ -141,10 +141,10 @@ def _side_by_side(series: Mapping[str, Points]) -> list[tuple[Any, ...]]:
 
 
 def forest(
-    name: str, title: str, dots: Sequence[Dot], x: str, line: float | None = None, note: str = "",
-    mark: str = "",
-) -> Chart:  # fmt: skip
-    """A dot with its interval a row; `line` is where nothing is won or lost."""
+    name: str, title: str, dots: Sequence[Dot], x: str, line: float | None = None, mark: str = ""
+) -> Chart:
+    """A dot with its interval a row; `line` is where nothing is won or lost, `mark` what the dots'
+    marks are."""
     told = "; ".join(f"{dot.label} {_estimate(dot)}" for dot in dots)
     with _style():
         figure, axes = _axes(height=46 + 26 * len(dots))
@@ -171,7 +171,7 @@ def forest(
         for dot in dots
     ]
     legend = [("c1", "with 95 % interval"), ("c2", mark)] if mark else []
-    return Chart(name, title, svg, columns, rows, legend, note)
+    return Chart(name, title, svg, columns, rows, legend)
 
 
 def _estimate(dot: Dot) -> str:
@@ -323,5 +323,7 @@ def _walk(axes: Any, places: Sequence[tuple[float, float, str]], role: str) -> N
 
 def _tag(axes: Any, x: float, y: float, label: str, role: str, below: bool = False) -> None:
     """Write beside a point; below are policies, so that they do not meet the steps above."""
-    axes.annotate(label, (x, y), xytext=(0, -16 if below else 7), textcoords="offset points", ha="center",
-                  fontsize=10, color=COLOUR[role])  # fmt: skip
+    axes.annotate(
+        label, (x, y), xytext=(0, -16 if below else 7), textcoords="offset points",
+        ha="center", fontsize=10, color=COLOUR[role],
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from aif.report import charts
 from aif.report.charts import Chart, Dot, Place
 from aif.report.facts import named
 from aif.report.files import (
+    Calibration,
     CardPart,
     Estimate,
     Evaluation,
@@ -29,7 +30,7 @@ from aif.report.files import (
 from aif.report.judged import Judged, human_longer, judge_card
 from aif.run import Run
 
-MOST_HISTOGRAMS = 12
+MOST_PRINCIPLES = 12  # that are drawn; the tables have all
 
 # What a policy declines: anything, what asks for harm, what does not.
 REFUSALS = {
@@ -63,43 +64,26 @@ def judging(judged: Judged) -> dict[str, Any] | None:
     card = judge_card(judged)
     if not card:
         return None
-    whole, *by_principle = card
-    shown = [whole, *by_principle[:MOST_HISTOGRAMS]]
-    dots = [
-        dot
-        for row in card
-        if (dot := _dot(row["name"] or "whole label", row["longer"])) is not None
+    whole, shown = card[0], card[: 1 + MOST_PRINCIPLES]
+    longer = [_dot(row["name"] or "whole label", row["longer"]) for row in shown]
+    longer.append(_dot("people", human_longer(judged)))
+    first = [_dot(row["name"] or "all principles", row["shown_first"]) for row in shown]
+    pictures = [
+        _forest("longer", "How often the longer response wins", longer, "share"),
+        _forest("position", "How often the response shown first wins", first, "share"),
     ]
-    people = human_longer(judged)
-    if (dot := _dot("people", people)) is not None:
-        dots.append(dot)
-    leaning = [
-        dot for row in card
-        if (dot := _dot(row["name"] or "all principles", row["shown_first"])) is not None
-    ]  # fmt: skip
-    pictures = []
-    if dots:
-        pictures.append(
-            charts.forest("longer", "How often the longer response wins", dots, "share", 0.5)
-        )
-    if leaning:
-        pictures.append(
-            charts.forest(
-                "position", "How often the response shown first wins", leaning, "share", 0.5
-            )
-        )
     return {
         "rows": card,
         "pairwise": bool(whole["swaps"]["n"]),
         "human": bool(whole["human"]["n"]),
-        "charts": pictures,
+        "charts": [picture for picture in pictures if picture],
         "histograms": [
             charts.histogram(
                 f"spread-{n}", row["name"] or "whole label", row["values"], row["null"]
             )
             for n, row in enumerate(shown)
         ],
-        "histograms_left_out": len(card) - len(shown),
+        "not_drawn": len(card) - len(shown),
     }
 
 
@@ -120,11 +104,12 @@ def reward_model(run: Run) -> dict[str, Any] | None:
     kinds = [
         (told, part) for told, part in (("AI labels", card.ai), ("people", card.human)) if part
     ]
-    pictures: list[Chart | None] = [
+    pictures = [
         _forest(
-            "rm-overall", "Accuracy, and how often the longer wins", _overall(kinds), "longer wins"
+            "rm-overall", "Accuracy, and how often the longer wins", _overall(kinds),
+            mark="longer wins",
         )
-    ]
+    ]  # fmt: skip
     for told, part in kinds[:1]:
         pictures.append(_forest(
             "rm-confidence", f"By the label's confidence ({told})",
@@ -134,11 +119,13 @@ def reward_model(run: Run) -> dict[str, Any] | None:
             "rm-length", f"By words more in the better response ({told})",
             [_dot(_words(row.words_more), row) for row in part.by_length],
         ))  # fmt: skip
-    pictures.append(_forest(
-        "rm-principle", "By principle", [_dot(name, row) for name, row in card.by_principle.items()]
-    ))  # fmt: skip
+    principles = [_dot(name, row) for name, row in card.by_principle.items()]
+    title = "By principle"
+    if len(principles) > MOST_PRINCIPLES:
+        title += f", the first {MOST_PRINCIPLES} of {len(principles)}"
+    pictures.append(_forest("rm-principle", title, principles[:MOST_PRINCIPLES]))
     bins = {
-        f"{told}, ECE {part.calibration.ece or 0:.3f}": [
+        _calibrated(told, part.calibration): [
             (bin.confidence, bin.accuracy, bin.n) for bin in part.calibration.bins
         ]
         for told, part in kinds
@@ -161,9 +148,15 @@ def _overall(kinds: Sequence[tuple[str, CardPart]]) -> list[Dot | None]:
     return dots
 
 
-def _forest(name: str, title: str, dots: Iterable[Dot | None], mark: str = "") -> Chart | None:
+def _forest(
+    name: str, title: str, dots: Iterable[Dot | None], x: str = "accuracy", mark: str = ""
+) -> Chart | None:
     known = [dot for dot in dots if dot is not None]
-    return charts.forest(name, title, known, "accuracy", 0.5, mark=mark) if known else None
+    return charts.forest(name, title, known, x, 0.5, mark=mark) if known else None
+
+
+def _calibrated(told: str, found: Calibration) -> str:
+    return told if found.ece is None else f"{told}, ECE {found.ece:.3f}"
 
 
 def _confidence(least: float) -> str:

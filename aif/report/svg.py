@@ -30,7 +30,7 @@ def inline(figure: Any, name: str, title: str, desc: str) -> Markup:
     from matplotlib import rc_context
 
     file = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with rc_context({"svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     root = ET.fromstring(file.getvalue())
     _strip(root)
