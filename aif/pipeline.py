@@ -114,8 +114,10 @@ def _iteration(run: Run, number: int, before: Run) -> Run:
     settings = run.settings
     policy = settings.policy.model_copy(update={"model": str(before.file("ppo"))})
     fresh = {"model": None}  # each begins as the new policy
+    respond = settings.respond
     update = {
         "policy": policy,
+        "respond": respond.model_copy(update={"samples": respond.resamples or respond.samples}),
         "reward": settings.reward.model_copy(update=fresh),
         "ppo": settings.ppo.model_copy(update=fresh),
     }

@@ -71,7 +71,7 @@ def _is_to_be_sampled(run: Run) -> bool:
 def _expected(run: Run) -> Iterator[Comparison]:
     """Comparisons of responses that are as long as they may be."""
     words = "word " * run.settings.policy.response_tokens
-    texts = [f"{words}{number}" for number in range(run.settings.respond.samples)]
+    texts = [f"{words}{number}" for number in range(_samples(run))]
     for prompt in _prompts(run):
         yield from pairs(run, prompt, texts)
 
@@ -81,10 +81,19 @@ def _prompts(run: Run) -> list[Prompt]:
     return list(islice(read_prompts(settings.prompts), settings.limit))
 
 
+def _samples(run: Run) -> int:
+    """Of those responses to a prompt that are compared."""
+    settings = run.settings.respond
+    again = any(step.name == "resample" for step in steps(run))
+    return (again and settings.resamples) or settings.samples
+
+
 def _sampling(run: Run) -> dict[str, int]:
     """Calls of the stages of `aif run` that come before labels, at most."""
     settings = run.settings
-    responses = len(_prompts(run)) * settings.respond.samples
-    each = {"respond": responses, "resample": responses}
-    each["revise"] = responses * settings.revise.rounds * 2
+    prompts = len(_prompts(run))
+    responses = prompts * settings.respond.samples
+    revised = min(responses, settings.revise.limit or responses)
+    each = {"respond": responses, "resample": prompts * _samples(run)}
+    each["revise"] = revised * settings.revise.rounds * 2
     return {step.name: each[step.name] for step in steps(run) if step.name in each}

@@ -21,7 +21,7 @@ from aif.pairs import read_dialogues, read_prompts
 from aif.progress import Progress
 from aif.records import Message, Prompt, Response, content_id
 from aif.run import Run
-from aif.settings import PolicySettings
+from aif.settings import Settings
 
 STAGE = "respond"
 AGAIN = "resample"
@@ -31,7 +31,7 @@ NEXT_TURN = "\n\nUser:"
 
 def respond(run: Run, progress: Progress) -> dict[str, Any]:
     """Sample `respond.samples` responses to each prompt from `[policy]`; returns the summary."""
-    return _sampled(run, run.settings.policy, STAGE, "responses.jsonl", progress)
+    return _sampled(run, run.settings, STAGE, "responses.jsonl", progress)
 
 
 def resample(run: Run, progress: Progress) -> dict[str, Any]:
@@ -40,16 +40,21 @@ def resample(run: Run, progress: Progress) -> dict[str, Any]:
     tuned = run.file("sft")
     if not (tuned / "config.json").exists():
         raise InputError(tuned, "", got="no model", expected="`aif sft` to have been done")
-    policy = run.settings.policy.model_copy(update={"model": str(tuned)})
-    return _sampled(run, policy, AGAIN, "resampled.jsonl", progress)
+    settings = run.settings
+    given = settings.respond
+    tables = {
+        "policy": settings.policy.model_copy(update={"model": str(tuned)}),
+        "respond": given.model_copy(update={"samples": given.resamples or given.samples}),
+    }
+    return _sampled(run, settings.model_copy(update=tables), AGAIN, "resampled.jsonl", progress)
 
 
 def _sampled(
-    given: Run, policy: PolicySettings, stage: str, file: str, progress: Progress
+    given: Run, settings: Settings, stage: str, file: str, progress: Progress
 ) -> dict[str, Any]:
-    """Responses of `policy` to the run's prompts, in `file`; the summary."""
-    run = Run(given.path, given.settings.model_copy(update={"policy": policy}))
-    with open_llm(policy) as llm, run.writing():
+    """Responses to the run's prompts as `settings` say, in `file`; the summary."""
+    run = Run(given.path, settings)
+    with open_llm(settings.policy) as llm, run.writing():
         shots = read_shots(run.settings.respond.shots)
         prompts = take_in(run)
         given.keep_settings()

@@ -58,6 +58,14 @@ def test_the_three_daily_jobs(folder):
     assert "good-cheer' was edited" in edited
     assert "24 calls made, 72 kept" in edited
 
+    cost, back, _, before, flips = (run(line, folder) for line in commands("See what flips"))
+    assert "pointwise, as text: good-cheer (every comparison)" in cost
+    assert "principle 'good-cheer' was edited" in back
+    assert "12 comparisons in both" in back
+    assert "0 calls made, 96 kept" in before
+    assert "principle 'good-cheer' was edited" in flips
+    assert "runs/first/diff.jsonl" in flips
+
     with serving() as server:
         there = swap[0].replace("http://localhost:8000/v1", server.base_url)
         swapped = run(there.replace("MODEL", "test-model"), folder)
@@ -100,6 +108,28 @@ def test_reward_model_and_ppo(folder):
     evaluated = run(line.replace("--limit 6", "--limit 2"), folder)
     assert "wins are against base" in evaluated
     assert "runs/first/evaluate.json" in evaluated
+
+
+# So that the demo, which is made to be watched, takes a minute.
+SMALL = ["respond.limit=6", "respond.resamples=2", "policy.max_tokens=8", "revise.limit=3"]
+SMALL += ["sft.max_steps=1", "sft.filtered=false", "reward.max_steps=1", "ppo.max_steps=1"]
+SMALL += ["ppo.batch_size=2", "ppo.samples=2", "evaluate.limit=3"]
+
+
+@pytest.mark.timeout(900)
+def test_one_command(folder):
+    """As it stands but for its size."""
+    plan, *runs, status = commands("One command")
+    (folder / "runs" / "demo").mkdir(parents=True)
+    shutil.copy(ROOT / "runs/demo/run.toml", folder / "runs/demo/run.toml")
+    assert "resample: 256 calls at most" in run(plan, folder)
+    small = " ".join(f"--set {setting}" for setting in SMALL)
+    first, again = (run(f"{line} {small}", folder) for line in runs)
+    assert "ppo wins" in first
+    assert "report.html" in first
+    assert "reward: data, settings or model have changed" in again
+    assert "label" not in again
+    assert "ppo wins" in run(status, folder)
 
 
 def test_the_two_commands_are_in_the_makefile():

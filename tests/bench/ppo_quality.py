@@ -21,6 +21,7 @@ import numpy as np
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from aif.config import checked
+from aif.console import parse_source
 from aif.ppo import ppo
 from aif.progress import Progress
 from aif.run import Run
@@ -32,12 +33,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reward", required=True, help="a reward model as `aif reward` leaves it")
+    parser.add_argument("--source", action="append", help="of the reward, as `aif ppo --reward`")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=32, help="of a response at most")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--kl-coef", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--eos-penalty", type=float, default=0.0, help="most are cut off here")
     parser.add_argument("--schedule", default="linear")
     parser.add_argument("--epochs", type=int, default=2, help="over a step's responses")
     parser.add_argument("--held-out", type=float, default=0.2)
@@ -64,6 +67,7 @@ def opened(folder: Path, options: argparse.Namespace, seed: int) -> Run:
         "prompts": str(ROOT / "prompts/everyday.jsonl"),
         "reward_model": options.reward,
         "gold": "judge",
+        "reward": dict(map(parse_source, options.source or ["model"])),
         "algorithm": options.algorithm,
         "samples": options.samples,
         "batch_size": 24 // options.samples,
@@ -74,6 +78,7 @@ def opened(folder: Path, options: argparse.Namespace, seed: int) -> Run:
         "schedule": options.schedule,
         "response_tokens": options.tokens,
         "temperature": options.temperature,
+        "missing_eos_penalty": options.eos_penalty,
         "kl_coef": options.kl_coef,
         "learning_rate": options.learning_rate,
         "eval_fraction": options.held_out,
