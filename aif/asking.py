@@ -17,7 +17,7 @@ from typing import Any
 
 from aif.errors import AifError, Interrupted, JudgeStopped, TooManyFaults
 from aif.journal import Journal
-from aif.llm import LLM, Answer, Ask
+from aif.llm import LLM, Answer, Ask, Caller, Lasting
 from aif.progress import Progress
 from aif.records import FAULTS, SERVICE_FAULTS
 
@@ -79,6 +79,9 @@ def ask_all(
     before = journal.durable
     try:
         with draining(progress) as stop:
+            if isinstance(llm, Lasting):
+                ledger = journal.path.with_suffix(".batches.jsonl")
+                llm.attend(Caller(ledger, journal.commit, stop.is_set, progress.say))
             _pay(llm, _until(stop, asks), journal, row_of, progress, tally, before)
             if stop.is_set():
                 tally.stopped = Interrupted("interrupted; the same command resumes")

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from aif import told
+from aif.cli_batches import batches_app
 from aif.cli_constitution import constitution_app
+from aif.cli_diff import diff_app
 from aif.cli_evaluate import evaluate_app
 from aif.cli_report import report_app
 from aif.cli_run import run_app
@@ -45,9 +47,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(train_app)
+app.add_typer(diff_app)
 app.add_typer(evaluate_app)
 app.add_typer(report_app)
 app.add_typer(run_app)
+app.add_typer(batches_app)
 app.add_typer(constitution_app, name="constitution")
 
 

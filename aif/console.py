@@ -30,7 +30,8 @@ ConstitutionFile = Annotated[str | None, typer.Option("--constitution", help="TO
 Judge = Annotated[
     str | None,
     typer.Option(
-        help="openai:MODEL, smollm2-135m (bundled), a folder or hub id, scripted:FILE.",
+        help="openai:MODEL, openai-batch:MODEL (the Batch API), smollm2-135m (bundled), a folder "
+        "or hub id, scripted:FILE.",
     ),
 ]
 BaseUrl = Annotated[str | None, typer.Option(help="Server of an openai: judge, ending in /v1.")]

@@ -6,8 +6,8 @@ No model is asked here: every policy is a run of its own below RUN/evaluation, a
 matches. What they were answered is in their journals, so that a second evaluation asks for what is
 new, and one that was killed goes on. evaluation.jsonl has a row for every policy and prompt:
 
-{"policy": "ppo", "prompt_id": "...", "response": "...", "fault": null, "words": 31, "refusal":
- false, "score": 1.2, "gold": 0.7, "kl": 4.1}
+{"policy": "ppo", "prompt_id": "...", "response": "...", "fault": null, "words": 31,
+ "refusal": false, "score": 1.2, "gold": 0.7, "kl": 4.1}
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _judged(
         pair: [comparison(a, b) for a, b in zip(rows[pair[0]], rows[pair[1]], strict=True)]
         for pair in paired
     }
-    asked = [c for found in met.values() for c in found if c and c.first != c.second]
+    asked = [c for found in met.values() for c in found if c]
     shown = run.file(FOLDER) / "matches.jsonl"
     jsonl.write(
         shown,

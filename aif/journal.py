@@ -76,14 +76,53 @@ class Index:
             self.failed[key] = offset
 
 
-class Journal:
-    """Rows by id, durable. Build it with `Journal.open`; close it, or use it in a `with`."""
+class Reader:
+    """Rows by id, of a journal that another process may be writing: nothing is repaired.
+
+    What is appended later is not seen. Raises AifError where there is no such file.
+    """
 
     def __init__(self, path: Path, descriptor: int, index: Index):
         self.path = path
         self.index = index
-        self.durable = 0  # rows of this process that are on the disk
         self._descriptor = descriptor
+
+    @staticmethod
+    @contextlib.contextmanager
+    def reading(path: Path) -> Iterator[Reader]:
+        """A journal to look at, closed at the end of the `with`."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise AifError(f"{path}: could not be opened: {error.strerror}") from error
+        try:
+            yield Reader(path, descriptor, Index.read(path))
+        finally:
+            os.close(descriptor)
+
+    def newest(self, key: str) -> dict[str, Any] | None:
+        """The row that counts for an id: its answer, else its last fault, else None."""
+        raw = bytes.fromhex(key)
+        offset = self.index.answered.get(raw, self.index.failed.get(raw))
+        return None if offset is None else self._row(offset)
+
+    def _row(self, offset: int) -> dict[str, Any]:
+        # A line is rarely over 4 kB; read on where it is.
+        data = os.pread(self._descriptor, 4096, offset)
+        while b"\n" not in data:
+            more = os.pread(self._descriptor, 1 << 20, offset + len(data))
+            if not more:
+                raise AifError(f"{self.path}: something else has cut it short")
+            data += more
+        return json.loads(data[: data.index(b"\n")])
+
+
+class Journal(Reader):
+    """Rows by id, durable. Build it with `Journal.open`; close it, or use it in a `with`."""
+
+    def __init__(self, path: Path, descriptor: int, index: Index):
+        super().__init__(path, descriptor, index)
+        self.durable = 0  # rows of this process that are on the disk
         self._waiting: list[tuple[bytes, bytes, bool]] = []  # line, id, is it a fault
         self._changed = threading.Condition()
         self._busy = self._closing = False
@@ -175,22 +214,6 @@ class Journal:
             f"{self.path}:{found.line}: damaged (key {found.key}); it is asked again if needed"
             for found in self.index.damage
         ]
-
-    def newest(self, key: str) -> dict[str, Any] | None:
-        """The row that counts for an id: its answer, else its last fault, else None."""
-        raw = bytes.fromhex(key)
-        offset = self.index.answered.get(raw, self.index.failed.get(raw))
-        return None if offset is None else self._row(offset)
-
-    def _row(self, offset: int) -> dict[str, Any]:
-        # A line is rarely over 4 kB; read on where it is.
-        data = os.pread(self._descriptor, 4096, offset)
-        while b"\n" not in data:
-            more = os.pread(self._descriptor, 1 << 20, offset + len(data))
-            if not more:
-                raise AifError(f"{self.path}: something else has cut it short")
-            data += more
-        return json.loads(data[: data.index(b"\n")])
 
     def close(self) -> None:
         """Write what waits and close the file; an error in that is raised."""

@@ -14,7 +14,7 @@ from typing import Any
 from aif import constitution as constitutions
 from aif.combine import label_of
 from aif.errors import InputError
-from aif.journal import Index, Journal
+from aif.journal import Index, Reader
 from aif.judge import Judge
 from aif.llm import Ask
 from aif.records import Comparison, Label, Verdict
@@ -87,7 +87,7 @@ def asks_for(judge: Judge, rows: Iterable[Comparison], missing: Iterable[bytes])
 
 
 def judged(
-    judge: Judge, comparison: Comparison, journal: Journal, quorum: float
+    judge: Judge, comparison: Comparison, journal: Reader, quorum: float
 ) -> tuple[list[tuple[Verdict, dict[str, Any]]], Label | None]:
     """The verdicts on a comparison with their journal rows, and the label they come to.
 

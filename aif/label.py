@@ -183,9 +183,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = before["constitution"], now["constitution"]
     if old["preamble"] != new["preamble"]:
         lines.append("the constitution's preamble changed")
+    same_protocol = before.get("protocol") == now["protocol"]  # else each puts another question
     for name in old["principles"] | new["principles"]:
         was, is_now = old["principles"].get(name), new["principles"].get(name)
-        if was != is_now:
+        if was != is_now and (same_protocol or None in (was, is_now)):
             what = "is new" if was is None else "is gone" if is_now is None else "was edited"
             lines.append(f"principle {name!r} {what}")
     if not lines and old["digest"] != new["digest"]:

@@ -82,7 +82,7 @@ def named(run: Run, name: str) -> Policy:
             return Policy(name, load_settings(folder / "run.toml", {}).policy.model)
         if folder.is_dir():
             return Policy(name, _trained(folder, match[2]))
-        if match[1] not in ("openai", "scripted"):
+        if match[1] not in ("openai", "openai-batch", "scripted"):
             raise _wrong(name, f"a run folder before the colon, and {shown(match[1])} is none")
     return Policy(name, name)
 

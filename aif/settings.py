@@ -40,6 +40,7 @@ class LLMSettings(Strict):
     timeout_s: float = Field(120, gt=0)
     attempts: int = Field(6, ge=1, le=100)
     max_wait_s: float = Field(60, gt=0)
+    poll_s: float = Field(60, gt=0)  # between two looks at a batch, at most
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
 
@@ -83,6 +84,7 @@ class RespondSettings(Strict):
     prompts: str | None = None
     shots: str | None = None  # solved examples, put before each prompt and not kept with it
     samples: int = Field(2, ge=1, le=1000)
+    resamples: int | None = Field(None, ge=1, le=1000)  # of the fine-tuned policy; None: samples
     seed: int = 0
     limit: int | None = Field(None, ge=1)
 

@@ -100,9 +100,12 @@ def _judge(run: Run, pairs: list[Comparison], constitution: Constitution, draw: 
             },
         },
     )
-    run.file("journal").mkdir(exist_ok=True)
-    with Journal.open(run.file("journal") / "label.jsonl") as journal:
-        for verdict in verdicts[:50]:
+    _paid(run.file("journal") / "label.jsonl", verdicts[:50])
+
+
+def _paid(path: Path, verdicts: Iterable[Verdict]) -> None:
+    with Journal.open(path) as journal:
+        for verdict in verdicts:
             journal.append({"id": verdict.id, "fault": verdict.fault})
 
 
@@ -130,7 +133,9 @@ def full_run(path: Path, comparisons: int = 60, texts: Iterable[str] = ()) -> Ru
     run.write_state("reward-card", _card(labels))
     run.write_state("sft", {"from": "tiny", "examples": 20, "steps": 8, "eval_loss": 1.2})
     run.write_state("reward", {"from": "tiny", "pairs": 40, "eval_pairs": 12, "steps": 8})
-    run.write_state("ppo", {"from": "tiny", "algorithm": "ppo", "prompts": 9, "steps": 30})
+    run.write_state(
+        "ppo", {"from": "tiny", "algorithm": "ppo", "prompts": 9, "steps": 30, "eval_prompts": 5}
+    )
     write_jsonl(path / "metrics.jsonl", _metrics())
     prompts = {row.id: row.messages for row in run.read("prompts.jsonl", Prompt)}
     asked = list(prompts)[:5]
@@ -146,6 +151,8 @@ def full_run(path: Path, comparisons: int = 60, texts: Iterable[str] = ()) -> Ru
         for policy in ("base", "ppo") for name in asked
     ))  # fmt: skip
     run.write_state("evaluate", EVALUATION)
+    verdicts = list(run.read("verdicts.jsonl", Verdict))
+    _paid(path / "evaluation" / "matches" / "journal" / "label.jsonl", verdicts[1:4])
     return run
 
 
@@ -222,7 +229,8 @@ EVALUATION = {
         {"name": "best of 4", "model": "tiny", "responses": 40, "gold": _near(0.9),
          "score": _near(1.0), "kl": {"mean": math.log(4) - 0.75, "bound": True}},
         {"name": "ppo", "model": "/home/jane/secret/run/ppo", "responses": 39,
-         "faults": {"truncated": 1}, "gold": _near(1.1), "score": _near(2.8), "kl": _near(6.0),
+         "faults": {"truncated": 1}, "words": _near(31, 2), "gold": _near(1.1),
+         "score": _near(2.8), "kl": _near(6.0),
          "rating": _near(0.7), "refusal_rate": 0.1},
     ],
     "matches": [

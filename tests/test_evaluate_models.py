@@ -158,6 +158,7 @@ def test_kl_is_from_what_ppo_started_from(folder):
     assert found["best-of-4"]["kl"] == {
         "mean": bound, "low": bound, "high": bound, "n": 4, "bound": True
     }  # fmt: skip
+    assert {row["kl"] for row in rows(run, "best-of-4")} == {None}, "it is no single draw"
     for name, model in (("base", folder / "base"), ("ppo", run.path / "ppo")):
         drawn = [Drawn([turn], row["text"], row["finish"] == "stop")
                  for turn, row in zip(PROMPTS, responses(run, name), strict=True)]  # fmt: skip

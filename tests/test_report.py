@@ -110,11 +110,11 @@ def test_a_full_run_has_every_part(full):
         "funnel", "judging", "reward", "training", "kl", "evaluation", "browser"
     ]  # fmt: skip
     assert summary["browsed"]["comparisons"] == [60, 60]
-    assert tile_names(page) == ["Win rate", "Gold", "Score (proxy)", "KL"]
-    assert "61.2 % to 77.2 %" in parsed.text()
-    assert "0.500 \N{RIGHTWARDS ARROW} 0.309 held out, before and at step 30" in parsed.text()
+    assert tile_names(page) == ["Win rate", "Gold", "Score (proxy)", "KL", "Words"]
+    assert "ppo against base, 61.2 % to 77.2 %; at equal length 61.0 %" in parsed.text()
+    assert "0.500 \N{RIGHTWARDS ARROW} 1.10 base to ppo" in parsed.text()
     for told in ("Longer wins", "Calibration", "Learning curve", "Explained variance of the critic",
-                 "Held-out prompts, by step", "Win rates at equal length", "Elo points",
+                 "5 held-out prompts, by step", "Win rates at equal length", "Elo points",
                  "Agreement with what people chose", "at most 0.636", "69.2"):  # fmt: skip
         assert told in page, told
 
@@ -186,8 +186,12 @@ def test_states_with_nothing_in_them_are_no_error(tmp_path):
     for name in ("label", "sft", "reward", "ppo", "reward-card", "evaluate"):
         run.write_state(name, {"unknown": 1})
     run.write_state("reward", {"digest": "0", "in_progress": True})
+    bins = [{"confidence": 0.6, "accuracy": 0.7, "n": 3}]
+    run.write_state("reward-card", {"ai": {"calibration": {"bins": bins}}})
     report(run, Progress(quiet=True))
     assert "begun, not done" in written(run)
+    assert "Calibration" in written(run)
+    assert "ECE" not in written(run)
 
 
 def test_what_is_missing_is_said_in_one_line(full, monkeypatch):
@@ -334,11 +338,14 @@ def test_nulls_are_counted_and_never_drawn(full):
     assert f"Labels 60 {60 - null} {null} unparsed" in told
     assert "Responses 61 60 1 empty" in told
     assert "label 48 2 0 24,000 240" in told  # answers, failed, damaged lines, tokens
+    assert "evaluate 2 1 0 \N{EN DASH} \N{EN DASH}" in told
     assert "Revisions 24 12 12 truncated" in told
     table = re.search(r"spread-0.*?<tbody>(.*?)</tbody>", page, re.DOTALL)[1]
     assert sum(map(int, re.findall(r"<td>(\d+)</td>", table))) == 60 - null
-    variance = page[page.index('Figures<span class="spoken"> of Explained variance') :]
-    assert re.search(r'<th scope="row">3</th><td>&#8211;</td>', variance.partition("</table>")[0])
+    variance = page[page.index("<figcaption>Explained variance") :].partition("</table>")[0]
+    assert re.search(r'<th scope="row">3</th><td>&#8211;</td>', variance)
+    line = re.search(r'<path d="([^"]*)"[^>]*class="s-c1"', variance)[1]
+    assert line.count("M") == 2  # it is lifted where there is no number
 
 
 def test_the_data_is_what_the_files_say(full):
@@ -494,7 +501,8 @@ def test_names_and_texts_from_files_are_text_on_the_page(tmp_path):
     run = labelled_run(tmp_path / "run", 9, ["</script><script>alert(1)</script>", "{{7*7}}"])
     name = '"><img src=x onerror=alert(1)> $x^2$ \u202e{{7*7}} \ud800'
     run.write_state("evaluate", {
-        "judge": name, "policies": [{"name": name, "model": name, "gold": {"mean": 1.0}}],
+        "judge": name,
+        "policies": [{"name": n, "model": n, "gold": {"mean": 1.0}} for n in (name, "a $x$ b")],
         "matches": [{"first": name, "second": name, "win_rate": {"mean": 0.5}}],
     })  # fmt: skip
     rows = [{"stage": "sft", "step": n, "name": "loss", "value": 1.0} for n in range(2)]
@@ -506,4 +514,5 @@ def test_names_and_texts_from_files_are_text_on_the_page(tmp_path):
     assert [tag for tag, _ in parsed.found].count("script") == 2
     assert "onerror=alert(1)> $x^2$ ⟨U+202E⟩{{7*7}} ⟨U+D800⟩" in parsed.text()
     assert "\u202e" not in parsed.text()
+    assert ">a $x$ b</text>" in page
     assert "</script><script>alert(1)</script>" in data_of(page)["texts"]

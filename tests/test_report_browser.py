@@ -18,6 +18,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 
+PATIENCE = 120_000  # ms; the machine may have other things to do
+
 HOSTILE = [
     "</script><script>window.hit = 1</script>",
     '<img src="x" onerror="window.hit = 1">',
@@ -51,6 +53,7 @@ def opened(chromium):
 
     def open_(run, width=1280, address="", **options):
         context = chromium.new_context(viewport={"width": width, "height": 900}, **options)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.add_init_script(WATCH)
@@ -124,6 +127,7 @@ def test_hostile_texts_are_text(opened, run):
 def test_the_policy_is_in_force(chromium, run):
     """What the script never does would be refused as well."""
     page = chromium.new_page()
+    page.set_default_timeout(PATIENCE)
     page.add_init_script(WATCH)
     page.goto(f"file://{run.path}/report.html")
     tried = page.evaluate("""() => {
@@ -180,6 +184,16 @@ def test_search_and_keys(opened, run):
     assert page.evaluate("document.activeElement.id") == "list"
     page.keyboard.press("End")
     assert page.locator("#detail h3").inner_text().startswith("Comparison 3 of 3")
+    page.locator("[name=words]").fill("")
+    page.locator("#list").focus()
+    page.keyboard.press("End")
+    assert page.locator("#row-59").is_visible()
+    page.locator("[name=fault]").select_option("-")  # what is found now is seen from its first on
+    assert page.locator("#row-0").is_visible()
+    page.locator("button[type=reset]").click()
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.name") != "words"  # a button has its own keys
+    page.locator("#list").focus()
     page.keyboard.press("/")
     page.keyboard.type("nothing has this")
     assert hits(page) == "0 of 60 comparisons"
@@ -372,6 +386,7 @@ def test_everything_has_a_name(opened, run):
 
 def test_without_scripts_the_figures_are_there(chromium, run):
     context = chromium.new_context(java_script_enabled=False)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     page.goto(f"file://{run.path}/report.html")
     assert page.locator("figure svg").count() > 20
@@ -382,39 +397,46 @@ def test_without_scripts_the_figures_are_there(chromium, run):
 
 # ---- how quick it is
 
-TIMES = """(words) => {
+CHANGE = """([name, value]) => {
   const form = document.getElementById("filters");
-  const took = [];
-  for (const [name, value] of words) {
-    form[name].value = value;
-    const began = performance.now();
-    form[name].dispatchEvent(new Event("input", { bubbles: true }));
-    document.body.getBoundingClientRect();  // the layout counts, too
-    took.push(performance.now() - began);
-  }
-  return took;
+  form[name].value = value;
+  form[name].dispatchEvent(new Event("input", { bubbles: true }));
+  document.body.getBoundingClientRect();  // the layout counts, too
 }"""
 
 
-def test_five_thousand_comparisons_do_not_lag(opened, many):
-    opening = []
-    for _ in range(3):
-        page = opened(many)
-        opening.append(page.evaluate("performance.getEntriesByType('navigation')[0].duration"))
+def cpu_ms(session) -> float:
+    """What the page's thread has worked so far; other processes do not count."""
+    found = session.send("Performance.getMetrics")["metrics"]
+    return 1000 * next(row["value"] for row in found if row["name"] == "TaskDuration")
+
+
+def test_five_thousand_comparisons_do_not_lag(chromium, many):
+    context = chromium.new_context()
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    session = context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.goto(f"file://{many.path}/report.html")
     assert page.locator("#hits").inner_text() == "4,998 comparisons"
-    changes = [
+    opening = cpu_ms(session)
+    took = {}
+    for change in (
         ["words", "useful thing then"], ["words", "question 12"], ["disagreement", "orders"],
         ["confidence", "sure"], ["principle", "1"], ["fault", "-"], ["words", ""],
         ["disagreement", "principles"], ["confidence", ""], ["disagreement", ""], ["fault", ""],
-    ]  # fmt: skip
-    rounds = [page.evaluate(TIMES, changes) for _ in range(3)]
-    slowest = max(map(min, zip(*rounds, strict=True)))
-    size = (many.path / "report.html").stat().st_size
-    print(f"{size / 1e6:.1f} MB, opens in {min(opening):.0f} ms, slowest change {slowest:.0f} ms")
-    assert min(opening) < 1500
-    assert slowest < 50
+    ):  # fmt: skip
+        before = cpu_ms(session)
+        page.evaluate(CHANGE, change)
+        took["=".join(change)] = cpu_ms(session) - before
+    wall = page.evaluate("performance.getEntriesByType('navigation')[0].duration")
+    size = (many.path / "report.html").stat().st_size / 1e6
+    print(f"{size:.1f} MB, open after {wall:.0f} ms, of these {opening:.0f} of work; {took}")
+    assert opening < 1500
+    assert max(took.values()) < 50
     assert page.locator(".row").count() < 60
     page.locator("#list").focus()
     page.keyboard.press("End")
     assert page.locator("#row-4997").is_visible()
     assert page.locator(".row").count() < 60
+    context.close()

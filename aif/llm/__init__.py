@@ -11,10 +11,11 @@ early, let `asks` end; what is in flight is still answered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from pathlib import Path
+from typing import Protocol, Self, runtime_checkable
 
 from aif.errors import AifError, InputError
 from aif.records import Message
@@ -95,17 +96,39 @@ class LLM(AbstractContextManager["LLM"], Protocol):
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What a `Lasting` model is told of whoever asks it."""
+
+    ledger: Path  # where to write down what is under way, in a folder that is locked for it
+    commit: Callable[[], None]  # returns once every answer yielded so far is durable
+    stopping: Callable[[], bool]  # whether a signal asks to end
+    say: Callable[[str], None]  # a line for the person at the terminal
+
+
+@runtime_checkable
+class Lasting(Protocol):
+    """An LLM whose calls outlive the process that made them, so that it can come back for them."""
+
+    def attend(self, caller: Caller) -> None:
+        """Told before `answer`."""
+
+
 def open_llm(settings: LLMSettings) -> LLM:
     """The model that `settings.model` names.
 
-    `openai:NAME` (any OpenAI-compatible server), `scripted:FILE`, `smollm2-135m` (bundled), or a
-    folder or hub id that transformers can load.
+    `openai:NAME` (any OpenAI-compatible server), `openai-batch:NAME` (its Batch API),
+    `scripted:FILE`, `smollm2-135m` (bundled), or a folder or hub id that transformers can load.
     """
     kind, _, name = settings.model.partition(":")
     if kind == "openai" and name:
         from aif.llm.api import ApiLLM
 
         return ApiLLM(settings, name)
+    if kind == "openai-batch" and name:
+        from aif.llm.batch_api import BatchLLM
+
+        return BatchLLM(settings, name)
     if kind == "scripted":
         from aif.llm.scripted import ScriptedLLM
 
@@ -115,7 +138,8 @@ def open_llm(settings: LLMSettings) -> LLM:
             "model",
             "",
             got=repr(settings.model),
-            expected=f"openai:NAME, scripted:FILE, {BUNDLED}, a folder or a hub id",
+            expected="openai:NAME, scripted:FILE, openai-batch:NAME, "
+            f"{BUNDLED}, a folder or a hub id",
         )
     try:
         from aif.llm.local import LocalLLM

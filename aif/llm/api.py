@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
@@ -122,28 +122,38 @@ class ApiLLM:
 
     async def _attempt(self, ask: Ask, sent: bytes) -> Answer | Failure:
         """One request, within the deadline."""
+        # `post` returns the response unread. The SDK's typed methods turn whatever came into a str
+        # or a half-empty object without raising, and take twice the time.
+        request = self._client.post(wire.path(ask), cast_to=httpx2.Response, content=sent)
+        response = await self._sent(request, self._settings.timeout_s)
+        if isinstance(response, Failure):
+            return response
+        if not response.is_success:
+            return self._refused(ask, response)
+        return self._answered(ask, response.content)
+
+    async def _sent(
+        self, request: Awaitable[httpx2.Response], seconds: float
+    ) -> httpx2.Response | Failure:
+        """The whole response, whatever its status."""
         try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                # `post` returns the response unread. The SDK's typed methods turn whatever came
-                # into a str or a half-empty object without raising, and take twice the time.
-                response = await self._client.post(
-                    wire.path(ask), cast_to=httpx2.Response, content=sent
-                )
-                refused = False
+            async with asyncio.timeout(seconds):
+                return await request
         except TimeoutError:
-            return Failure("timeout", f"no answer within {self._settings.timeout_s:g} s", {})
+            return Failure("timeout", f"no answer within {seconds:g} s", {})
         except openai.APIStatusError as error:
-            # Read below, outside: this error may echo a key, and a traceback would show it.
-            response, refused = error.response, True
+            # Read by the caller: this error may echo a key, and a traceback would show it.
+            return error.response
         except (openai.APIConnectionError, httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             return self._broken(error)
-        if refused:
-            return self._refused(ask, response)
-        answer = self._read(ask, response.content)
+
+    def _answered(self, ask: Ask, raw: bytes) -> Answer:
+        """What the body of a success says, without secrets."""
+        answer = self._read(ask, raw)
         if answer.fault is None:
             return answer
         # The detail quotes the body, cut short. Were that redacted, half a key could be left over.
-        redacted = self._read(ask, self._address.redact(response.content))
+        redacted = self._read(ask, self._address.redact(raw))
         return replace(answer, detail=redacted.detail or answer.fault)
 
     def _read(self, ask: Ask, raw: bytes) -> Answer:

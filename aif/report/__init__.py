@@ -46,7 +46,7 @@ def report(run: Run, progress: Progress) -> dict[str, Any]:
         "judging": sections.judging(judged),
         "reward": sections.reward_model(run),
         "training": sections.training(measured),
-        "kl": sections.overoptimisation(measured, evaluation),
+        "kl": sections.overoptimisation(measured, ppo, evaluation),
         "evaluation": sections.evaluated(evaluation),
     }
     seed = run.settings.label.seed

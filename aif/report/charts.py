@@ -297,7 +297,10 @@ def overoptimisation(
         (p.label, f"at most {p.kl:.3g}" if p.bound else p.kl, p.proxy, p.gold)
         for p in (*path, *others)
     ]
-    legend = [(role, f"{key} by step") for key, _, role in panels] if path else []
+    legend = [
+        (role, f"{key} by step") for key, _, role in panels
+        if any(getattr(place, key) is not None for place in path)
+    ]  # fmt: skip
     legend += [("c3", "policies of the evaluation")] if others else []
     return Chart(name, title, svg, ("step or policy", "KL", "proxy", "gold"), rows, legend)
 

@@ -246,6 +246,7 @@ class TrainState(Loose):
     pairs: int | None = None
     eval_pairs: int | None = None
     prompts: int | None = None
+    eval_prompts: int | None = None
     best_step: int | None = None
 
 

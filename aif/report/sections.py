@@ -24,6 +24,7 @@ from aif.report.files import (
     Policy,
     Rate,
     RewardCard,
+    TrainState,
     rows,
     state,
 )
@@ -43,8 +44,8 @@ Measured = dict[tuple[str, str], list[tuple[float, float | None]]]  # (stage, na
 
 # (stage, chart's title, {line: metric}); each is drawn where the run has measured it.
 TRAINING = (
-    ("sft", "Loss", {"training": "loss", "held out": "eval_loss"}),
-    ("reward", "Loss", {"training": "loss", "held out": "eval_loss"}),
+    ("sft", "Fine-tuning loss", {"training": "loss", "held out": "eval_loss"}),
+    ("reward", "Reward-model loss", {"training": "loss", "held out": "eval_loss"}),
     ("ppo", "Score", {"score": "objective/scores", "held out": "eval/scores"}),
     ("ppo", "KL from the reference", {"KL": "objective/kl", "held out": "eval/kl"}),
     ("ppo", "Entropy", {"entropy": "policy/entropy_avg"}),
@@ -185,18 +186,21 @@ def measured(run: Run) -> Measured:
 
 
 def training(found: Measured) -> list[tuple[str, list[Chart]]]:
-    """The curves of each stage that has trained."""
+    """The curves of the stages that have trained, under two headings."""
     made: dict[str, list[Chart]] = defaultdict(list)
     for number, (stage, title, names) in enumerate(TRAINING):
         series = {
             told: found[stage, name] for told, name in names.items() if (stage, name) in found
         }
         if series:
-            made[stage].append(charts.lines(f"train-{number}", title, series))
+            heading = "By reinforcement" if stage == "ppo" else "Supervised"
+            made[heading].append(charts.lines(f"train-{number}", title, series))
     return list(made.items())
 
 
-def overoptimisation(found: Measured, evaluation: Evaluation | None) -> Chart | None:
+def overoptimisation(
+    found: Measured, ppo: TrainState | None, evaluation: Evaluation | None
+) -> Chart | None:
     """Proxy and gold of the looks during PPO, and of the policies that were evaluated, by KL."""
     proxy, gold = (
         dict(found.get(("ppo", "eval/scores"), ())),
@@ -208,20 +212,28 @@ def overoptimisation(found: Measured, evaluation: Evaluation | None) -> Chart | 
         if kl is not None
     ]
     others = [
-        Place(policy.name, policy.kl.mean, _mean(policy.score), _mean(policy.gold), policy.kl.bound)
+        Place(
+            policy.name,
+            policy.kl.mean,
+            mean_of(policy.score),
+            mean_of(policy.gold),
+            policy.kl.bound,
+        )
         for policy in (evaluation.policies if evaluation else ())
         if policy.kl and policy.kl.mean is not None
     ]
     known = [place for place in path + others if (place.proxy, place.gold) != (None, None)]
     if not known:
         return None
+    many = f"{ppo.eval_prompts:,} held-out" if ppo and ppo.eval_prompts else "Held-out"
     return charts.overoptimisation(
-        "kl", "Held-out prompts, by step",
+        "kl", f"{many} prompts, by step",
         [place for place in path if place in known], [place for place in others if place in known],
     )  # fmt: skip
 
 
-def _mean(estimate: Estimate | None) -> float | None:
+def mean_of(estimate: Estimate | None) -> float | None:
+    """Its mean, if it is there and has one."""
     return estimate.mean if estimate else None
 
 
