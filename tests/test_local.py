@@ -338,7 +338,7 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
 FREED = """
 import resource
 import torch
-from aif.pretrained import keep_freed_memory
+from aif.memory import keep_freed_memory
 keep_freed_memory()
 for _ in range(20):
     torch.ones(16_000_000)
@@ -356,3 +356,27 @@ def test_memory_that_was_freed_is_used_again():
         [sys.executable, "-c", FREED], capture_output=True, text=True, check=True, timeout=100
     )
     assert int(done.stdout) < 10_000
+
+
+GIVEN_BACK = """
+from pathlib import Path
+import torch
+from aif.memory import give_back_memory, keep_freed_memory
+keep_freed_memory()
+kept = [torch.ones(1_000_000) for _ in range(200)]
+del kept
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+before = resident()
+give_back_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc, with its own ways")
+def test_memory_that_was_kept_is_given_back():
+    """Two hundred times 4 MB are 195,000 pages."""
+    done = subprocess.run(
+        [sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert int(done.stdout) > 150_000

@@ -170,7 +170,8 @@ class _Pass:
             seen = self._llm.look_once(submission)
         except Missing as error:
             raise JudgeStopped(
-                f"{error}: {submission.batch} is in {self._caller.ledger}; was it another key?"
+                f"{error}: {submission.batch} is in {self._caller.ledger}; was it another key? "
+                "Without that file its requests are made anew"
             ) from None
         if not isinstance(seen, Failure) and seen.get("status") != submission.status:
             submission.status = wire.plain(str(seen.get("status")), 40)
