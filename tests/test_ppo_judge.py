@@ -85,7 +85,7 @@ def test_no_grade_is_paid_for_twice_and_a_judge_that_comes_back_is_gone_on_with(
     ppo(straight, Said())
     every = list(judge.asked)
     judge.asked.clear()
-    judge.gone_after = len(every) - 3
+    judge.gone_after = len(every) - 1  # in the last step
     run = judged_run(tmp_path / "run", model)
     with pytest.raises(JudgeStopped, match="the judge is gone"):
         ppo(run, Said())
