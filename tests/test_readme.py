@@ -112,7 +112,8 @@ def test_reward_model_and_ppo(folder):
 
 # So that the demo, which is made to be watched, takes a minute.
 SMALL = ["respond.limit=6", "respond.resamples=2", "policy.max_tokens=8", "revise.limit=3"]
-SMALL += ["sft.max_steps=1", "sft.filtered=false", "reward.max_steps=1", "ppo.max_steps=1"]
+SMALL += ["sft.max_steps=1", "sft.filtered=false", "sft.data={responses=1.0}"]
+SMALL += ["reward.max_steps=1", "ppo.max_steps=1"]
 SMALL += ["ppo.batch_size=2", "ppo.samples=2", "evaluate.limit=3"]
 
 
@@ -123,7 +124,7 @@ def test_one_command(folder):
     (folder / "runs" / "demo").mkdir(parents=True)
     shutil.copy(ROOT / "runs/demo/run.toml", folder / "runs/demo/run.toml")
     assert "resample: 256 calls at most" in run(plan, folder)
-    small = " ".join(f"--set {setting}" for setting in SMALL)
+    small = " ".join(f"--set '{setting}'" for setting in SMALL)
     first, again = (run(f"{line} {small}", folder) for line in runs)
     assert "ppo wins" in first
     assert "report.html" in first
