@@ -17,12 +17,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aif import jsonl
 from aif.errors import AifError, InputError
+from aif.extras import require
 from aif.journal import Reader
 from aif.judging import constitution_path, judge_of, judged
 from aif.label import STAGE, changes, comparisons, facts
@@ -31,7 +31,6 @@ from aif.run import Run
 
 FILE = "diff.jsonl"
 TURNED = str.maketrans("ab", "ba")  # an order, seen from the pair that stands the other way round
-NEEDS = {"scipy": "scipy", "sklearn": "scikit-learn"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +108,7 @@ def diff(run: Run, other: Run | None, to: Path | None = None, show: int = 5) -> 
     Writes the flips to `to` (default: diff.jsonl in B's run) and returns the figures with the first
     `show` flips. Raises InputError or AifError, one line, where there is nothing to compare.
     """
-    if missing := [name for module, name in NEEDS.items() if find_spec(module) is None]:
-        raise AifError(f"diff: needs {', '.join(missing)}: pip install 'aif[report]'")
+    require("diff", "scipy", "sklearn")
     if other and run.path.resolve() == other.path.resolve():
         raise InputError("diff", "RUN_B", got=f"{other.path} twice", expected="another run")
     target = to or (other or run).file(FILE)

@@ -12,7 +12,6 @@ new, and one that was killed goes on. evaluation.jsonl has a row for every polic
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice
@@ -20,7 +19,8 @@ from typing import Any
 
 from aif import jsonl
 from aif.asking import Faults
-from aif.errors import AifError, InputError, shown
+from aif.errors import InputError, shown
+from aif.extras import require
 from aif.grading import LiveJudge
 from aif.judge import Judge
 from aif.judging import constitution_path, judge_of
@@ -41,7 +41,6 @@ from aif.winrate import Bootstrap, Game, match, outcome, ratings
 STAGE = "evaluate"
 FOLDER = "evaluation"
 ROWS = "evaluation.jsonl"
-NEEDS = {"scipy": "scipy", "sklearn": "scikit-learn", "sacrebleu": "sacrebleu"}
 NOTHING = {"mean": None, "low": None, "high": None}
 Pair = tuple[str, str]  # names of two policies
 
@@ -52,7 +51,7 @@ def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
 
     Raises Interrupted or JudgeStopped when it ended early; the same command goes on.
     """
-    _require_packages()
+    require("evaluate", "scipy", "sklearn", "sacrebleu")
     settings = run.settings.evaluate
     with open_llm(run.settings.judge) as llm:  # what is wrong with it is told before others work
         judge = judge_of(run, constitution_path(run), llm.control_tokens)
@@ -84,12 +83,6 @@ def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
         }
         run.write_state(STAGE, state)
     return state | faults.summary()
-
-
-def _require_packages() -> None:
-    missing = [name for module, name in NEEDS.items() if not importlib.util.find_spec(module)]
-    if missing:
-        raise AifError(f"evaluate: needs {', '.join(missing)}: pip install 'aif[report]'")
 
 
 def _asked_as(run: Run, policy: Policy) -> PolicySettings:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aif.report.visible import visible
+from aif.visible import visible
 
 NAME = 18  # columns for a principle's name; a longer one has a line of its own
 HEAD = f"{'':{NAME}} {'agree':>5} {'95 %':9} {'kappa':>5} {'flips':>9} {'n':>9}"

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "aif"
 # Lowest first: a module imports from floors below its own, and from no other.
 FLOORS = [
     "errors records odds",
-    "jsonl config parse answers progress digests memory diversity winrate",
+    "jsonl config parse answers progress digests memory diversity winrate extras visible",
     "constitution journal settings templates",
     "run pairs llm pretrained constitution_diff",
     "train train.dialogues train.losses train.checkpoint train.metrics",
@@ -37,7 +37,7 @@ FLOORS = [
     "grading",
     "ppo",
     "respond vote revise filter compare label export",
-    "evaluate diff report.visible report.page",
+    "evaluate diff report.page",
     "report.files report.svg",
     "report.judged report.charts",
     "report.facts report.browser",

@@ -26,7 +26,7 @@ from aif.report.browser import browsed, drawn
 from aif.report.judged import judge_card, survey
 from aif.report.sections import MOST_PRINCIPLES
 from aif.report.tiles import tiles
-from aif.report.visible import cleaned, visible
+from aif.visible import cleaned, visible
 from aif.run import Run
 from aif.settings import Settings
 
@@ -197,7 +197,7 @@ def test_states_with_nothing_in_them_are_no_error(tmp_path):
 def test_what_is_missing_is_said_in_one_line(full, monkeypatch):
     run, _, before = full
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(AifError, match=r"matplotlib is missing: pip install 'aif\[report\]'"):
+    with pytest.raises(AifError, match=r"needs matplotlib: pip install 'aif\[report\]'"):
         report(run, Progress(quiet=True))
     assert written(run) == before
 

@@ -10,7 +10,7 @@ from full_run import full_run, labelled_run
 
 from aif.progress import Progress
 from aif.report import report
-from aif.report.visible import visible
+from aif.visible import visible
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

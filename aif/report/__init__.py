@@ -8,11 +8,11 @@ verb that makes it. The same files make the same page, byte for byte.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 from aif import jsonl
 from aif.errors import AifError
+from aif.extras import require
 from aif.progress import Progress
 from aif.report import sections
 from aif.report.browser import browsed
@@ -33,9 +33,7 @@ def report(run: Run, progress: Progress) -> dict[str, Any]:
     It may be called while a stage writes to the run, whose files are whole at every moment. Raises
     InputError for a file that is not as aif writes it, AifError where there is nothing to report.
     """
-    for package in ("matplotlib", "scipy"):
-        if find_spec(package) is None:
-            raise AifError(f"report: {package} is missing: pip install 'aif[report]'")
+    require("report", "matplotlib", "scipy")
     progress.say(f"report: reading {run.path}")
     judged = survey(run)
     evaluation = state(run, "evaluate", Evaluation)

@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from aif.report.svg import COLOUR, inline
-from aif.report.visible import visible
+from aif.visible import visible
 
 WIDTH, HEIGHT = 340, 190  # of a chart, in CSS pixels
 SERIES = ("c1", "c2", "c3", "c4", "c5")

@@ -18,7 +18,7 @@ from aif.journal import Index
 from aif.records import Kept, Prompt, Response, Revision
 from aif.report.files import CallState, LabelState, Metric, TrainState, rows, state
 from aif.report.judged import Judged
-from aif.report.visible import cleaned
+from aif.visible import cleaned
 from aif.run import Run
 
 ASKING = ("respond", "revise", "filter", "resample", "label", "ppo", "evaluate")

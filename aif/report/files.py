@@ -16,7 +16,7 @@ from aif import jsonl
 from aif.config import checked
 from aif.errors import InputError, shown
 from aif.records import Message
-from aif.report.visible import cleaned
+from aif.visible import cleaned
 from aif.run import Run
 
 Row = TypeVar("Row")
