@@ -26,9 +26,9 @@ from aif.report.browser import browsed, drawn
 from aif.report.judged import judge_card, survey
 from aif.report.sections import MOST_PRINCIPLES
 from aif.report.tiles import tiles
-from aif.visible import cleaned, visible
 from aif.run import Run
 from aif.settings import Settings
+from aif.visible import cleaned, visible
 
 PARTS = ("ran", "funnel", "judge", "labels", "reward", "training", "kl", "evaluation", "browse")
 HINTS = ("reward RUN", "sft RUN, aif reward RUN or aif ppo RUN", "ppo RUN", "evaluate RUN")

@@ -18,8 +18,8 @@ from aif.journal import Index
 from aif.records import Kept, Prompt, Response, Revision
 from aif.report.files import CallState, LabelState, Metric, TrainState, rows, state
 from aif.report.judged import Judged
-from aif.visible import cleaned
 from aif.run import Run
+from aif.visible import cleaned
 
 ASKING = ("respond", "revise", "filter", "resample", "label", "ppo", "evaluate")
 SAMPLED = {"respond": "responses.jsonl", "resample": "resampled.jsonl"}

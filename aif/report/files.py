@@ -16,8 +16,8 @@ from aif import jsonl
 from aif.config import checked
 from aif.errors import InputError, shown
 from aif.records import Message
-from aif.visible import cleaned
 from aif.run import Run
+from aif.visible import cleaned
 
 Row = TypeVar("Row")
 State = TypeVar("State", bound=BaseModel)
