@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aif.console import Json, Quiet, RunFolder, Set, existing_run, show_summary, verb
+from aif.console import Budget, Json, Quiet, RunFolder, Set, existing_run, show_summary, verb
 
 run_app = typer.Typer()
 From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin with it.")]
@@ -20,6 +20,7 @@ def run_(
     from_: From = None,
     until: Until = None,
     only: Only = None,
+    budget: Budget = None,
     set_: Set = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -33,10 +34,10 @@ def run_(
     from aif.progress import Progress
     from aif.told_run import lines
 
-    opened = existing_run(run, set_)
+    opened = existing_run(run, set_, {"pipeline.budget": budget})
     todo = chosen(steps(opened), from_, until, only)
     with Progress(quiet) as progress:
-        summary = run_all(opened, progress, todo)
+        summary = run_all(todo, progress)
     show_summary(summary, json_, quiet, lambda _: lines(opened, summary))
 
 

@@ -21,7 +21,7 @@ from aif.memory import give_back_memory
 from aif.progress import Progress
 from aif.records import content_id
 from aif.run import Run
-from aif.settings import Settings
+from aif.settings import VLLM, Settings
 from aif.templates import BUILTIN
 
 
@@ -54,14 +54,16 @@ STAGES = (
     Stage("resample", "policy respond", "sft", "resampled.jsonl", "respond"),
     Stage("compare", "compare", "prompts.jsonl responses.jsonl resampled.jsonl",
           "comparisons.jsonl"),
-    Stage("label", "judge label revise.constitution", "comparisons.jsonl",
+    Stage("label", "judge panel label revise.constitution", "comparisons.jsonl",
           "comparisons.jsonl verdicts.jsonl labels.jsonl"),
     Stage("reward", "policy reward",
-          "prompts.jsonl responses.jsonl resampled.jsonl revisions.jsonl labels.jsonl sft",
+          "prompts.jsonl responses.jsonl resampled.jsonl revisions.jsonl labels.jsonl human.jsonl "
+          "sft",
           "reward", "train.reward"),
     Stage("ppo", "policy judge label revise.constitution reward ppo",
-          "prompts.jsonl revisions.jsonl sft reward", "ppo"),
-    Stage("evaluate", "policy judge label revise.constitution ppo.model evaluate", "*",
+          "prompts.jsonl responses.jsonl votes.jsonl revisions.jsonl kept.jsonl sft reward",
+          "ppo"),
+    Stage("evaluate", "policy judge label revise.constitution reward ppo.model evaluate", "*",
           "evaluate.json evaluation.jsonl"),
     Stage("report", "", "*", "report.html"),
 )
@@ -113,7 +115,7 @@ def due(settings: Settings) -> list[str]:
 
 def _iteration(run: Run, number: int, before: Run) -> Run:
     settings = run.settings
-    policy = settings.policy.model_copy(update={"model": str(before.file("ppo"))})
+    policy = settings.policy.of_weights(str(before.file("ppo")))
     fresh = {"model": None}  # each begins as the new policy
     respond = settings.respond
     update = {
@@ -122,10 +124,12 @@ def _iteration(run: Run, number: int, before: Run) -> Run:
         "reward": settings.reward.model_copy(update=fresh),
         "ppo": settings.ppo.model_copy(update=fresh),
     }
-    return Run(run.file(str(number)), settings.model_copy(update=update))
+    return Run(run.file(str(number)), settings.model_copy(update=update), run.root)
 
 
-def chosen(every: Sequence[Step], first: str | None, until: str | None, only: str | None):
+def chosen(
+    every: Sequence[Step], first: str | None, until: str | None, only: str | None
+) -> Sequence[Step]:
     """The steps from `first` to `until`, or `only` one. Raises InputError for another name."""
     names = [step.name for step in every]
     for option, name in (("--from", first), ("--until", until), ("--only", only)):
@@ -138,7 +142,7 @@ def chosen(every: Sequence[Step], first: str | None, until: str | None, only: st
     return every[begin : end + 1]
 
 
-def run_all(run: Run, progress: Progress, todo: Sequence[Step]) -> dict[str, Any]:
+def run_all(todo: Sequence[Step], progress: Progress) -> dict[str, Any]:
     """Do the steps that are not done, in their order; returns their summaries by name.
 
     Raises TooManyFaults after a stage whose calls failed more often than it is allowed: nothing is
@@ -156,10 +160,17 @@ def run_all(run: Run, progress: Progress, todo: Sequence[Step]) -> dict[str, Any
         summaries[step.name] = summary = step.stage.function()(step.run, progress)
         give_back_memory()
         if "fault_rate" in summary:
-            check_faults(summary, step.run.settings.label.max_fault_rate)
+            check_faults(summary, _most_faults(step))
         if not summary.get("faults") and not summary.get("unfinished"):
             _keep_done(step, inputs, time.monotonic() - began)
     return summaries
+
+
+def _most_faults(step: Step) -> float:
+    """The share of the step's calls that may fail."""
+    settings = step.run.settings
+    table = settings.revise if step.stage.name == "revise" else settings.label
+    return table.max_fault_rate
 
 
 def _is_done(step: Step, inputs: str) -> bool:
@@ -207,7 +218,7 @@ def _reads(step: Step) -> list[str]:
 
 
 def _named(value: Any) -> Iterator[str]:
-    """Every text in settings that is a file or a folder, or FILE.py:FUNCTION."""
+    """Every text in settings that is a file or a folder, FILE.py:FUNCTION, or RUN:POLICY."""
     if isinstance(value, dict):
         for key, one in value.items():
             yield from _named(key)
@@ -216,7 +227,7 @@ def _named(value: Any) -> Iterator[str]:
         for one in value:
             yield from _named(one)
     elif isinstance(value, str):
-        file, colon, _ = value.rpartition(".py:")
-        name = f"{file}.py" if colon else value
-        if digests.of(name) is not None:
-            yield name
+        value = value.removeprefix(VLLM)
+        head, _, tail = value.rpartition(":")
+        names = (value, head, f"{head}/{tail}") if head else (value,)
+        yield from (name for name in names if digests.of(name) is not None)

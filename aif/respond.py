@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from aif.asking import ask_all
+from aif.budget import Meter
 from aif.errors import InputError
 from aif.journal import Journal
 from aif.llm import Answer, Ask, open_llm
@@ -22,6 +23,7 @@ from aif.progress import Progress
 from aif.records import Message, Prompt, Response, content_id
 from aif.run import Run
 from aif.settings import Settings
+from aif.train.checkpoint import sealed
 
 STAGE = "respond"
 AGAIN = "resample"
@@ -38,12 +40,14 @@ def resample(run: Run, progress: Progress) -> dict[str, Any]:
     """The same from what `aif sft` left, into resampled.jsonl: preferences are then of responses
     as the policy that is to learn from them gives them."""
     tuned = run.file("sft")
-    if not (tuned / "config.json").exists():
-        raise InputError(tuned, "", got="no model", expected="`aif sft` to have been done")
+    if sealed(tuned) is None:
+        raise InputError(
+            tuned, "", got="no model, or half of one", expected="`aif sft` to have been done"
+        )
     settings = run.settings
     given = settings.respond
     tables = {
-        "policy": settings.policy.model_copy(update={"model": str(tuned)}),
+        "policy": settings.policy.of_weights(str(tuned)),
         "respond": given.model_copy(update={"samples": given.resamples or given.samples}),
     }
     return _sampled(run, settings.model_copy(update=tables), AGAIN, "resampled.jsonl", progress)
@@ -53,7 +57,8 @@ def _sampled(
     given: Run, settings: Settings, stage: str, file: str, progress: Progress
 ) -> dict[str, Any]:
     """Responses to the run's prompts as `settings` say, in `file`; the summary."""
-    run = Run(given.path, settings)
+    run = Run(given.path, settings, given.root)
+    meter = Meter.of(run, stage, settings.policy)
     with open_llm(settings.policy) as llm, run.writing():
         shots = read_shots(run.settings.respond.shots)
         prompts = take_in(run)
@@ -66,7 +71,7 @@ def _sampled(
                 if bytes.fromhex(ask.key) not in journal.index.answered
             ]
             progress.start(stage, len(asks))
-            tally = ask_all(llm, asks, journal, _journal_row, progress)
+            tally = ask_all(llm, asks, journal, _journal_row, progress, meter)
             progress.finish()
             rows = list(_responses(run, prompts, shots, journal))
         written = run.write(file, rows)
@@ -118,9 +123,10 @@ def asks_for(run: Run, prompt: Prompt, shots: list[Message]) -> Iterator[Ask]:
     policy, settings = run.settings.policy, run.settings.respond
     messages = _with_shots(prompt.messages, shots)
     of_shots = [shots] if shots else []  # without any, the id is what it was before there were any
+    identity = policy.identity()
     for sample in range(settings.samples):
         key = content_id(
-            "response", prompt.id, policy.identity(), policy.form, settings.seed, sample, *of_shots
+            "response", prompt.id, identity, policy.form, settings.seed, sample, *of_shots
         )
         yield Ask(
             key=key,

@@ -48,6 +48,7 @@ class Reviser:
         self.constitution = constitution
         self.principles = _principles(constitution, where)
         self.model = model
+        self._identity = model.identity()
         self.settings = settings
         self.is_chat = model.shown_form == "chat"
         self.template = (
@@ -121,7 +122,7 @@ class Reviser:
             ]
         else:
             text = _as_text(turns)
-        key = content_id("revise", messages, text, self.model.identity(), self.settings.seed)
+        key = content_id("revise", messages, text, self._identity, self.settings.seed)
         return Ask(
             key=key,
             messages=messages,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from aif.budget import cost_of
 from aif.constitution import Constitution
 from aif.pipeline import STAGES, steps
+from aif.price import dollars
 from aif.run import Run
 
 # What is shown of a stage's summary, where it has it.
@@ -26,6 +28,7 @@ def status(run: Run) -> dict[str, Any]:
                 "faults": len(index.failed),
                 "damaged_lines": len(index.damage),
                 "tokens": state.get("tokens", {}),
+                "cost": cost_of(run, stage.name),
                 **_outcome(stage.name, state),
                 "written": all(run.file(name).exists() for name in stage.writes.split()),
             }
@@ -36,7 +39,8 @@ def status(run: Run) -> dict[str, Any]:
 def _outcome(name: str, state: dict[str, Any]) -> dict[str, Any]:
     """What training and evaluation came to, in a few words."""
     told = []
-    if name == "reward" and (ai := state.get("card", {}).get("ai")):
+    ai = state.get("card", {}).get("ai") if name == "reward" else None
+    if ai and ai["accuracy"] is not None:
         told.append(f"{ai['accuracy']:.2f} of {ai['n']:,} held-out labels right")
     if name == "ppo" and "last" in state:
         first, last = state["first"], state["last"]
@@ -44,7 +48,8 @@ def _outcome(name: str, state: dict[str, Any]) -> dict[str, Any]:
         told.append(f"KL {last['objective/kl']:.1f}")
     for match in state.get("matches", ()):
         rate = match["win_rate"]["mean"]
-        told.append(f"{match['first']} wins {rate:.0%} against {match['second']}")
+        shown = "has no result" if rate is None else f"wins {rate:.0%}"
+        told.append(f"{match['first']} {shown} against {match['second']}")
     return {"outcome": told}
 
 
@@ -74,6 +79,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         for key in ("null", "answers", "faults", "damaged_lines"):
             facts += [f"{stage[key]:,} {key.replace('_', ' ')}"] if stage[key] else []
         facts += [f"{n:,} {kind.replace('_', ' ')}" for kind, n in stage["tokens"].items()]
+        facts += [f"{dollars(stage['cost'])} spent"] if stage["cost"] else []
         told.append(f"  {name:8} {', '.join([*facts, *stage['outcome']])}")
     return [*told, f"next: {summary['next']}"]
 

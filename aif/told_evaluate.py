@@ -11,6 +11,16 @@ HEAD = f"{'policy':{NAME}} {'wins':>4} {'95 %':9} {'gold':>6} {'score':>6} {'KL'
 
 def evaluate(summary: dict[str, Any]) -> list[str]:
     """Who wins how often against whom, and what each policy's responses are like."""
+    return [
+        *standing(summary),
+        *_people(summary["human"]),
+        *_missing(summary),
+        f"{summary['run']}/evaluate.json",
+    ]
+
+
+def standing(summary: Mapping[str, Any]) -> list[str]:
+    """The table alone, a policy a line, and what it is of."""
     against = summary["against"]
     rates = {m["first"]: m["win_rate"] for m in summary["matches"] if m["second"] == against}
     return [
@@ -18,9 +28,6 @@ def evaluate(summary: dict[str, Any]) -> list[str]:
         f"({summary['protocol']}, {summary['constitution']}); wins are against {against}",
         HEAD,
         *(line for p in summary["policies"] for line in _policy(p, rates.get(p["name"]))),
-        *_people(summary["human"]),
-        *_missing(summary),
-        f"{summary['run']}/evaluate.json",
     ]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from aif import jsonl
 from aif.records import Prompt
 from aif.run import Run
+from aif.told_evaluate import standing
+from aif.visible import visible
 
 SHOWN = 3  # prompts with their responses before and after
 WIDTH = 240  # characters of a text
@@ -20,28 +22,9 @@ def lines(run: Run, summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     told = [f"{run.path}: done: {did}"]
     found = run.state("evaluate")
     if found.get("policies"):
-        told += ["", *_standing(found), *_samples(run, found)]
+        told += ["", *standing(found), *_samples(run, found)]
     report = run.file("report.html")
     return [*told, "", str(report)] if report.exists() else told
-
-
-def _standing(found: Mapping[str, Any]) -> list[str]:
-    """A line a policy, and one a match."""
-    told = []
-    for policy in found["policies"]:
-        facts = [f"{name} {_number(policy.get(name))}" for name in ("gold", "score", "kl", "words")]
-        told.append(f"  {policy['name']:9} {'  '.join(facts)}")
-    for match in found.get("matches", ()):
-        rate = match["win_rate"]
-        told.append(
-            f"  {match['first']} wins {rate['mean']:.0%} ({rate['low']:.0%} to {rate['high']:.0%}) "
-            f"against {match['second']}, by {found['judge']} on {match['n']} prompts"
-        )
-    return told
-
-
-def _number(value: Any) -> str:
-    return f"{value['mean']:6.2f}" if isinstance(value, Mapping) else "     -"
 
 
 def _samples(run: Run, found: Mapping[str, Any]) -> list[str]:
@@ -63,6 +46,5 @@ def _samples(run: Run, found: Mapping[str, Any]) -> list[str]:
 
 
 def _short(text: str | None) -> str:
-    plain = " ".join((text or "-").split())
-    plain = "".join(c if c.isprintable() else "?" for c in plain)
+    plain = visible(" ".join((text or "-").split()))
     return plain if len(plain) <= WIDTH else plain[: WIDTH - 1] + "…"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ import tomli_w
 from conftest import AIF, ROOT, aif, read_jsonl, write_jsonl
 from tiny import Said, save_tiny
 
+from aif import status, told_run
 from aif.errors import InputError, TooManyFaults
 from aif.pipeline import STAGES, chosen, run_all, steps
 from aif.plan import plan
@@ -88,7 +90,7 @@ def opened(place: Path, **changes: object) -> Run:
 def do(place: Path, first=None, until=None, only=None, **changes) -> list[str]:
     """Run it; returns the stages that were done."""
     run = opened(place, **changes)
-    return list(run_all(run, Said(), chosen(steps(run), first, until, only)))
+    return list(run_all(chosen(steps(run), first, until, only), Said()))
 
 
 def test_from_nothing_to_a_report_and_then_nothing(place):
@@ -108,7 +110,8 @@ def test_from_nothing_to_a_report_and_then_nothing(place):
     told = aif("run", run.path)
     assert told.returncode == 0, told.stderr
     assert "nothing has changed" in told.stdout
-    assert "ppo wins" in told.stdout
+    assert "wins are against sft" in told.stdout
+    assert "\nppo " in told.stdout
     assert told.stdout.rstrip().endswith("report.html")
 
 
@@ -165,6 +168,44 @@ def test_labels_with_too_many_faults_are_not_learned_from(place):
     with pytest.raises(TooManyFaults):
         do(place)
     assert not (place / "run" / "reward").exists()
+
+
+def test_the_faults_of_revise_are_held_against_its_own_rate(place):
+    write_jsonl(place / "reviser.jsonl", [{"match": "", "fault": "timeout"}])
+    changes = {"label.max_fault_rate": 1.0, "revise.max_fault_rate": 0.5}
+    with pytest.raises(TooManyFaults):
+        do(place, until="revise", **changes)
+    do(place, until="revise", **changes | {"revise.max_fault_rate": 1.0})
+
+
+def test_half_a_policy_is_not_sampled(place):
+    do(place, until="sft")
+    (place / "run" / "sft" / "COMPLETE").unlink()
+    with pytest.raises(InputError, match="sft: got no model, or half of one"):
+        do(place, only="resample")
+
+
+def test_another_runs_policy_counts_by_what_it_is(place):
+    do(place, until="ppo")
+    other = place / "other"
+    shutil.copytree(place / "run" / "ppo", other / "ppo")
+    changes = {"evaluate.policies": ["sft", f"{other}:ppo"]}
+    assert do(place, only="evaluate", **changes) == ["evaluate"]
+    assert do(place, only="evaluate", **changes) == []
+    (other / "ppo" / "generation_config.json").write_text("{}")
+    assert do(place, only="evaluate", **changes) == ["evaluate"]
+
+
+def test_matches_without_a_result_are_told(place):
+    do(place, until="ppo")
+    write_jsonl(place / "judge.jsonl", [{"match": "", "fault": "refused"}])
+    changes = {"evaluate.seed": 7, "label.max_fault_rate": 1.0, "evaluate.limit": 2}
+    shutil.rmtree(place / "run" / "journal")  # nothing that was answered before
+    do(place, only="evaluate", **changes)
+    run = opened(place)
+    assert run.state("evaluate")["matches"][0]["win_rate"]["mean"] is None
+    assert "wins are against sft" in "\n".join(told_run.lines(run, {}))
+    assert "has no result against sft" in "\n".join(status.lines(status.status(run)))
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_one_command(folder):
     assert "resample: 256 calls at most" in run(plan, folder)
     small = " ".join(f"--set '{setting}'" for setting in SMALL)
     first, again = (run(f"{line} {small}", folder) for line in runs)
-    assert "ppo wins" in first
+    assert "wins are against sft" in first
     assert "report.html" in first
     assert "reward: data, settings or model have changed" in again
     assert "label" not in again

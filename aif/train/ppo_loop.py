@@ -7,7 +7,8 @@ What is numbered in the code of this stage ("detail 8") is this list, of what is
  3  one temperature in sampling, reference and update; no top-p and no top-k
  4  a response ends with its first EOS and is scored then; one without an end pays for it
  5  the reward model reads the last real token
- 6  a critic of its own that begins as the reward model, and may be given a head start
+ 6  a critic of its own whose body begins as the reward model (its head at zero, or as the reward
+    model's too: ppo.critic_head), and may be given a head start
  7  the reward model's head starts small, its scores are normalised on reference responses
  8  the score is the reward of the last action, the KL penalty that of each
  9  k1 in the reward; in a loss, k2

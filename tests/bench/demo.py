@@ -19,8 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from aif.winrate import Bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDED = ("respond", "revise", "sft", "label", "reward", "ppo", "evaluate")
@@ -67,22 +68,21 @@ def tell(folder: Path, seed: int, seconds: float, gigabytes: float) -> None:
     for row in rows:
         row["vader"] = row["response"] and vader.polarity_scores(row["response"])["compound"]
     for name in ("gold", "score", "vader"):
-        low, middle, high = change(rows, name)
-        print(f"  {name} of ppo less that of sft: {middle:+.3f} ({low:+.3f} to {high:+.3f})")
+        moved = change(rows, name)
+        interval = f"({moved['low']:+.3f} to {moved['high']:+.3f})"
+        print(f"  {name} of ppo less that of sft: {moved['mean']:+.3f} {interval}")
     for policy in found["policies"]:
         kl = policy["kl"] and round(policy["kl"]["mean"], 2)
         print(f"  {policy['name']}: KL {kl}, distinct-2 {policy['distinct_2']:.2f}", flush=True)
 
 
-def change(rows: list[dict], name: str) -> tuple[float, ...]:
-    """(low, mean, high) of the difference within prompts."""
+def change(rows: list[dict], name: str) -> dict[str, float]:
+    """The difference within prompts: its mean, with `low` and `high`."""
     told = {(row["policy"], row["prompt_id"]): row[name] for row in rows}
     prompts = sorted({row["prompt_id"] for row in rows})
     both = [(told["ppo", prompt], told["sft", prompt]) for prompt in prompts]
-    apart = np.array([a - b for a, b in both if a is not None and b is not None])
-    means = np.random.default_rng(0).choice(apart, (10_000, len(apart))).mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(apart.mean()), float(high)
+    apart = [a - b for a, b in both if a is not None and b is not None]
+    return Bootstrap(0, 10_000).mean(apart)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from aif.config import checked
@@ -26,6 +26,7 @@ from aif.ppo import ppo
 from aif.progress import Progress
 from aif.run import Run
 from aif.settings import Settings
+from aif.winrate import Bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,30 +104,21 @@ def tell(run: Run, seed: int, seconds: float) -> None:
         told += f", {mean(here, 'tokens'):.0f} tokens"
         print(f"  step {step:3}: KL {mean(here, 'kl'):6.2f}, {told}")
     for name in ("score", "gold", "vader"):
-        low, middle, high = change(rows, steps[0], steps[-1], name)
-        print(f"  {name:6} {middle:+.3f} ({low:+.3f} to {high:+.3f})", flush=True)
+        found = change(rows, steps[0], steps[-1], name)
+        interval = f"({found['low']:+.3f} to {found['high']:+.3f})"
+        print(f"  {name:6} {found['mean']:+.3f} {interval}", flush=True)
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float:
-    return float(np.mean([row[name] for row in rows if row[name] is not None]))
+    return fmean(row[name] for row in rows if row[name] is not None)
 
 
-def change(rows: list[dict[str, Any]], first: int, last: int, name: str) -> tuple[float, ...]:
-    """(low, mean, high) of the difference within prompts."""
-    by_step = [
-        {
-            row["prompt_id"]: row[name]
-            for row in rows
-            if row["step"] == step and row[name] is not None
-        }
-        for step in (first, last)
-    ]
-    both = sorted(set(by_step[0]) & set(by_step[1]))
-    apart = np.array([by_step[1][prompt] - by_step[0][prompt] for prompt in both])
-    draw = np.random.default_rng(0)
-    means = draw.choice(apart, (10_000, len(apart))).mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(apart.mean()), float(high)
+def change(rows: list[dict[str, Any]], first: int, last: int, name: str) -> dict[str, float]:
+    """The difference within prompts from one step to another: its mean, with `low` and `high`."""
+    told = {(row["step"], row["prompt_id"]): row[name] for row in rows}
+    prompts = sorted({row["prompt_id"] for row in rows})
+    both = [(told[first, prompt], told[last, prompt]) for prompt in prompts]
+    return Bootstrap(0, 10_000).mean([b - a for a, b in both if a is not None and b is not None])
 
 
 if __name__ == "__main__":
