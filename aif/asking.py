@@ -1,7 +1,7 @@
 """Paying for answers: asks go to a model, answers into the journal, until all is durable.
 
 The one loop under every stage that calls a model. It ends early, with everything so far kept, when
-a signal asks for it or when the model is gone.
+a signal asks for it, when the model is gone, or when the budget is spent.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from aif.errors import AifError, Interrupted, JudgeStopped, TooManyFaults
+from aif.budget import Meter
+from aif.errors import AifError, BudgetSpent, Interrupted, JudgeStopped, TooManyFaults
 from aif.journal import Journal
 from aif.llm import LLM, Answer, Ask, Caller, Lasting
 from aif.progress import Progress
 from aif.records import FAULTS, SERVICE_FAULTS
+from aif.settings import LLMSettings
 
 GONE_AFTER = 100  # service faults in an unbroken row: nobody is there
 DRAIN_S = 10.0  # after the first signal, calls in flight may take this long
@@ -31,12 +34,20 @@ class Tally:
 
     answered: int = 0
     faults: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
     stopped: AifError | None = None
+
+    @property
+    def calls_per_s(self) -> float | None:
+        """How fast calls were answered; None where there were none."""
+        calls = self.answered + self.faults.total()
+        return round(calls / self.seconds, 3) if calls and self.seconds else None
 
     def add(self, more: Tally) -> None:
         """Take another tally into this one."""
         self.answered += more.answered
         self.faults.update(more.faults)
+        self.seconds += more.seconds
         self.stopped = self.stopped or more.stopped
 
 
@@ -70,25 +81,37 @@ def ask_all(
     journal: Journal,
     row_of: Callable[[Answer], dict[str, Any]],
     progress: Progress,
+    meter: Meter | None = None,
 ) -> Tally:
-    """Ask everything, journal every answer (as `row_of` makes it a row), return the tally.
+    """Ask everything that `meter` has money for, journal every answer (as `row_of` makes it a
+    row, with what it cost), return the tally.
 
     Raises AifError at once when the journal cannot be written.
     """
     tally = Tally()
-    before = journal.durable
+    before, began = journal.durable, time.monotonic()
+    meter = (meter or Meter(LLMSettings())).opened(llm, journal)
     try:
-        with draining(progress) as stop:
+        with draining(progress) as stop, meter:
             if isinstance(llm, Lasting):
                 ledger = journal.path.with_suffix(".batches.jsonl")
                 llm.attend(Caller(ledger, journal.commit, stop.is_set, progress.say))
-            _pay(llm, _until(stop, asks), journal, row_of, progress, tally, before)
+            left = iter(asks)
+            while True:
+                with closing(meter.granted(left)) as granted:
+                    handed = _until(stop, granted)
+                    _pay(llm, handed, journal, row_of, progress, tally, before, meter)
+                if stop.is_set() or not meter.goes_on():
+                    break
             if stop.is_set():
                 tally.stopped = Interrupted("interrupted; the same command resumes")
+            elif meter.is_spent:
+                tally.stopped = BudgetSpent(meter.line())
     except (JudgeStopped, Interrupted) as error:
         tally.stopped = error
     journal.commit()
     progress.update(journal.durable - before, tally.faults.total())
+    tally.seconds = time.monotonic() - began
     return tally
 
 
@@ -100,11 +123,12 @@ def _pay(
     progress: Progress,
     tally: Tally,
     before: int,
+    meter: Meter,
 ) -> None:
     failing = 0
     with closing(llm.answer(asks)) as answers:
         for answer in answers:
-            row = row_of(answer)
+            row = meter.settled(answer, row_of(answer))
             journal.append(row)
             fault = row["fault"]
             if fault is None:

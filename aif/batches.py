@@ -49,6 +49,7 @@ def _state(run: Run, submission: Submission, cancel: bool) -> dict[str, Any]:
 
 def _settings(run: Run, submission: Submission) -> LLMSettings:
     """Those of the judge, policy or reviser that made it; else the judge's, with its model."""
-    own = (run.settings.judge, run.settings.policy, run.settings.reviser)
+    judges = (run.settings.judge, *run.settings.panel)
+    own = (*judges, run.settings.policy, run.settings.reviser)
     named = [table for table in own if table and table.model == submission.model]
     return (*named, run.settings.judge.model_copy(update={"model": submission.model}))[0]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from aif import told
+from aif.cli_audit import audit_app
 from aif.cli_batches import batches_app
 from aif.cli_constitution import constitution_app
 from aif.cli_diff import diff_app
@@ -18,20 +19,25 @@ from aif.cli_train import train_app
 from aif.console import (
     EPILOG,
     BaseUrl,
+    Budget,
     Concurrency,
+    Consensus,
     ConstitutionFile,
     FaultRate,
     Json,
     Judge,
+    Judges,
     Limit,
     Out,
     Pairs,
+    Prices,
     Protocol,
     Quiet,
     RunFolder,
     Seed,
     Set,
     existing_run,
+    judges_given,
     open_run,
     run_stage,
     show_summary,
@@ -47,6 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(train_app)
+app.add_typer(audit_app)
 app.add_typer(diff_app)
 app.add_typer(evaluate_app)
 app.add_typer(report_app)
@@ -58,25 +65,27 @@ app.add_typer(constitution_app, name="constitution")
 def label_settings(
     pairs: str | None,
     constitution: str | None,
-    judge: str | None,
     base_url: str | None,
     protocol: str | None,
     concurrency: int | None,
     limit: int | None,
     seed: int | None,
     max_fault_rate: float | None = None,
+    budget: float | None = None,
+    consensus: str | None = None,
 ) -> dict[str, Any]:
     """The flags of `label` and `plan` under the names they have in run.toml."""
     return {
         "label.pairs": pairs,
         "label.constitution": constitution,
-        "judge.model": judge,
         "judge.base_url": base_url,
         "label.protocol": protocol,
         "judge.concurrency": concurrency,
         "label.limit": limit,
         "label.seed": seed,
         "label.max_fault_rate": max_fault_rate,
+        "label.budget": budget,
+        "label.consensus": consensus,
     }
 
 
@@ -85,13 +94,16 @@ def label(
     out: Out,
     pairs: Pairs = None,
     constitution: ConstitutionFile = None,
-    judge: Judge = None,
+    judge: Judges = None,
+    consensus: Consensus = None,
     base_url: BaseUrl = None,
     protocol: Protocol = None,
     concurrency: Concurrency = None,
     limit: Limit = None,
     seed: Seed = None,
     max_fault_rate: FaultRate = None,
+    price: Prices = None,
+    budget: Budget = None,
     set_: Set = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -103,9 +115,10 @@ def label(
     """
     from aif.asking import check_faults
 
-    given = label_settings(
-        pairs, constitution, judge, base_url, protocol, concurrency, limit, seed, max_fault_rate
-    )
+    given = judges_given(judge, price, out) | label_settings(
+        pairs, constitution, base_url, protocol, concurrency, limit, seed, max_fault_rate,
+        budget, consensus,
+    )  # fmt: skip
     run = open_run(out, given, set_)
     summary = run_stage("label", run, json_, quiet, told.label)
     check_faults(summary, run.settings.label.max_fault_rate)
@@ -116,13 +129,19 @@ def plan(
     out: Out = Path("runs/plan"),
     pairs: Pairs = None,
     constitution: ConstitutionFile = None,
-    judge: Judge = None,
+    judge: Judges = None,
+    consensus: Consensus = None,
     base_url: BaseUrl = None,
     protocol: Protocol = None,
     concurrency: Concurrency = None,
     limit: Limit = None,
     seed: Seed = None,
     max_fault_rate: FaultRate = None,
+    price: Prices = None,
+    budget: Budget = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-6, help="Calls a second; default: as last measured.")
+    ] = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -132,10 +151,11 @@ def plan(
     """
     from aif.plan import plan as planned
 
-    given = label_settings(
-        pairs, constitution, judge, base_url, protocol, concurrency, limit, seed, max_fault_rate
-    )
-    show_summary(planned(open_run(out, given, set_)), json_, False, told.plan)
+    given = judges_given(judge, price, out) | label_settings(
+        pairs, constitution, base_url, protocol, concurrency, limit, seed, max_fault_rate,
+        budget, consensus,
+    )  # fmt: skip
+    show_summary(planned(open_run(out, given, set_), rate), json_, False, told.plan)
 
 
 @verb(app)

@@ -11,10 +11,11 @@ from aif.console import (
     BaseUrl,
     ConstitutionFile,
     Json,
-    Judge,
+    Judges,
     Protocol,
     Set,
     existing_run,
+    judges_given,
     show_summary,
     verb,
 )  # fmt: skip
@@ -29,7 +30,7 @@ def diff(
         Path | None, typer.Argument(metavar="[RUN_B]", help="Another; see below for none.")
     ] = None,
     constitution: ConstitutionFile = None,
-    judge: Judge = None,
+    judge: Judges = None,
     base_url: BaseUrl = None,
     protocol: Protocol = None,
     set_: Set = None,
@@ -48,13 +49,12 @@ def diff(
     from aif.errors import InputError
     from aif.told_diff import diff as told
 
-    given = {
+    given = judges_given(judge, None, run_a) | {
         "label.constitution": constitution,
-        "judge.model": judge,
         "judge.base_url": base_url,
         "label.protocol": protocol,
     }
-    if run_b and (set_ or any(given.values())):
+    if run_b and (set_ or judge or any(given.values())):
         raise InputError(
             "diff", "RUN_B", got=str(run_b), expected="none, with another constitution or judge"
         )

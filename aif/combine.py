@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from aif.constitution import Constitution, Principle
 from aif.judge import ORDERS
@@ -19,19 +20,22 @@ def label_of(
     constitution: Constitution,
     protocol: str,
     quorum: float = 1.0,
+    orders: Sequence[str] | None = None,
 ) -> Label:
     """The label that these verdicts of one comparison come to.
 
-    A principle counts when all its orders have a verdict (one order alone is position-biased).
-    The label is null, with the commonest fault, when those that count hold less than `quorum` of
-    the weight of the principles that were asked.
+    A principle counts when all of `orders` have a verdict: the protocol's (one order alone is
+    position-biased), or those that were asked where it was meant to be fewer. The label is null,
+    with the commonest fault, when those that count hold less than `quorum` of the weight of the
+    principles that were asked.
     """
+    orders = orders or ORDERS[protocol]
     if comparison.first == comparison.second:
         return Label(comparison.id, None, "identical", 0, None)
     by_principle: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         by_principle[verdict.principle_id].append(verdict)
-    evidence = {name: _evidence(group, protocol) for name, group in by_principle.items()}
+    evidence = {name: _evidence(group, orders) for name, group in by_principle.items()}
     asked = [p for p in constitution.principle if p.id in evidence]
     counted = [(p, e) for p in asked if (e := evidence[p.id]) is not None]
     fault = _fault(verdicts, asked, counted, quorum)
@@ -41,7 +45,7 @@ def label_of(
         fault=fault,
         n_verdicts=sum(verdict.p_first is not None for verdict in verdicts),
         order_agreement=_order_agreement(by_principle, evidence)
-        if protocol == "pairwise"
+        if both_shown(orders) and len(orders) > 1
         else None,
         by_principle={
             name: None if found is None else probability(found) for name, found in evidence.items()
@@ -49,15 +53,83 @@ def label_of(
     )
 
 
-def _evidence(verdicts: Sequence[Verdict], protocol: str) -> float | None:
+def consensus_of(
+    labels: Mapping[str, Label], rule: str, weights: Mapping[str, float], quorum: float = 1.0
+) -> Label:
+    """The label that those of several judges of one comparison come to; each judge has a weight.
+
+    `mean` is the mean of their log-odds. `majority` is the same over the judges of the side that
+    has most weight; a tie of sides is null ("tied"), and a judge that finds both even is on
+    neither. `unanimous` is null ("no_consensus") unless all are on one side. The label is also
+    null, with the commonest fault, when the judges that have one hold less than `quorum` of the
+    weight of those that were asked. By principle the same rule holds, over those that answered.
+    """
+    found = list(labels.values())
+    known = {name: label for name, label in labels.items() if label.p_first is not None}
+    total, held = (sum(weights[name] for name in names) for names in (labels, known))
+    if held and held >= quorum * total * (1 - 1e-9):
+        votes = [(weights[name], label.p_first) for name, label in known.items()]
+        p_first, fault = _agreed(votes, rule)
+    else:
+        faults = sorted(label.fault for label in found if label.fault)
+        p_first, fault = None, max(faults, key=faults.count) if faults else "unparsed"
+    names = dict.fromkeys(name for label in found for name in label.by_principle)
+    orders = [label.order_agreement for label in found if label.order_agreement is not None]
+    return Label(
+        comparison_id=found[0].comparison_id,
+        p_first=p_first,
+        fault=fault,
+        n_verdicts=sum(label.n_verdicts for label in found),
+        order_agreement=fmean(orders) if orders else None,
+        by_principle={
+            name: _agreed(
+                [
+                    (weights[judge], p)
+                    for judge, label in labels.items()
+                    if (p := label.by_principle.get(name)) is not None
+                ],
+                rule,
+            )[0]
+            for name in names
+        },
+        by_judge={name: label.p_first for name, label in labels.items()},
+    )
+
+
+def _agreed(votes: Sequence[tuple[float, float]], rule: str) -> tuple[float | None, str | None]:
+    """(p_first, fault) of votes, each a weight and a p_first: one of the two is None."""
+    votes = [vote for vote in votes if vote[0]]
+    if not votes:
+        return None, "unparsed"
+    sides = {_winner(p) for _, p in votes}
+    if rule == "unanimous" and len(sides) > 1:
+        return None, "no_consensus"
+    if rule == "majority" and len(sides) > 1:
+        lead = _settled(sum(weight * _winner(p) for weight, p in votes))
+        if not lead:
+            return None, "tied"
+        votes = [(weight, p) for weight, p in votes if _winner(p) * lead > 0]
+    if len(votes) == 1:
+        return votes[0][1], None  # as it stands: log-odds and back would round it
+    total = sum(weight for weight, _ in votes)
+    mean = sum(weight * log_odds(p) for weight, p in votes) / total
+    return probability(_settled(mean)), None
+
+
+def both_shown(orders: Sequence[str]) -> bool:
+    """Whether these are orders of two responses, rather than of one that is graded alone."""
+    return len(orders[0]) == 2
+
+
+def _evidence(verdicts: Sequence[Verdict], orders: Sequence[str]) -> float | None:
     """Log-odds that the first response wins under one principle; None if an order is missing."""
     found = [log_odds(v.p_first) for v in verdicts if v.p_first is not None]
-    if len(found) < len(ORDERS[protocol]):
+    if len(found) < len(orders):
         return None
     # pairwise: half the difference of log-odds in the two orders, as both speak of the first
     # response here. pointwise: the difference of two grades is the log-odds of the comparison
     # (Bradley-Terry with the grade's log-odds as strength).
-    return _settled(sum(found) / 2 if protocol == "pairwise" else sum(found))
+    return _settled(sum(found) / len(orders) if both_shown(orders) else sum(found))
 
 
 def _settled(found: float) -> float:

@@ -31,6 +31,16 @@ def parse_set(argument: str) -> tuple[str, Any]:
         return key.strip(), text
 
 
+def put(tables: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of the command line in these tables."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        tables = tables.setdefault(parent, {})
+        if not isinstance(tables, dict):
+            raise InputError("command line", key, got="a key", expected="a table before the dot")
+    tables[last] = value
+
+
 def read_toml(path: Path, max_bytes: int = 1_000_000) -> dict[str, Any]:
     """A TOML file's tables. Errors name the file, and line and column where TOML says so."""
     try:

@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Exit codes: 0 done; 1 error; 2 wrong usage; 3 done, but more calls failed than "
-    "--max-fault-rate; 130 interrupted, the same command resumes."
+    "--max-fault-rate; 4 the budget is spent, a larger --budget resumes; 130 interrupted, the "
+    "same command resumes."
 )
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/first.")]
@@ -27,15 +29,35 @@ Pairs = Annotated[
     str | None, typer.Option(help="JSONL of pairs, or hf:NAME[:SPLIT]; see the README for shapes.")
 ]
 ConstitutionFile = Annotated[str | None, typer.Option("--constitution", help="TOML file.")]
-Judge = Annotated[
-    str | None,
-    typer.Option(
-        help="openai:MODEL, openai-batch:MODEL (the Batch API), smollm2-135m (bundled), a folder "
-        "or hub id, scripted:FILE.",
-    ),
+JUDGES = (
+    "openai:MODEL, openai-batch:MODEL (the Batch API), smollm2-135m (bundled), a folder "
+    "or hub id, scripted:FILE."
+)
+Judge = Annotated[str | None, typer.Option(help=JUDGES)]
+Judges = Annotated[list[str] | None, typer.Option("--judge", help=f"{JUDGES} Repeatable: a panel.")]
+Consensus = Annotated[
+    str | None, typer.Option(help="Of several judges: mean, majority or unanimous.")
 ]
 BaseUrl = Annotated[str | None, typer.Option(help="Server of an openai: judge, ending in /v1.")]
-Protocol = Annotated[str | None, typer.Option(help="pairwise or pointwise; default: by judge.")]
+Protocol = Annotated[
+    str | None, typer.Option(help="pairwise, reasoned, pointwise or rating; default: by judge.")
+]
+Prices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--price",
+        metavar="IN/OUT",
+        help="Dollars a million prompt tokens / completion tokens, as 0.15/0.60, once for each "
+        "--judge; of openai-batch: the price of its batches, which is often half.",
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="DOLLARS",
+        help="All that calls may cost, now and before; what fits is done, then it exits with 4.",
+    ),
+]
 Concurrency = Annotated[int | None, typer.Option(help="Calls in flight at most.")]
 Limit = Annotated[int | None, typer.Option(help="Take the first N rows only.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every draw.")]
@@ -92,6 +114,34 @@ def _report(error: Exception, debug: bool) -> int:
     plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(line.split()))
     print(f"aif: {plain}{hint}", file=sys.stderr)
     return error.exit_code if isinstance(error, AifError) else 1
+
+
+def judges_given(judges: list[str] | None, prices: list[str] | None, run: Path) -> dict[str, Any]:
+    """`[judge]` and `[[panel]]` as the `--judge`s name them, with the `--price`s in their order;
+    one that run.toml has is asked as it says there."""
+    from aif.errors import InputError
+    from aif.settings import load_settings
+
+    judges, prices = judges or [], prices or []
+    if len(prices) > max(1, len(judges)):
+        got = f"{len(prices)} for {len(judges)} of --judge"
+        raise InputError("--price", "", got=got, expected="one for each")
+    told = {"judge.price": prices[0]} if prices else {}
+    if not judges:
+        return told
+    kept = load_settings(run / "run.toml", {})
+    known = {
+        one.model: one.model_dump(exclude_defaults=True) | {"model": one.model}
+        for one in (*kept.panel, kept.judge)
+    }
+    first, *others = judges
+    panel = [known.get(name, {"model": name}) for name in others]
+    panel = [
+        judge | ({"price": price} if price else {})
+        for judge, price in zip_longest(panel, prices[1:])
+    ]
+    judge = {"judge": known[first]} if first in known else {"judge.model": first}
+    return {"panel": panel} | judge | told
 
 
 def open_run(path: Path, given: dict[str, Any], sets: list[str] | None) -> Run:

@@ -32,6 +32,9 @@ MAX_TEXT = 8_000  # characters in any one text
 MAX_PRINCIPLES = 200
 MAX_EXAMPLES = 64
 
+# The question of a principle that each protocol of a judge puts.
+QUESTION = {"pairwise": "compare", "reasoned": "compare", "pointwise": "grade", "rating": "grade"}
+
 
 def _said(text: str) -> str:
     if not text.strip():
@@ -75,11 +78,11 @@ class Principle(Strict):
 
     def question(self, protocol: str) -> str:
         """The question that a protocol puts; `Constitution.require` has seen that it is there."""
-        return (self.compare if protocol == "pairwise" else self.grade) or ""
+        return getattr(self, QUESTION.get(protocol, "grade")) or ""
 
     def digest(self, protocol: str, form: str) -> str:
         """The id of everything in this principle that a verdict depends on."""
-        if protocol == "pairwise":
+        if QUESTION[protocol] == "compare":
             return content_id(self.compare)
         examples = [example.model_dump() for example in self.example]
         if form == "text" and self.cue:  # a cue stands in the question's place
@@ -122,7 +125,7 @@ class Constitution(Strict):
 
     def require(self, protocol: str, where: object) -> None:
         """Raise InputError unless every principle has the question that `protocol` puts."""
-        key = "compare" if protocol == "pairwise" else "grade"
+        key = QUESTION[protocol]
         for number, principle in enumerate(self.principle):
             if not principle.question(protocol):
                 raise InputError(

@@ -12,7 +12,8 @@ from typing import Any
 from aif.constitution import Constitution, Principle
 
 HEAD = tuple(key for key in Constitution.model_fields if key != "principle")
-# How principles may be put: name -> (protocol, form)
+# How principles may be put: name -> (protocol, form). Of `reasoned` the same holds as of pairwise,
+# of `rating` as of pointwise: they put the same questions.
 WAYS = {
     "pairwise": ("pairwise", "chat"),
     "pointwise, as chat": ("pointwise", "chat"),

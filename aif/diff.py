@@ -24,8 +24,9 @@ from aif import jsonl
 from aif.errors import AifError, InputError
 from aif.extras import require
 from aif.journal import Reader
-from aif.judging import constitution_path, judge_of, judged
+from aif.judging import constitution_path
 from aif.label import STAGE, changes, comparisons, facts
+from aif.panel import panel_of
 from aif.records import Comparison, Label, Verdict
 from aif.run import Run
 
@@ -166,18 +167,18 @@ def _second(run: Run, other: Run | None) -> AbstractContextManager[Labelling]:
 def _from_answers(run: Run) -> Iterator[Labelling]:
     """The labelling that the settings make of the answers that a run has, without any call."""
     path = constitution_path(run)
-    judge = judge_of(run, path)
+    panel = panel_of(run, path)
     with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:
 
         def found() -> Iterator[tuple[Comparison, list[Verdict], Label | None]]:
             for comparison in comparisons(run):
-                pairs, label = judged(judge, comparison, journal, run.settings.label.quorum)
+                pairs, label = panel.judged(comparison, journal)
                 yield comparison, [verdict for verdict, _ in pairs], label
 
         yield Labelling(
-            name=f"{path}, by {judge.model.model}",
+            name=f"{path}, by {', '.join(seat.name for seat in panel.seats)}",
             run=run,
-            used=facts(judge, path, {}),
+            used=facts(panel, path, {}),
             labels=lambda: (label for _, _, label in found() if label),
             verdicts=lambda ids: (
                 verdict

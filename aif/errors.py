@@ -35,6 +35,12 @@ class Interrupted(AifError):
     exit_code = 130
 
 
+class BudgetSpent(AifError):
+    """The next call may cost more than is left; what was paid for is kept, the run is resumable."""
+
+    exit_code = 4
+
+
 class TooManyFaults(AifError):
     """The run is complete but more of its calls failed than `--max-fault-rate` allows."""
 

@@ -87,7 +87,7 @@ def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
 
 def _asked_as(run: Run, policy: Policy) -> PolicySettings:
     """How the policy is sampled from: as the run's own is."""
-    return run.settings.policy.model_copy(update={"model": policy.model})
+    return run.settings.policy.of_model(policy.model)
 
 
 def _check(run: Run, policies: Sequence[Policy]) -> None:
@@ -137,7 +137,7 @@ def _held_out(run: Run) -> Iterator[Question]:
 
 def _sub_run(run: Run, name: str, **tables: Any) -> Run:
     """A run below this one, with its settings but for `tables`."""
-    return Run(run.file(FOLDER) / name, run.settings.model_copy(update=tables))
+    return Run(run.file(FOLDER) / name, run.settings.model_copy(update=tables), run.root)
 
 
 def _drawn(
@@ -232,7 +232,7 @@ def _judged(
         label=run.settings.label.model_copy(update={"pairs": str(shown), "limit": None}),
     )
     labels = _labels(sub, faults, progress) if asked else {}
-    if judge.protocol == "pointwise":
+    if judge.grades:
         told = [row for found in rows.values() for row in found if row.response is not None]
         # Most grades are there from the labelling, in whose journal the rest goes: those of texts
         # that both policies wrote, or that had none to be held against.

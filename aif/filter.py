@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from aif.asking import Faults, ask_all
+from aif.budget import Meter
 from aif.errors import InputError
 from aif.journal import Journal
 from aif.judge import Judge
@@ -33,18 +34,19 @@ def filter(run: Run, progress: Progress) -> dict[str, Any]:
     Raises Interrupted or JudgeStopped when it ended early; the files are in order all the same.
     """
     path = constitution_path(run)
+    meter = Meter.of(run, STAGE, run.settings.judge)
     with open_llm(run.settings.judge) as llm, run.writing():
         judge = judge_of(run, path, llm.control_tokens)
         pairs = list(revised_pairs(run))
         comparisons = [comparison for _, comparison in pairs]
         run.keep_settings()
         with run.journal(STAGE) as journal:
-            work = count(judge, comparisons, journal.index)
+            work = count(judge.cells, comparisons, journal.index)
             for line in [*journal.damage(), work.line()]:
                 progress.say(line)
             progress.start(STAGE, len(work.missing))
             asks = asks_for(judge, comparisons, work.missing)
-            tally = ask_all(llm, asks, journal, judge.journal_row, progress)
+            tally = ask_all(llm, asks, journal, judge.journal_row, progress, meter)
             progress.finish()
             faults = Faults()
             rows = list(kept(run, judge, journal, pairs, faults))

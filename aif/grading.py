@@ -1,10 +1,10 @@
 """A live judge: its grades are the reward while a policy learns, and none is paid for twice.
 
-    prompts, responses -> (calls, journal/ppo.jsonl) -> the log-odds of yes of each response
+    prompts, responses -> (calls, journal/ppo.jsonl) -> the grade of each response, in log-odds
 
 Direct RLAIF (Lee et al. 2023, 2309.00267): no reward model stands between the judge and the policy.
-A response is graded by itself, so the protocol is pointwise, and a grade has the same id here as in
-a labelling: what `aif label` paid for is read from its journal.
+A response is graded by itself, so the protocol is pointwise or rating, and a grade has the same id
+here as in a labelling: what `aif label` paid for is read from its journal.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from aif.asking import Faults, ask_all
+from aif.budget import Meter
 from aif.errors import InputError
 from aif.journal import Index, Journal
 from aif.judge import Cell, Judge, resolved
@@ -23,6 +24,7 @@ from aif.judging import asks_for, constitution_path, judge_of
 from aif.llm import LLM, Answer, open_llm
 from aif.odds import log_odds
 from aif.progress import Progress
+from aif.protocols import PROTOCOLS
 from aif.records import Comparison, Message, content_id
 from aif.run import Run
 
@@ -43,10 +45,11 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
     """
 
     def __init__(self, run: Run, stage: str = STAGE):
-        _require_pointwise(run)
+        _require_grades(run)
         self.faults = Faults()
         self._run, self._stage = run, stage
         self._judge = judge_of(run, constitution_path(run))
+        self._meter = Meter.of(run, stage, run.settings.judge)
         self._llm: LLM | None = None
         self._opened = ExitStack()
         trial = Comparison.of([{"role": "user", "content": "?"}], "?", NOBODY)
@@ -68,10 +71,10 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
     ) -> list[float | None]:
         """The grades of responses to prompts [N], in their order.
 
-        A grade is the mean of the principles' log-odds of yes by weight, in +-30 (`combine` and its
-        rules are for comparisons). It is None for a response that is blank, and where the
-        principles with an answer hold less than `label.quorum` of the weight of those asked; what
-        failed is asked again by the next call.
+        A grade is the mean of the principles' log-odds by weight, in +-30 (of yes, or of a rating
+        as a share of its scale; `combine` and its rules are for comparisons). It is None for a
+        response that is blank, and where the principles with an answer hold less than
+        `label.quorum` of the weight of those asked; what failed is asked again by the next call.
 
         Raises Interrupted or JudgeStopped when it ended early; every answer so far is kept.
         """
@@ -124,7 +127,8 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
         llm = self._model()
         asks = asks_for(self._judge, rows, missing)
         # Quiet: the progress on the terminal is that of the training.
-        tally = ask_all(llm, asks, self._journal, self._counted, Progress(quiet=True))
+        quiet = Progress(quiet=True)
+        tally = ask_all(llm, asks, self._journal, self._counted, quiet, self._meter)
         if tally.stopped:
             raise tally.stopped
 
@@ -156,12 +160,12 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
             return json.loads(file.readline())
 
 
-def _require_pointwise(run: Run) -> None:
+def _require_grades(run: Run) -> None:
     protocol, _ = resolved(run.settings.judge, run.settings.label)
-    if protocol != "pointwise":
+    if PROTOCOLS[protocol].compares:
         raise InputError(
             "label",
             "protocol",
             got=repr(run.settings.label.protocol),
-            expected="'pointwise', as a live judge grades responses by themselves",
+            expected="'pointwise' or 'rating', as a live judge grades responses by themselves",
         )

@@ -1,32 +1,27 @@
 """A judge: which calls a comparison needs under a constitution, and what an answer says.
 
-`pairwise` shows both responses, in both orders: position bias is the norm in LLM judges (Zheng et
-al. 2023, 2306.05685; Lee et al. 2023, 2309.00267), and half the difference of the two log-odds
-cancels what is constant in it. `pointwise` grades each response alone, few-shot examples first, and
-compares the grades' log-odds; a very small model can judge in this way and in no other.
-
-A cell is one such call: comparison x principle x order. Its id is computed from all that its answer
-depends on, so a cell is done when the journal holds that id, whoever asked and when.
+How a call asks and what its answer says is its protocol's: pairwise, reasoned, pointwise or rating
+(`aif.protocols`). A cell is one such call: comparison x principle x order. Its id is computed from
+all that its answer depends on, so a cell is done when the journal holds that id, whoever asked and
+when.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aif.constitution import Constitution, Principle
+from aif.errors import InputError
 from aif.llm import Answer, Ask
-from aif.odds import probability
-from aif.parse import is_refusal, parse_choice
+from aif.protocols import LEAD, PROTOCOLS, STRUCTURED_TOKENS
 from aif.records import Comparison, Verdict, content_id
 from aif.settings import BUNDLED, LabelSettings, LLMSettings
 from aif.templates import Template, neutralised
 
-OPTIONS = {"pairwise": ("A", "B"), "pointwise": ("Yes", "No")}
-ORDERS = {"pairwise": ("ab", "ba"), "pointwise": ("a", "b")}
+ORDERS = {name: protocol.orders for name, protocol in PROTOCOLS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +55,28 @@ class Judge:
             if label.template
             else Template.named(f"{self.protocol}.{self.form}")
         )
-        self.options = OPTIONS[self.protocol]
-        self.orders = ORDERS[self.protocol]
+        self._how = PROTOCOLS[self.protocol]
+        self.options = self._how.options
+        self.orders = self._how.orders
+        self.clamp = label.clamp or self._how.clamp
+        if model.structured:
+            _require_structured(model, self.template)
         self._control_tokens = tuple(control_tokens)
         self.question_ids = {p.id: self._question_id(p) for p in constitution.principle}
+
+    @property
+    def grades(self) -> bool:
+        """Whether a call grades one response rather than compares two."""
+        return not self._how.compares
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that one answer may take."""
+        model, how = self.model, self._how
+        needed = how.tokens if model.logprobs else how.tokens_of_text
+        if model.structured:
+            needed = max(needed, STRUCTURED_TOKENS)
+        return model.max_tokens or needed
 
     def _question_id(self, principle: Principle) -> str:
         """The id of what every cell of a principle has in common."""
@@ -100,7 +113,7 @@ class Judge:
     def ask(self, cell: Cell, comparison: Comparison) -> Ask:
         """The call for a cell, with the judged text made harmless."""
         texts = [self._harmless(text) for text in texts_in_order(comparison, cell.order)]
-        names = ("first", "second") if self.protocol == "pairwise" else ("response",)
+        names = ("first", "second") if self._how.compares else ("response",)
         variables: dict[str, Any] = dict(zip(names, texts, strict=True)) | {
             "preamble": self.constitution.preamble,
             "question": cell.principle.question(self.protocol),
@@ -118,53 +131,53 @@ class Judge:
             messages=self.template.chat(variables) if chat else None,
             text=None if chat else self.template.plain(variables),
             options=self.options,
-            max_tokens=self.model.verdict_tokens,
+            max_tokens=self.max_tokens,
             temperature=self.model.temperature,
             samples=self.model.samples,
             seed=int(cell.id[:8], 16),
+            # What is carried on as a text would go on behind its verdict, with one more example.
+            stop=("\n\n",) if self._how.reasons and not chat else (),
+            lead=LEAD if self._how.reasons else "",
+            schema=self._how.schema() if self.model.structured else None,
         )
 
     def _harmless(self, text: str) -> str:
-        return neutralised(text, self._control_tokens)
+        text = neutralised(text, self._control_tokens)
+        return self._how.harmless(text) if self._how.reasons else text
 
     def read(self, answer: Answer) -> tuple[float | None, str | None]:
-        """(probability of the first option, fault): one of the two is None."""
-        if answer.fault:
-            return None, answer.fault
-        if answer.logprobs is not None:
-            first, second = (answer.logprobs[option] for option in self.options)
-            if not (math.isfinite(first) and math.isfinite(second)):
-                return None, "malformed"
-            return probability(first - second), None
-        choices = [parse_choice(text, self.options) for text in answer.texts]
-        parsed = [choice for choice in choices if choice is not None]
-        if not parsed:
-            return None, _why_unparsed(answer)
-        # k of n samples: the Krichevsky-Trofimov estimate, so that one hard answer says 0.75
-        # rather than a certainty that it has not earned.
-        return (parsed.count(0) + 0.5) / (len(parsed) + 1), None
+        """(probability of the first option, or rating as a share of the scale; fault): one of the
+        two is None. `label.clamp` holds the number within bounds."""
+        said, fault = self._how.read(answer, self.model.structured)
+        if said is None:
+            return None, fault
+        low, high = self.clamp
+        return min(high, max(low, said)), None
 
     def journal_row(self, answer: Answer) -> dict[str, Any]:
         """What is kept of an answer: raw text, log-probabilities, and the fault if it has one."""
         _, fault = self.read(answer)
+        logprobs = answer.logprobs or (list(answer.ends) if any(answer.ends) else None)
         return {
             "id": answer.key,
             "fault": fault,
             "texts": list(answer.texts),
             "finish": answer.finish,
-            "logprobs": None if fault else answer.logprobs,  # JSON has no NaN
+            "logprobs": None if fault else logprobs,  # JSON has no NaN
             "detail": answer.detail,
             "usage": answer.usage,
         }
 
     def verdict(self, cell: Cell, comparison: Comparison, row: dict[str, Any]) -> Verdict:
         """A journal row as it bears on a comparison."""
+        found = row["logprobs"]
         answer = Answer(
             key=row["id"],
             texts=tuple(row["texts"]),
             finish=row["finish"],
-            logprobs=row["logprobs"],
+            logprobs=found if isinstance(found, dict) else None,
             fault=row["fault"],
+            ends=tuple(found) if isinstance(found, list) else (),
         )
         p_option, fault = self.read(answer)
         flipped = cell.order in ("ba", "b")
@@ -182,8 +195,8 @@ class Judge:
 
 
 def resolved(model: LLMSettings, label: LabelSettings) -> tuple[str, str]:
-    """(protocol, form), where "auto" means what the model can do: see the module docstring."""
-    small = model.model == BUNDLED
+    """(protocol, form), where "auto" means what the model can do: see `aif.protocols`."""
+    small = model.weights == BUNDLED
     protocol = label.protocol if label.protocol != "auto" else "pointwise" if small else "pairwise"
     return protocol, model.shown_form
 
@@ -202,9 +215,14 @@ def delimiter(comparison: Comparison, order: str) -> str:
     return content_id("delimiter", comparison.prompt_id, texts)[:12]
 
 
-def _why_unparsed(answer: Answer) -> str:
-    if any(is_refusal(text) for text in answer.texts):
-        return "refused"
-    if not any(text.strip() for text in answer.texts):
-        return "empty"
-    return "truncated" if answer.finish == "length" else "unparsed"
+def _require_structured(model: LLMSettings, template: Template) -> None:
+    """Raise InputError for a judge that cannot be held to a JSON schema."""
+    can = model.model.startswith(("openai:", "openai-batch:", "vllm:"))
+    if not can or not template.is_chat:
+        how = "in plain text" if can else f"for {model.model}"
+        raise InputError(
+            "judge",
+            "structured",
+            got=f"true {how}",
+            expected="an openai: or vllm: judge, asked by chat",
+        )

@@ -6,7 +6,7 @@ leaves is the stage's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from aif import constitution as constitutions
 from aif.combine import label_of
 from aif.errors import InputError
 from aif.journal import Index, Reader
-from aif.judge import Judge
+from aif.judge import Cell, Judge
 from aif.llm import Ask
 from aif.records import Comparison, Label, Verdict
 from aif.run import Run
+from aif.settings import LabelSettings, LLMSettings
 
 
 def constitution_path(run: Run) -> Path:
@@ -30,11 +31,21 @@ def constitution_path(run: Run) -> Path:
     return Path(path)
 
 
-def judge_of(run: Run, constitution: Path, control_tokens: Iterable[str] = ()) -> Judge:
-    """The judge that a run's settings describe, with its constitution checked."""
+def judge_of(
+    run: Run,
+    constitution: Path,
+    control_tokens: Iterable[str] = (),
+    model: LLMSettings | None = None,
+    label: LabelSettings | None = None,
+) -> Judge:
+    """The judge that a run's settings describe, with its constitution checked; `[judge]` asked as
+    `[label]` says, unless others are given."""
     settings = run.settings
     judge = Judge(
-        constitutions.load(constitution), settings.judge, settings.label, tuple(control_tokens)
+        constitutions.load(constitution),
+        model or settings.judge,
+        label or settings.label,
+        tuple(control_tokens),
     )
     judge.constitution.require(judge.protocol, constitution)
     return judge
@@ -49,23 +60,27 @@ class Work:
     missing: dict[bytes, str]  # id -> principle id, of calls to be made
     failed_before: int  # of these, asked before without an answer
     unused: int  # answers in the journal that nothing needs now
+    perhaps: int = 0  # calls besides, if what is missing leaves every comparison open
 
     def line(self) -> str:
         parts = [f"{self.comparisons:,} comparisons, {len(self.missing):,} calls to make"]
+        parts += [f"{self.perhaps:,} more at most where they leave it open"] if self.perhaps else []
         parts += [f"{self.kept:,} answers kept"] if self.kept else []
         parts += [f"{self.failed_before:,} asked again after a fault"] if self.failed_before else []
         parts += [f"{self.unused:,} answers no longer used"] if self.unused else []
         return "; ".join(parts)
 
 
-def count(judge: Judge, rows: Iterable[Comparison], index: Index) -> Work:
+def count(
+    cells: Callable[[Comparison], Iterable[Cell]], rows: Iterable[Comparison], index: Index
+) -> Work:
     """Hold the cells of these comparisons against what the journal has."""
     kept: set[bytes] = set()
     missing: dict[bytes, str] = {}
     total = 0
     for comparison in rows:
         total += 1
-        for cell in judge.cells(comparison):
+        for cell in cells(comparison):
             key = bytes.fromhex(cell.id)
             if key in index.answered:
                 kept.add(key)
@@ -94,12 +109,18 @@ def judged(
     The label is None while a call that the comparison needs was never made.
     """
     cells = judge.cells(comparison)
-    found = []
-    for cell in cells:
-        row = journal.newest(cell.id)
-        if row is not None:
-            found.append((judge.verdict(cell, comparison, row), row))
+    found = list(verdicts_of(judge, cells, comparison, journal))
     if len(found) < len(cells):
         return found, None
     verdicts = [verdict for verdict, _ in found]
     return found, label_of(comparison, verdicts, judge.constitution, judge.protocol, quorum)
+
+
+def verdicts_of(
+    judge: Judge, cells: Iterable[Cell], comparison: Comparison, journal: Reader
+) -> Iterator[tuple[Verdict, dict[str, Any]]]:
+    """The verdicts that these cells have, each with its journal row."""
+    for cell in cells:
+        row = journal.newest(cell.id)
+        if row is not None:
+            yield judge.verdict(cell, comparison, row), row

@@ -1,4 +1,4 @@
-"""Label comparisons with a judge under a constitution.
+"""Label comparisons with a judge, or several, under a constitution.
 
     pairs -> comparisons.jsonl -> (calls, journal/label.jsonl) -> verdicts.jsonl + labels.jsonl
 
@@ -9,57 +9,143 @@ there is made, whether the run is new, was killed, or had its constitution edite
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from aif import jsonl
-from aif.asking import Faults, ask_all
-from aif.errors import InputError
+from aif.asking import Faults, Tally, ask_all
+from aif.budget import Meter
+from aif.errors import AifError, BudgetSpent, InputError, JudgeStopped
 from aif.journal import Journal
 from aif.judge import Judge
-from aif.judging import asks_for, constitution_path, count, judge_of, judged
+from aif.judging import Work, asks_for, constitution_path
 from aif.llm import open_llm
 from aif.pairs import read_pairs, unique
+from aif.panel import Panel, Saving, Seat, models_of, panel_of, summed, turns
 from aif.progress import Progress
 from aif.records import Comparison, HumanChoice, as_row, content_id
 from aif.run import Run
+from aif.settings import LLMSettings
 
 STAGE = "label"
+SLICE, SLICES = 64, 20  # comparisons in a slice at least, and slices at most
 
 
 def label(run: Run, progress: Progress) -> dict[str, Any]:
     """Do what `run.settings` says; returns the summary, which is also kept as label.json.
 
-    Raises Interrupted or JudgeStopped when it ended early; the files are in order all the same.
-    Whether the summary has more faults than allowed is `asking.check_faults`' to say.
+    Raises Interrupted, JudgeStopped or BudgetSpent when it ended early; the files are in order all
+    the same. Whether the summary has more faults than allowed is `asking.check_faults`' to say.
     """
     path = constitution_path(run)
-    with open_llm(run.settings.judge) as llm, run.writing():
-        judge = judge_of(run, path, llm.control_tokens)
+    panel = panel_of(run, path, [known_to(run, model) for model in models_of(run.settings)])
+    with run.writing():
         data = take_in(run)
         run.keep_settings()
         with run.journal(STAGE) as journal:
-            used = facts(judge, path, data)
-            work = count(judge, comparisons(run), journal.index)
+            used = facts(panel, path, data)
+            works = panel.count(lambda: comparisons(run), journal)
+            work = summed(works, journal.index)
             for line in [*journal.damage(), *changes(run.state(STAGE), used), work.line()]:
                 progress.say(line)
-            run.write_state(STAGE, {"run": str(run.path), "in_progress": True} | used)
-            progress.start("label", len(work.missing))
-            asks = asks_for(judge, comparisons(run), work.missing)
-            tally = ask_all(llm, asks, journal, judge.journal_row, progress)
-            progress.finish()
-            results = write_results(run, judge, journal)
+            rate = measured_rate(run, panel)
+            begun = {"run": str(run.path), "in_progress": True, "calls_per_s": rate}
+            run.write_state(STAGE, begun | used)
+            tally, cost = pay(run, panel, works, journal, progress)
+            results = write_results(run, panel, journal)
         made = tally.answered + tally.faults.total()
         summary = (
-            {"run": str(run.path), "calls_made": made, "calls_kept": work.kept} | results | used
+            {"run": str(run.path), "calls_made": made, "calls_kept": work.kept}
+            | {"calls_per_s": tally.calls_per_s or rate, "cost": cost}
+            | results
+            | used
         )
         run.write_state(STAGE, summary)
     if tally.stopped:
-        raise tally.stopped
+        raise _with_labels(tally.stopped, summary)
     return summary
+
+
+def _with_labels(stopped: AifError, summary: dict[str, Any]) -> AifError:
+    """Why it ended early; where the budget is spent, with how far it went."""
+    if not isinstance(stopped, BudgetSpent):
+        return stopped
+    done, left = summary["labels"], summary["unfinished"]
+    return BudgetSpent(
+        f"{summary['run']}: {stopped}; {done:,} of {done + left:,} comparisons are labelled, "
+        "the same command with a larger --budget goes on"
+    )
+
+
+def pay(
+    run: Run, panel: Panel, works: list[tuple[Seat, Work]], journal: Journal, progress: Progress
+) -> tuple[Tally, float | None]:
+    """Ask what is missing, one judge after the other; what came of it, and its price in dollars.
+
+    Under a budget the comparisons are gone through in slices, each by all judges before the next,
+    so that what has been paid for when it is spent makes whole labels.
+    """
+    tally, costs = Tally(), []
+    total = works[0][1].comparisons
+    in_turns = len(panel.seats) > 1 or panel.escalates
+    limited = run.settings.label.budget or run.settings.pipeline.budget
+    size = max(SLICE, ceil(total / SLICES)) if limited and in_turns else max(1, total)
+    for start in range(0, total, size):
+        rows = partial(_slice, run, start, start + size)
+        for seat, missing in turns(
+            panel, works if size >= total else panel.count(rows, journal), rows, journal
+        ):
+            meter = Meter.of(run, STAGE, seat.judge.model)
+            tally.add(ask(run, seat, missing, rows(), journal, progress, meter))
+            costs += [] if meter.cost is None else [meter.cost]
+            if tally.stopped:
+                return tally, sum(costs) if costs else None
+    return tally, sum(costs) if costs else None
+
+
+def _slice(run: Run, start: int, stop: int) -> Iterator[Comparison]:
+    return islice(comparisons(run), start, stop)
+
+
+def measured_rate(run: Run, panel: Panel) -> float | None:
+    """Calls a second in the last labelling by these judges that made any."""
+    last, now = run.state(STAGE), facts(panel, Path(), {})
+    same = all(last.get(key) == now.get(key) for key in ("judge", "panel"))
+    return last.get("calls_per_s") if same else None
+
+
+def known_to(run: Run, model: LLMSettings) -> tuple[str, ...]:
+    """A model's control tokens. What is wrong with one is told now, before any is asked."""
+    Meter.of(run, STAGE, model)
+    with open_llm(model) as llm:
+        return llm.control_tokens
+
+
+def ask(
+    run: Run,
+    seat: Seat,
+    missing: set[bytes],
+    rows: Iterator[Comparison],
+    journal: Journal,
+    progress: Progress,
+    meter: Meter,
+) -> Tally:
+    """Have one judge make these calls; its model is in memory for them and no longer."""
+    judge = seat.judge
+    several = bool(run.settings.panel)
+    progress.start(f"label, {seat.name}" if several else "label", len(missing))
+    with open_llm(judge.model) as llm:
+        asks = asks_for(judge, rows, missing)
+        tally = ask_all(llm, asks, journal, judge.journal_row, progress, meter)
+    progress.finish()
+    if several and isinstance(tally.stopped, JudgeStopped):
+        tally.stopped = JudgeStopped(f"{seat.name}: {tally.stopped}")
+    return tally
 
 
 def take_in(run: Run) -> dict[str, Any]:
@@ -109,22 +195,23 @@ def comparisons(run: Run) -> Iterator[Comparison]:
     return islice(run.read("comparisons.jsonl", Comparison), run.settings.label.limit)
 
 
-def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
+def write_results(run: Run, panel: Panel, journal: Journal) -> dict[str, Any]:
     """Make verdicts.jsonl and labels.jsonl again from the journal; returns what they hold.
 
     A comparison with a call that was never made has no label row yet.
     """
+    saving = Saving(panel)
+    by_judge: defaultdict[str, Counter[str]] = defaultdict(Counter)
     totals: Counter[str] = Counter()
     faults = Faults()
     null_labels: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
-    quorum = run.settings.label.quorum
     with (
         jsonl.replacing(run.file("verdicts.jsonl")) as verdict_file,
         jsonl.replacing(run.file("labels.jsonl")) as label_file,
     ):
         for comparison in comparisons(run):
-            verdicts, found = judged(judge, comparison, journal, quorum)
+            verdicts, found = panel.judged(comparison, journal)
             for verdict, row in verdicts:
                 totals["hard_verdicts"] += row["logprobs"] is None and verdict.fault is None
                 faults.add(row)
@@ -134,6 +221,10 @@ def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
                 totals["unfinished"] += 1
                 continue
             null_labels.update([found.fault] if found.fault else [])
+            for name, p_first in found.by_judge.items():
+                by_judge[name].update(labels=1, null=p_first is None)
+            if panel.escalates:
+                saving.add(comparison, verdicts)
             totals["labels"] += 1
             totals["first_wins"] += (found.p_first or 0) > 0.5
             label_file.write(jsonl.dumps(as_row(found)) + "\n")
@@ -145,29 +236,43 @@ def write_results(run: Run, judge: Judge, journal: Journal) -> dict[str, Any]:
         "verdicts": faults.calls,
         "hard_verdicts": totals["hard_verdicts"],
         "tokens": dict(tokens),
+        **({"judges": {n: dict(c) for n, c in by_judge.items()}} if by_judge else {}),
+        **({"escalated": saving.summary()} if panel.escalates else {}),
         **faults.summary(),
     }
 
 
-def facts(judge: Judge, constitution: Path, data: dict[str, Any]) -> dict[str, Any]:
+def facts(panel: Panel, constitution: Path, data: dict[str, Any]) -> dict[str, Any]:
     """What a labelling used, so that the next one can say what changed."""
+    judge = panel.first
     sampled = judge.constitution.principles == "sample"
+    others = {seat.name: _asked(seat.judge) for seat in panel.seats[1:]}
     return {
         "data": data,
         "draw": f"one principle, seed {judge.seed}" if sampled else "all principles",
         "judge": judge.model.identity(),
         "protocol": judge.protocol,
         "template": content_id(judge.template.text),
+        **({"panel": others} if others else {}),
+        **panel.rules(),
         "constitution": {
             "file": str(constitution),
             "name": judge.constitution.name,
             "digest": judge.constitution.digest(),
             "preamble": content_id(judge.constitution.preamble),
-            "principles": {
-                p.id: p.digest(judge.protocol, judge.form) for p in judge.constitution.principle
-            },
+            "principles": _digests(judge),
         },
     }
+
+
+def _asked(judge: Judge) -> dict[str, Any]:
+    """What a further judge's calls depend on."""
+    how = {"protocol": judge.protocol, "template": content_id(judge.template.text)}
+    return judge.model.identity() | how | {"principles": _digests(judge)}
+
+
+def _digests(judge: Judge) -> dict[str, str]:
+    return {p.id: p.digest(judge.protocol, judge.form) for p in judge.constitution.principle}
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -178,21 +283,41 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for key in ("judge", "protocol", "template", "draw"):
         if before.get(key) != now[key]:
             lines.append(f"{key} changed{_difference(before.get(key), now[key])}")
+    was, is_now = before.get("panel", {}), now.get("panel", {})
+    lines += [f"judge {name!r} left" for name in was if name not in is_now]
+    lines += [f"judge {name!r} joined" for name in is_now if name not in was]
+    both = [(was[name], is_now[name]) for name in is_now if name in was]
+    for old, new in both:
+        if old | {"principles": ()} != new | {"principles": ()}:
+            lines.append(f"judge {new['model']!r} changed")
+    rules = ("consensus", "escalation") if is_now and was else ("escalation",)
+    for key in rules:
+        if before.get(key) != now.get(key):
+            lines.append(f"{key} changed{_difference(before.get(key), now.get(key) or 'none')}")
     if now["data"] and before["data"].get("digest") != now["data"].get("digest"):
         lines.append("the data changed")
     old, new = before["constitution"], now["constitution"]
     if old["preamble"] != new["preamble"]:
         lines.append("the constitution's preamble changed")
-    same_protocol = before.get("protocol") == now["protocol"]  # else each puts another question
-    for name in old["principles"] | new["principles"]:
-        was, is_now = old["principles"].get(name), new["principles"].get(name)
-        if was != is_now and (same_protocol or None in (was, is_now)):
-            what = "is new" if was is None else "is gone" if is_now is None else "was edited"
-            lines.append(f"principle {name!r} {what}")
+    asked = [(before, now, old["principles"], new["principles"])]
+    asked += [(was, is_now, was["principles"], is_now["principles"]) for was, is_now in both]
+    lines += dict.fromkeys(line for each in asked for line in _edits(*each))
     if not lines and old["digest"] != new["digest"]:
         moved = "the draws move with them" if now["draw"].startswith("one") else "no call is needed"
         lines.append(f"only weights or rules of the constitution changed: {moved}")
     return lines
+
+
+def _edits(
+    judge: dict[str, Any], judge_now: dict[str, Any], old: dict[str, str], new: dict[str, str]
+) -> Iterator[str]:
+    """Which of the questions that one judge was asked are others now."""
+    same = judge.get("protocol") == judge_now["protocol"]  # else each puts another question
+    for name in old | new:
+        was, is_now = old.get(name), new.get(name)
+        if was != is_now and (same or None in (was, is_now)):
+            what = "is new" if was is None else "is gone" if is_now is None else "was edited"
+            yield f"principle {name!r} {what}"
 
 
 def _difference(before: Any, now: Any) -> str:

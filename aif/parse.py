@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import NamedTuple
+
+from aif import jsonl
 
 _REFUSAL = re.compile(
     r"^\W*(?:i'?m sorry|sorry|i apologi[sz]e|i (?:can(?:no|')t|am unable to|am not able to|won't)"
@@ -55,9 +58,96 @@ def parse_choice(text: str, options: tuple[str, str]) -> int | None:
     return named.pop() if named else None
 
 
+class Stated(NamedTuple):
+    """A verdict in a text: which option, and the character at which it stands."""
+
+    option: int
+    at: int
+
+
+def parse_verdict(text: str, options: tuple[str, ...]) -> Stated | None:
+    """The verdict that a text with reasons ends in, on a line of its own: "Verdict: A".
+
+    A text that is the option and nothing else has its verdict, too; one that states a verdict and
+    goes on has none, nor has one that quotes a verdict inside of its last line.
+    """
+    text = text.rstrip()
+    alone, ending = _endings(options)
+    match = alone.fullmatch(text) if len(text) <= _ALONE else None
+    match = match or ending.search(text, max(0, len(text) - _TAIL))
+    return Stated(_index(match, options), match.start(1)) if match else None
+
+
+def verdict_in_json(text: str, options: tuple[str, ...]) -> Stated | None:
+    """The verdict of a structured answer, {"verdict": "A"}, whatever else the object holds."""
+    try:
+        found = jsonl.loads(text)
+    except ValueError:
+        return None
+    verdict = found.get("verdict") if isinstance(found, dict) else None
+    if not isinstance(verdict, str) or verdict not in options:
+        return None
+    return Stated(options.index(verdict), text.rfind(f'"{verdict}"') + 1)
+
+
+def parse_rating(text: str, lowest: int, highest: int) -> float | None:
+    """The rating in `text`, or None: the number alone, the last one that is said to be the rating
+    ("Rating: 8", "8/10", "[[8]]"), or the only number there is."""
+    alone, stated, scale = _ratings(lowest, highest)
+    text = scale.sub(" ", text.strip())
+    match = alone.fullmatch(text) if len(text) <= _ALONE else None
+    matches = [match] if match else list(stated.finditer(text))
+    if not matches:
+        numbers = _WITH_DIGITS.findall(text)
+        only = re.fullmatch(_NUMBER, numbers[0].rstrip(".,")) if len(numbers) == 1 else None
+        matches = [only] if only else []
+    if not matches:
+        return None
+    rating = float(matches[-1][matches[-1].lastindex or 0])
+    return rating if lowest <= rating <= highest else None
+
+
 def is_refusal(text: str) -> bool:
     """Whether the text opens the way a model declines."""
     return bool(_REFUSAL.match(text.replace("’", "'")))
+
+
+_TAIL = 200  # characters that the line with the verdict and what leads up to it may take
+_WITH_DIGITS = re.compile(r"[\w.,/%-]*\d[\w.,/%-]*")
+_NUMBER = r"(\d{1,3}(?:\.\d{1,2})?)"
+
+
+@lru_cache
+def _endings(options: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """A text that is an option alone, and the end of one that comes to its verdict."""
+    one = "|".join(re.escape(option) for option in options)
+    noun = r"(?:(?:output|response|answer|option|assistant|summary|text)\W{1,3})?"
+    return (
+        re.compile(rf"\W{{0,8}}{noun}({one})\W{{0,8}}", re.IGNORECASE),
+        re.compile(
+            r"(?:^|\n)\W{0,8}(?:(?:the|my|final|overall|so|thus|therefore)\W{1,3}){0,3}verdict\W{0,8}"
+            rf"(?:is\W{{1,6}})?{noun}({one})\W{{0,8}}\Z",
+            re.IGNORECASE,
+        ),
+    )
+
+
+@lru_cache
+def _ratings(lowest: int, highest: int) -> tuple[re.Pattern[str], ...]:
+    """A text that is a rating alone, a rating that is called one, and a mention of the scale."""
+    word = r"(?:rating|score|grade|verdict)"
+    of = rf"(?:\s{{0,2}}/\s{{0,2}}{highest}(?!\d)|\s{{1,3}}out\s{{1,3}}of\s{{1,3}}{highest}(?!\d))"
+    ends = r"(?![\w%]|[.,/]\d|\s{0,2}[-\u2013/]\s{0,2}\d)"
+    begins = r"(?<![\w.,/-])"
+    return (
+        re.compile(rf"[^\w-]{{0,8}}(?:{word}[^\w-]{{0,6}})?{_NUMBER}(?:{of})?\W{{0,8}}", re.I),
+        re.compile(
+            rf"\b{word}\b(?:\s{{1,3}}(?:is|of|would\s{{1,3}}be))?[^\w-]{{0,6}}{_NUMBER}(?:{of}|{ends})"
+            rf"|{begins}{_NUMBER}{of}|\[\[\s{{0,3}}{_NUMBER}\s{{0,3}}\]\]",
+            re.I,
+        ),
+        re.compile(rf"\b{lowest}\s{{0,3}}(?:to|-|\u2013|through|and)\s{{0,3}}{highest}\b"),
+    )
 
 
 @lru_cache

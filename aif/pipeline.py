@@ -187,6 +187,9 @@ def _inputs(step: Step) -> str:
     """Of what a step depends on. A setting that names a file or a model counts by its content; a
     file that the step also writes counts as written."""
     tables = step.run.settings.model_dump(mode="json")
+    for table in filter(None, (tables[name] for name in ("policy", "reviser", "judge", "label"))):
+        table.pop("price", None)  # what calls cost is no part of what they are answered
+        table.pop("budget", None)
     found = {}
     for key in step.stage.settings.split():
         table, _, name = key.partition(".")

@@ -57,7 +57,7 @@ def start_of(run: Run) -> str:
     """The model that PPO started from, or would."""
     told = run.state("ppo").get("from") or run.settings.ppo.model
     tuned = run.file("sft")
-    return told or (str(tuned) if _made(tuned) else run.settings.policy.model)
+    return told or (str(tuned) if _made(tuned) else run.settings.policy.weights)
 
 
 def named(run: Run, name: str) -> Policy:
@@ -82,7 +82,7 @@ def named(run: Run, name: str) -> Policy:
             return Policy(name, load_settings(folder / "run.toml", {}).policy.model)
         if folder.is_dir():
             return Policy(name, _trained(folder, match[2]))
-        if match[1] not in ("openai", "openai-batch", "scripted"):
+        if match[1] not in ("openai", "openai-batch", "scripted", "vllm"):
             raise _wrong(name, f"a run folder before the colon, and {shown(match[1])} is none")
     return Policy(name, name)
 

@@ -22,6 +22,7 @@ FAULTS = {
     "empty": "the model said nothing",
     "tied": "no answer has more votes than every other",
     "unsure": "the answer with most votes has too small a share of them",
+    "no_consensus": "the judges do not all name the same winner",
     "unchanged": "the revision is the text that it was to revise",
     "copied": "the revision is that of a worked example",
     "identical": "both responses are the same text, so there is nothing to compare",
@@ -51,7 +52,10 @@ def content_id(*parts: object) -> str:
 
 def as_row(record: Any) -> dict[str, Any]:
     """A record as the object that stands on its line. (`asdict` would copy every text.)"""
-    return {name: getattr(record, name) for name in record.__slots__}
+    row = {name: getattr(record, name) for name in record.__slots__}
+    if not row.get("by_judge", True):  # said only where it says something
+        del row["by_judge"]
+    return row
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,3 +193,4 @@ class Label:
     n_verdicts: int  # verdicts that count; those with a fault do not
     order_agreement: float | None  # share of principles whose two orders name the same winner
     by_principle: dict[str, float | None] = field(default_factory=dict)
+    by_judge: dict[str, float | None] = field(default_factory=dict)  # {} where there is one alone

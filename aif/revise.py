@@ -21,6 +21,7 @@ from typing import Any
 
 from aif import constitution as constitutions
 from aif.asking import Faults, Tally, ask_all
+from aif.budget import Meter
 from aif.constitution import Principle
 from aif.errors import InputError
 from aif.journal import Journal
@@ -57,6 +58,7 @@ def revise(run: Run, progress: Progress) -> dict[str, Any]:
     Raises Interrupted or JudgeStopped when it ended early; the files are in order all the same.
     Whether the summary has more failed calls than allowed is `asking.check_faults`' to say.
     """
+    meter = Meter.of(run, STAGE, model_of(run))
     with open_llm(model_of(run)) as llm, run.writing():
         reviser = reviser_of(run, llm)
         chains = list(begin(run, reviser))
@@ -64,7 +66,7 @@ def revise(run: Run, progress: Progress) -> dict[str, Any]:
         with run.journal(STAGE) as journal:
             for line in journal.damage():
                 progress.say(line)
-            kept, tally = ask_in_waves(llm, reviser, chains, journal, progress)
+            kept, tally = ask_in_waves(llm, reviser, chains, journal, progress, meter)
         run.write("revisions.jsonl", (row for chain in chains for row in chain.done))
         summary = {"run": str(run.path), "calls_kept": kept} | summarised(chains, tally, reviser)
         run.write_state(STAGE, summary)
@@ -106,7 +108,12 @@ def begin(run: Run, reviser: Reviser) -> Iterator[Chain]:
 
 
 def ask_in_waves(
-    llm: LLM, reviser: Reviser, chains: list[Chain], journal: Journal, progress: Progress
+    llm: LLM,
+    reviser: Reviser,
+    chains: list[Chain],
+    journal: Journal,
+    progress: Progress,
+    meter: Meter,
 ) -> tuple[int, Tally]:
     """Ask until no chain needs a call; returns how many answers were there before, and the tally.
 
@@ -127,7 +134,7 @@ def ask_in_waves(
         progress.start(f"revise, step {step} of {2 * reviser.settings.rounds}", len(pending))
         asks = (next_ask(reviser, chain) for chain in pending.values())
         asked |= pending.keys()
-        total.add(ask_all(llm, filter(None, asks), journal, reviser.journal_row, progress))
+        total.add(ask_all(llm, filter(None, asks), journal, reviser.journal_row, progress, meter))
         progress.finish()
     else:  # what came in before it stopped counts too
         for chain in chains:

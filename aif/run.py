@@ -34,9 +34,9 @@ Row = TypeVar("Row")
 
 
 class Run:
-    """A folder and the settings that hold in it."""
+    """A folder and the settings that hold in it; `root` is the run that it is a part of."""
 
-    def __init__(self, path: Path, settings: Settings):
+    def __init__(self, path: Path, settings: Settings, root: Path | None = None):
         if not _NAME.fullmatch(path.name):
             raise InputError(
                 "run folder",
@@ -46,6 +46,7 @@ class Run:
             )
         self.path = path
         self.settings = settings
+        self.root = root or path
 
     def file(self, name: str) -> Path:
         """A file of the run. Raises if somebody put a symbolic link in its place."""

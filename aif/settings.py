@@ -12,16 +12,18 @@ constitution = "constitutions/warm.toml"
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, field_validator
 
 from aif import digests
-from aif.config import Strict, checked, read_toml
-from aif.errors import InputError
+from aif.config import Strict, checked, put, read_toml
+from aif.price import checked_price
 
 BUNDLED = "smollm2-135m"
+VLLM = "vllm:"  # before the name of a model that vLLM is to run
+Budget = Annotated[float | None, Field(gt=0, allow_inf_nan=False)]  # dollars
 
 
 class LLMSettings(Strict):
@@ -35,14 +37,29 @@ class LLMSettings(Strict):
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)  # None: what the stage needs
     samples: int = Field(1, ge=1, le=256)
     logprobs: bool = True
+    structured: bool = False  # ask for JSON, where the server has response_format
     check_model: bool = True
     concurrency: int = Field(64, ge=1, le=10_000)
     timeout_s: float = Field(120, gt=0)
     attempts: int = Field(6, ge=1, le=100)
     max_wait_s: float = Field(60, gt=0)
     poll_s: float = Field(60, gt=0)  # between two looks at a batch, at most
+    # Dollars a million tokens of prompt/completion, as "0.15/0.60"; None: nobody said.
+    price: Annotated[str | None, AfterValidator(checked_price)] = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
+    # Share of the device's memory for vLLM; None: 0.9 of a GPU's, 0.3 of a CPU's.
+    vllm_memory: float | None = Field(None, gt=0, lt=1)
+
+    @property
+    def weights(self) -> str:
+        """The model by its weights, whichever engine runs them."""
+        return self.model.removeprefix(VLLM)
+
+    def of_weights(self, name: str) -> Self:
+        """The same with other weights, run by the same engine."""
+        engine = VLLM if self.model.startswith(VLLM) else ""
+        return self.of_model(engine + name)
 
     def identity(self) -> dict[str, Any]:
         """What an answer depends on; it enters every verdict's id. No secrets, no tuning.
@@ -51,8 +68,15 @@ class LLMSettings(Strict):
         """
         keys = {"model", "temperature", "max_tokens", "samples", "logprobs", "dtype"}
         found = self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
-        weights = digests.of_model(self.model)
+        if self.structured:
+            found["structured"] = True
+        weights = digests.of_model(self.weights)
         return found if weights is None else found | {"weights": weights}
+
+    def of_model(self, model: str) -> Self:
+        """The same for another model; a price is of the one model only."""
+        price = self.price if model == self.model else None
+        return self.model_copy(update={"model": model, "price": price})
 
     @property
     def shown_form(self) -> Literal["chat", "text"]:
@@ -60,12 +84,7 @@ class LLMSettings(Strict):
         text and does not follow a request."""
         if self.form != "auto":
             return self.form
-        return "text" if self.model == BUNDLED else "chat"
-
-    @property
-    def verdict_tokens(self) -> int:
-        """Tokens that a verdict may take: one where its log-probabilities are read, else a few."""
-        return self.max_tokens or (1 if self.logprobs else 16)
+        return "text" if self.weights == BUNDLED else "chat"
 
     @property
     def response_tokens(self) -> int:
@@ -168,6 +187,14 @@ class SFTSettings(TrainSettings):
     packing: bool | None = None  # no padding; None: where the attention is for it
 
 
+class RequireAudit(Strict):
+    """What RUN/audit.json has to say of the judge before its labels are learned from."""
+
+    agreement: float | None = Field(None, ge=0, le=1)  # with people, at least
+    position_bias: float | None = Field(None, ge=0, le=1)  # either way, at most
+    fault_rate: float | None = Field(None, ge=0, le=1)  # of its calls, at most
+
+
 class RewardSettings(TrainSettings):
     """The reward model. `data` maps a source to how often an epoch shows each prompt of it."""
 
@@ -187,6 +214,7 @@ class RewardSettings(TrainSettings):
     combine: Literal["mean", "min", "lower"] = "mean"  # lower: mean less one standard deviation
     # Shares of the data to train on besides, for a learning curve.
     curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field([])
+    require_audit: RequireAudit | None = None
 
 
 class PPOSettings(TrainSettings):
@@ -241,6 +269,8 @@ class PPOSettings(TrainSettings):
     eval_fraction: float = Field(0.1, ge=0, lt=1)  # of the prompts, held out to watch
     eval_every: int | None = Field(None, ge=1)  # steps; None: a tenth of them
     max_tokens: int = Field(1024, ge=8)  # of a prompt and its response
+    # Run a prompt once for the samples that lie in one micro-batch; None: where the attention can.
+    share_prompt: bool | None = None
     load_best: bool = False  # end with the weights of the highest gold, or held-out score
 
 
@@ -256,12 +286,38 @@ class LabelSettings(Strict):
 
     pairs: str | None = None
     constitution: str | None = None  # None: revise.constitution
-    protocol: Literal["auto", "pairwise", "pointwise"] = "auto"
+    protocol: Literal["auto", "pairwise", "reasoned", "pointwise", "rating"] = "auto"
+    clamp: list[float] | None = None  # bounds of a verdict's p; None: for `reasoned` [0.4, 0.6]
     template: str | None = None
     seed: int = 0
     limit: int | None = Field(None, ge=1)
     quorum: float = Field(1.0, gt=0, le=1)
     max_fault_rate: float = Field(0.05, ge=0, le=1)
+    budget: Budget = None  # for all labelling of the run, whenever it was done
+    consensus: Literal["mean", "majority", "unanimous"] = "mean"  # of the judge and its panel
+    judge_weights: dict[str, Annotated[float, Field(ge=0)]] = Field({})  # a judge that has none: 1
+    weights_from: str | None = None  # an audit.json, whose weights these are unless given above
+    escalate_below: float | None = Field(None, ge=0, le=1)  # |2p - 1| under which more is asked
+    escalate: Literal["orders", "panel", "reasoned"] = "orders"  # what is asked then
+
+    @field_validator("clamp")
+    @classmethod
+    def _clamp_holds_even(cls, clamp: list[float] | None) -> list[float] | None:
+        if clamp is not None and not (len(clamp) == 2 and 0 <= clamp[0] <= 0.5 <= clamp[1] <= 1):
+            raise ValueError("[low, high] with low in 0 to 0.5 and high in 0.5 to 1")
+        return clamp
+
+
+class AuditSettings(Strict):
+    """Judges held against people."""
+
+    pairs: str | None = None  # with people's choices; None: label.pairs, or the runs' own
+    judges: list[str] = Field([])  # by name; recorded:COLUMN is one whose verdicts the pairs have
+    runs: list[str] = Field([])  # folders that are labelled; none, and no judge: this one
+    canaries: int = Field(0, ge=0)  # pairs that are attacked, each in every way
+    calibrate: bool = False  # fit a temperature on half of the prompts
+    resamples: int = Field(1000, ge=100)  # of the pairs, for an interval
+    seed: int = 0
 
 
 class EvaluateSettings(Strict):
@@ -283,6 +339,7 @@ class PipelineSettings(Strict):
 
     stages: list[str] = Field([])  # by name, in their order; none: those that the settings are for
     iterations: int = Field(1, ge=1, le=20)  # of sampling, labelling and training
+    budget: Budget = None  # for all calls of the run, whatever they are for
 
 
 class Settings(Strict):
@@ -292,6 +349,7 @@ class Settings(Strict):
     policy: PolicySettings = PolicySettings()
     reviser: PolicySettings | None = None  # None: the policy itself
     judge: LLMSettings = LLMSettings()
+    panel: list[LLMSettings] = Field([])  # the judges beside the first
     respond: RespondSettings = RespondSettings()
     revise: ReviseSettings = ReviseSettings()
     filter: FilterSettings = FilterSettings()
@@ -301,6 +359,7 @@ class Settings(Strict):
     ppo: PPOSettings = PPOSettings()
     compare: CompareSettings = CompareSettings()
     label: LabelSettings = LabelSettings()
+    audit: AuditSettings = AuditSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
     def to_keep(self) -> dict[str, Any]:
@@ -309,10 +368,11 @@ class Settings(Strict):
         No secrets, and no limits: those are of one command.
         """
         tables = self.model_dump(exclude_defaults=True, exclude_none=True)
-        for table in tables.values():
-            table.pop("limit", None)
-            if "base_url" in table:
-                table["base_url"] = without_secrets(table["base_url"])
+        for found in tables.values():
+            for table in found if isinstance(found, list) else [found]:
+                table.pop("limit", None)
+                if "base_url" in table:
+                    table["base_url"] = without_secrets(table["base_url"])
         return tables
 
 
@@ -328,16 +388,11 @@ def load_settings(path: Path, overrides: dict[str, Any]) -> Settings:
     """Defaults < `path` (if it exists) < `overrides` (dotted keys, None: not given)."""
     tables = read_toml(path) if path.exists() else {}
     checked(Settings, tables, path)  # so that an error names the file, not the command line
+    for name in ("judge", "policy", "reviser"):
+        model = overrides.get(f"{name}.model")
+        if model is not None and model != tables.get(name, {}).get("model"):
+            tables.get(name, {}).pop("price", None)  # it was the other model's
     for key, value in overrides.items():
         if value is not None:
-            _put(tables, key, value)
+            put(tables, key, value)
     return checked(Settings, tables, "command line")
-
-
-def _put(tables: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        tables = tables.setdefault(parent, {})
-        if not isinstance(tables, dict):
-            raise InputError("command line", key, got="a key", expected="a table before the dot")
-    tables[last] = value

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from aif.price import dollars
+from aif.records import FAULTS
+
 
 def label(summary: dict[str, Any]) -> list[str]:
     """Labels, calls and faults."""
@@ -12,6 +15,19 @@ def label(summary: dict[str, Any]) -> list[str]:
         f"{summary['labels']:,} labels ({null:,} null), {summary['calls_made']:,} calls made, "
         f"{summary['calls_kept']:,} kept, {sum(summary['faults'].values()):,} faults"
     ]
+    if summary.get("cost"):
+        lines.append(f"{dollars(summary['cost'])} for these calls")
+    for name, found in summary.get("judges", {}).items():
+        lines.append(f"  {name}: {found.get('labels', 0):,} labels ({found.get('null', 0):,} null)")
+    for fault in ("tied", "no_consensus"):
+        if number := summary["labels_null"].get(fault):
+            lines.append(f"{number:,} labels are null as {FAULTS[fault]}")
+    if more := summary.get("escalated"):
+        saved = 1 - more["calls"] / max(1, more["calls_of_all"])
+        lines.append(
+            f"{more['comparisons']:,} comparisons got more than the cheap pass: {more['calls']:,} "
+            f"calls of the {more['calls_of_all']:,} that all would take ({saved:.0%} saved)"
+        )
     if summary["hard_verdicts"]:
         lines.append(
             f"{summary['hard_verdicts']:,} verdicts are parsed text, not log-probabilities: "
@@ -34,8 +50,56 @@ def plan(plan: dict[str, Any]) -> list[str]:
         f"{plan['prompt_tokens']:,} prompt tokens ({plan['prompt_tokens_are']}), "
         f"at most {plan['completion_tokens_at_most']:,} to generate",
     ]
+    if plan["calls_perhaps"]:
+        lines.insert(-1, f"  and {plan['calls_perhaps']:,} more at most, as answers call for them")
     lines += [f"  {name}: {n:,} calls" for name, n in plan["calls_by_principle"].items()]
-    return [*plan["changes"], *lines]
+    if len(plan["judges"]) > 1:
+        lines += [f"  {judge['judge']}: {judge['calls']:,} calls" for judge in plan["judges"]]
+    if plan["seconds"] is not None:
+        rate = plan["calls_per_s"]
+        lines.append(f"about {duration(plan['seconds'])} at {rate:,.3g} calls a second")
+    return [*plan["changes"], *lines, *_prices(plan)]
+
+
+def _prices(plan: dict[str, Any]) -> list[str]:
+    """What there is to pay, what has been paid, and how far the budgets go."""
+    lines = [
+        f"{stage}: {dollars(cost['at_most'])} at most"
+        for stage, cost in plan["dollars_of_sampling"].items()
+    ]
+    cost = plan["dollars"]
+    if cost["at_most"] is not None:
+        about, most = dollars(cost["about"]), dollars(cost["at_most"])
+        about = f"{about} at most" if about == most else f"about {about}, {most} at most"
+        lines.append(f"to pay: {about}; paid: {dollars(plan['dollars_paid'])}")
+        unpriced = [judge["judge"] for judge in plan["judges"] if judge["price"] is None]
+        lines += [f"  without {', '.join(unpriced)}, whose price is not known"] if unpriced else []
+    elif plan["dollars_paid"]:
+        lines.append(f"paid: {dollars(plan['dollars_paid'])}")
+    return lines + [_covered(budget) for budget in plan["budgets"]]
+
+
+def _covered(budget: dict[str, Any]) -> str:
+    left = max(0.0, budget["dollars"] - budget["spent"])
+    if left >= budget["at_most"]:
+        goes = "covers all of it"
+    elif left >= budget["about"]:
+        goes = "is likely to cover it"
+    else:
+        goes = f"covers about {left / budget['about']:.0%} of it"
+    spent = f", {dollars(budget['spent'])} of it spent" if budget["spent"] else ""
+    return f"the budget of {dollars(budget['dollars'])} ({budget['setting']}{spent}) {goes}"
+
+
+def duration(seconds: float) -> str:
+    """A time for a person.
+
+    >>> duration(42.3), duration(400), duration(90_000)
+    ('42 s', '7 min', '25 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def respond(summary: dict[str, Any]) -> list[str]:

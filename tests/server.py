@@ -41,6 +41,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import server_protocols
+
 MODEL = "test-model"
 START_S = 30  # how long `serving` waits for the port
 
@@ -98,6 +100,8 @@ class Stats:
         self.asked: Counter[str] = Counter()  # sha256 of the messages -> requests
         self.answered: Counter[str] = Counter()  # ... -> completions sent without a fault
         self.faults: Counter[str] = Counter()  # kind -> times
+        # Tokens of every request that was not refused, whether or not its answer arrived.
+        self.billed: Counter[str] = Counter()
         self.probes = 0  # requests without a message: a client looks at the headers
         self.authorizations: set[str] = set()
         self.in_flight = 0
@@ -126,6 +130,7 @@ class Stats:
             "answered": self.answered.total(),
             "answered_twice": self.answered.total() - len(self.answered),
             "faults": dict(self.faults),
+            "billed": dict(self.billed),
             "probes": self.probes,
             "authorizations": sorted(self.authorizations),
             "in_flight": self.in_flight,
@@ -189,11 +194,18 @@ def completion(request: dict[str, Any], prompt: str, prompt_hash: str) -> dict[s
     text = pair[0] if p >= 0.5 else pair[1]
     chat = "messages" in request
     listed = int((request.get("top_logprobs") if chat else request.get("logprobs")) or 0)
-    if not listed and (request.get("max_tokens") or 0) > VERDICT_TOKENS:
+    told = server_protocols.steps(request, prompt[-400:], p, pair)
+    if told:
+        text = "".join(token for token, _ in told).removesuffix("<end>")
+    elif not listed and (request.get("max_tokens") or 0) > VERDICT_TOKENS:
         text = f"Words {prompt_hash[:16]}."
     choices = []
     for index in range(request.get("n") or 1):
-        logprobs = option_logprobs(p, pair, text, listed, chat) if listed else None
+        logprobs = None
+        if listed and told:
+            logprobs = server_protocols.logprobs(told, listed, chat)
+        elif listed:
+            logprobs = option_logprobs(p, pair, text, listed, chat)
         said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": "stop"})
     n_prompt, n_said = len(prompt) // 4 + 1, len(choices)
@@ -271,9 +283,11 @@ def build(options: argparse.Namespace):
         stats.begin(prompt_hash, http.headers.get("Authorization", ""))
         try:
             fault = state["chooser"].choose(prompt_hash, prompt, stats.in_flight)
+            body = completion(request, prompt, prompt_hash)
+            if fault is None or fault["kind"] not in server_faults.STATUSES:
+                stats.billed.update(body["usage"])
             if fault is None or "above" not in fault:
                 await delay()
-            body = completion(request, prompt, prompt_hash)
             if fault is not None:
                 stats.faults[fault["kind"]] += 1
                 return await server_faults.respond(http, fault, body)

@@ -19,6 +19,7 @@ Body = dict[str, Any]
 # kind -> (status, error code, error message)
 STATUSES = {
     "400": (400, "invalid_request_error", "Unsupported value"),
+    "no_structure": (400, "unknown_parameter", "Unknown parameter: 'response_format'."),
     "401": (401, "invalid_api_key", "Incorrect API key provided"),
     "402": (402, None, "Insufficient balance"),
     "403": (403, None, "Forbidden"),
@@ -77,6 +78,7 @@ BODIES: dict[str, Callable[[Body], bytes]] = {
     "length": lambda body: said(body, "Let me think about", finish="length"),
     "length_empty": lambda body: said(body, "", finish="length"),
     "surrogate": lambda body: said(body, "A \ud800"),
+    "no_usage": lambda body: json.dumps(body | {"usage": None}).encode(),
     "no_logprobs": lambda body: first_choice(body, logprobs=None),
     "nan": lambda body: replaced(body, '"created": 1700000000', '"created": NaN'),
     "positive_logprob": lambda body: replaced(body, '"logprob": -', '"logprob": 9'),

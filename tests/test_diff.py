@@ -235,7 +235,7 @@ def test_verdicts_of_a_turned_pair_are_turned_too(label, tmp_path):
                 assert p_of[swapped] == pytest.approx(1 - v["p_first"])
 
 
-def test_what_differs_is_told(label):
+def test_what_differs_is_told(label, tmp_path):
     one = label("one")
     two = label("two", questions={"kind": "Which is kindest?", "new": "Newer?"})
     assert set(compared(one, two)["differences"]) >= {
@@ -243,7 +243,7 @@ def test_what_differs_is_told(label):
         "principle 'warm' is gone",
         "principle 'new' is new",
     }
-    same = label("same", more=["--judge", f"scripted:{one.parent.parent / 'one.rules'}"])
+    same = label("same", more=["--set", f"judge.model=scripted:{tmp_path / 'one.rules'}"])
     assert compared(one, same)["differences"] == []
     assert "no setting, question or rule differs" in cli("diff", one, same).stdout
 

@@ -325,7 +325,7 @@ def test_a_pairwise_protocol_is_one_line(place, protocol):
         place.judge(model="openai:x", protocol=protocol)
     assert str(caught.value) == (
         f"label: protocol: got {protocol!r}, "
-        "expected 'pointwise', as a live judge grades responses by themselves"
+        "expected 'pointwise' or 'rating', as a live judge grades responses by themselves"
     )
 
 

@@ -12,42 +12,46 @@ PACKAGE = ROOT / "aif"
 
 # Lowest first: a module imports from floors below its own, and from no other.
 FLOORS = [
-    "errors records odds",
-    "jsonl config parse answers progress digests memory diversity winrate extras visible",
-    "constitution journal settings templates",
+    "errors records odds price",
+    "jsonl config answers progress digests memory diversity winrate extras visible",
+    "constitution journal settings templates parse agreement",
     "run pairs llm pretrained constitution_diff",
-    "train train.dialogues train.losses train.checkpoint train.metrics",
+    "vllm_engine",
+    "train train.dialogues train.losses train.checkpoint train.metrics choices gate",
     "train.tokens train.model train.preferences train.pictures train.ppo_math",
+    "train.branches",
     "train.batch train.stage train.card train.actor_critic train.rollout train.prompts",
-    "train.trainer train.trees train.experience train.vllm_rollouts",
+    "train.trainer train.trees train.experience train.vllm_rollouts judge_card canaries",
     "train.preference_losses train.scoring train.learner train.divergence",
     "train.sft train.known train.rewards",
     "train.reward",
     "train.score train.ppo_loop",
     "train.ppo_setup train.watch",
     "train.ppo",
+    "llm.options protocols budget",
     "llm.wire llm.pace llm.signals llm.generate llm.scripted llm.ledger",
     "llm.crew llm.score",
     "llm.api llm.local",
-    "llm.batch_client",
+    "llm.batch_client llm.vllm",
     "llm.batch_api",
     "judge reviser asking policies measured batches",
     "combine",
     "judging",
+    "panel",
     "grading",
     "ppo",
     "respond vote revise filter compare label export",
-    "evaluate diff report.page",
+    "evaluate audit diff report.page",
     "report.files report.svg",
     "report.judged report.charts",
     "report.facts report.browser",
-    "report.sections",
+    "report.sections report.audit",
     "report.tiles",
     "report",
     "pipeline",
     "plan",
-    "status console told told_evaluate told_diff",
-    "told_run cli_constitution cli_train cli_evaluate cli_batches cli_report cli_diff",
+    "status console told told_audit told_evaluate told_diff",
+    "told_run cli_constitution cli_train cli_evaluate cli_batches cli_report cli_diff cli_audit",
     "cli_run",
     "cli",
 ]
@@ -64,7 +68,8 @@ STAGES = {
     "label",
 }
 
-LOCAL = {"llm.local", "pretrained", "llm.generate", "llm.score"}  # loaded for a local model alone
+# Loaded for a model in this process alone.
+LOCAL = {"llm.local", "pretrained", "llm.generate", "llm.score", "llm.vllm", "vllm_engine"}
 TRAIN = {path.stem for path in (PACKAGE / "train").glob("*.py")} - {"__init__"}
 TRAIN = {f"train.{name}" for name in TRAIN}
 HEAVY = {  # package -> modules that may import it where they are loaded
@@ -78,13 +83,14 @@ HEAVY = {  # package -> modules that may import it where they are loaded
     "httpx2": {"llm.api", "llm.batch_client"},
     "datasets": set(),
     "pandas": set(),
-    "numpy": TRAIN | {"winrate"},
+    "numpy": TRAIN | {"agreement", "winrate"},
     "rich": set(),
     "trl": set(),
     "vllm": set(),
     "matplotlib": set(),
     "scipy": set(),
     "sklearn": set(),
+    "krippendorff": set(),
     "sacrebleu": set(),
 }
 

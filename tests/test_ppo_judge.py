@@ -110,7 +110,7 @@ def test_a_judge_that_compares_cannot_grade(tmp_path, model, judge):
     run = judged_run(tmp_path / "run", model)
     label = run.settings.label.model_copy(update={"protocol": "pairwise"})
     run.settings = run.settings.model_copy(update={"label": label})
-    with pytest.raises(InputError, match="'pointwise', as a live judge grades responses"):
+    with pytest.raises(InputError, match="'pointwise' or 'rating', as a live judge grades"):
         ppo(run, Said())
 
 

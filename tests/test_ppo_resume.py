@@ -139,6 +139,16 @@ def test_with_adapters_it_goes_on_to_the_same_bits(tmp_path, model):
     same_end(run.path, tmp_path / "straight")
 
 
+def test_with_prompts_run_once_it_goes_on_to_the_same_bits(tmp_path, model):
+    options = STEPS | {"samples": 4, "batch_size": 3, "max_steps": 3, "share_prompt": True}
+    ppo(toy_run(tmp_path / "straight", model, **options), Said())
+    run = toy_run(tmp_path / "run", model, **options)
+    with pytest.raises(Interrupted):
+        ppo(run, Said(1))
+    assert ppo(run, Said())["resumed_from"] == 1
+    same_end(run.path, tmp_path / "straight")
+
+
 def test_a_finished_run_does_nothing_more(straight, model, monkeypatch):
     monkeypatch.setattr("aif.train.ppo.made", lambda *_: pytest.fail("it trains"))
     said = Said()

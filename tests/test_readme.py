@@ -72,6 +72,24 @@ def test_the_three_daily_jobs(folder):
     assert "judge changed" in swapped
     back = run(swap[1], folder)
     assert "0 calls made, 96 kept" in back
+    several = commands("Several judges")
+    with serving() as server:
+        there = [line.replace("http://localhost:8000/v1", server.base_url) for line in several]
+        panel, adaptive, back = (run(line.replace("MODEL", "test-model"), folder) for line in there)
+    assert "judge 'openai:test-model' joined" in panel
+    assert "openai:test-model: 12 labels" in panel
+    assert "0 calls made" in adaptive
+    assert "got more than the cheap pass" in adaptive
+    assert "0 calls made, 96 kept" in back
+
+
+def test_which_judge_to_trust(folder):
+    run(commands("Run a batch")[1], folder)
+    own, asked = (run(line, folder) for line in commands("Which judge to trust"))
+    assert "12 pairs, 12 with a choice of people" in own
+    assert "runs/first/audit.json" in own
+    assert "canary order" in asked
+    assert "runs/audit/audit.json" in asked
 
 
 def test_critique_revise_fine_tune(folder):

@@ -365,8 +365,8 @@ def test_a_chain_waits_for_a_call_that_failed_and_the_others_go_on(place):
 
 
 def test_what_came_in_before_an_interrupt_is_written(place, monkeypatch):
-    def stopping(llm, asks, journal, row_of, progress):
-        tally = ask_all(llm, list(asks)[:4], journal, row_of, progress)
+    def stopping(llm, asks, *rest):
+        tally = ask_all(llm, list(asks)[:4], *rest)
         tally.stopped = Interrupted("interrupted")
         return tally
 

@@ -30,6 +30,7 @@ from aif.errors import AifError, InputError, Interrupted
 from aif.run import Run
 from aif.train import reward as stage
 from aif.train import scoring
+from aif.train.branches import shares
 from aif.train.reward import load_ensemble, reward
 from aif.train.scoring import RewardModel
 
@@ -331,8 +332,8 @@ def test_a_policy_of_plain_text_is_scored_as_plain_text(tmp_path, model):
 
 def test_prompts_are_shared_only_where_attention_takes_a_mask():
     found = tiny_model()
-    assert scoring.shares(found, None)
+    assert shares(found, None, "reward")
     found.set_attn_implementation("eager")
-    assert not scoring.shares(found, None)
+    assert not shares(found, None, "reward")
     with pytest.raises(InputError, match="reward: share_prompt: got true for a model whose"):
-        scoring.shares(found, True)
+        shares(found, True, "reward")

@@ -206,10 +206,10 @@ RULES = Constitution.model_validate(
 )
 JUDGES = {
     protocol: Judge(RULES, LLMSettings(model="openai:x"), LabelSettings(protocol=protocol))
-    for protocol in ("pairwise", "pointwise")
+    for protocol in ("pairwise", "reasoned", "pointwise", "rating")
 }
-MARKERS = {"pairwise": ("conversation", "response A", "response B", "end")}
-MARKERS["pointwise"] = ("conversation", "response", "end")
+BOTH, ONE = ("conversation", "response A", "response B", "end"), ("conversation", "response", "end")
+MARKERS = {"pairwise": BOTH, "reasoned": BOTH, "pointwise": ONE, "rating": ONE}
 
 
 def said_to(protocol: str, row: Comparison) -> list[tuple[str, str]]:
@@ -219,7 +219,7 @@ def said_to(protocol: str, row: Comparison) -> list[tuple[str, str]]:
     return [(delimiter(row, cell.order), words(judge.ask(cell, row))) for cell in cells]
 
 
-@pytest.mark.parametrize("protocol", ["pairwise", "pointwise"])
+@pytest.mark.parametrize("protocol", JUDGES)
 @given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_a_response_cannot_fake_the_markers_around_it(protocol, prompt, first, second, in_prompt):

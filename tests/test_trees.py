@@ -29,10 +29,11 @@ from transformers import (
 
 from aif.errors import InputError
 from aif.settings import RewardSettings
+from aif.train.branches import PAD, branch_mask, shares
 from aif.train.preference_losses import OBJECTIVES, Pairs
-from aif.train.scoring import forward_is_loss, forward_is_own, scores_of, shares
+from aif.train.scoring import forward_is_loss, forward_is_own, scores_of
 from aif.train.tokens import Tokens
-from aif.train.trees import PAD, Tree, TreeLayout, branch_mask, tree_digest
+from aif.train.trees import Tree, TreeLayout, tree_digest
 
 KINDS = {
     "llama": (LlamaConfig, LlamaForSequenceClassification, {}),
@@ -252,7 +253,7 @@ def test_any_number_of_responses_will_do(responses, share):
 @pytest.mark.parametrize("kind", SEPARATE)
 def test_where_nothing_can_be_shared_each_response_is_run_by_itself(kind):
     model, found = tiny(kind), trees()
-    assert not shares(model, None)
+    assert not shares(model, None, "reward")
     close(ours(model, found, share=False), plain(model, found))
 
 
@@ -361,15 +362,16 @@ def test_a_step_that_says_nothing_is_not_divided_by_zero():
 @pytest.mark.parametrize("kind", SHAREABLE)
 def test_full_attention_on_sdpa_shares_unless_told_not_to(kind):
     model = tiny(kind)
-    assert [shares(model, wanted) for wanted in (None, True, False)] == [True, True, False]
+    found = [shares(model, wanted, "reward") for wanted in (None, True, False)]
+    assert found == [True, True, False]
 
 
 @pytest.mark.parametrize("kind", SEPARATE)
 def test_attention_that_takes_no_mask_does_not_share(kind):
     model = tiny(kind)
-    assert [shares(model, wanted) for wanted in (None, False)] == [False, False]
-    with pytest.raises(InputError, match="share_prompt: got true for a model"):
-        shares(model, True)
+    assert [shares(model, wanted, "reward") for wanted in (None, False)] == [False, False]
+    with pytest.raises(InputError, match="ppo: share_prompt: got true for a model"):
+        shares(model, True, "ppo")
 
 
 def test_a_digest_is_of_every_token_and_all_that_is_known():

@@ -15,11 +15,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from aif.errors import AifError, InputError
+from aif.extras import require
 from aif.records import Message
 from aif.settings import BUNDLED, LLMSettings
+
+# Enough to read options such as 1 and 10: a blank and two digits, for tokenizers that write them
+# apart, and what tells that no digit follows.
+SPELLED_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,10 @@ class Ask:
     """One call: a chat (`messages`) or a plain text to continue (`text`), never both.
 
     With `options`, the log-probability of each option as the very next token is wanted (a
-    token counts for an option when the two are equal but for case and surrounding spaces).
+    token counts for an option when the two are equal but for case and surrounding spaces; of
+    options that begin alike, as 1 and 10, all tokens do). With `lead` ("Verdict:") the text gives
+    reasons first and ends in the lead and an option, and with `schema` it is JSON with the option
+    as its "verdict": the log-probabilities are then wanted there (`Answer.ends`).
     A text ends before the first of `stop` that comes up in it.
     """
 
@@ -40,6 +48,15 @@ class Ask:
     samples: int = 1
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    # Asked before a request is made once more, where the last one was paid for perhaps.
+    again: Callable[[], bool] = field(default=lambda: True, compare=False)
+    lead: str = ""
+    schema: dict[str, Any] | None = None
+
+    @property
+    def reads_the_end(self) -> bool:
+        """Whether the options are read where a text comes to its verdict, not where it begins."""
+        return bool(self.options) and bool(self.lead or self.schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +64,8 @@ class Answer:
     """What came back for the ask with the same key.
 
     `logprobs` maps each option to its log-probability (nats, <= 0) and is None where the model
-    gives none. With a `fault` (see `records.FAULTS`) there is no answer, and `detail` says why.
+    gives none; where the ask reads the end, `ends` has the same (or None) for each of `texts`. With
+    a `fault` (see `records.FAULTS`) there is no answer, and `detail` says why.
     """
 
     key: str
@@ -57,6 +75,8 @@ class Answer:
     fault: str | None = None
     detail: str = ""
     usage: dict[str, int] = field(default_factory=dict)  # prompt_tokens, completion_tokens
+    unmetered: int = 0  # requests that were paid for perhaps, and whose usage nobody told
+    ends: tuple[dict[str, float] | None, ...] = ()
 
 
 def ended(answer: Answer, stops: tuple[str, ...]) -> Answer:
@@ -118,7 +138,8 @@ def open_llm(settings: LLMSettings) -> LLM:
     """The model that `settings.model` names.
 
     `openai:NAME` (any OpenAI-compatible server), `openai-batch:NAME` (its Batch API),
-    `scripted:FILE`, `smollm2-135m` (bundled), or a folder or hub id that transformers can load.
+    `scripted:FILE`, `vllm:MODEL`, `smollm2-135m` (bundled), or a folder or hub id that
+    transformers can load.
     """
     kind, _, name = settings.model.partition(":")
     if kind == "openai" and name:
@@ -133,15 +154,20 @@ def open_llm(settings: LLMSettings) -> LLM:
         from aif.llm.scripted import ScriptedLLM
 
         return ScriptedLLM.from_file(name)
-    if name:
+    if name and kind != "vllm":
         raise InputError(
             "model",
             "",
             got=repr(settings.model),
-            expected="openai:NAME, scripted:FILE, openai-batch:NAME, "
+            expected="openai:NAME, scripted:FILE, openai-batch:NAME, vllm:MODEL, "
             f"{BUNDLED}, a folder or a hub id",
         )
     try:
+        if name:
+            require(settings.model, "vllm", extra="vllm")
+            from aif.llm.vllm import VLLM
+
+            return VLLM(settings, name)
         from aif.llm.local import LocalLLM
     except ModuleNotFoundError as error:
         raise AifError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import socket
 from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
@@ -31,6 +32,7 @@ PLACEHOLDER = "none"  # a local server wants some key, any key
 RETRIED = {408, 409, 425, 429}  # and every 5xx
 SLOW_DOWN = {429, 503, 529}  # 529: "overloaded", outside OpenAI
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+STRUCTURED = ("response_format", "json_schema", "structured", "guided", "grammar")
 CONNECT_S = 30.0
 
 # uvicorn (so vLLM too) closes an idle connection after 5 s; a request sent just then is lost.
@@ -45,6 +47,7 @@ class Failure:
     detail: str
     headers: dict[str, str] | httpx2.Headers
     slow_down: bool = False
+    unmetered: bool = False  # whether it was paid for perhaps
 
 
 class ApiLLM:
@@ -107,18 +110,22 @@ class ApiLLM:
     async def _answer_one(self, ask: Ask, limit: InFlight) -> Answer:
         """Ask until there is an answer or no attempt is left; holds a place but while it waits."""
         sent = wire.encode(wire.body(ask, self._name, logprobs=self._settings.logprobs))
+        unmetered = 0
         for failures in range(1, self._settings.attempts + 1):
             outcome = await self._attempt(ask, sent)
+            unmetered += outcome.unmetered
             if isinstance(outcome, Answer):
                 limit.count(refused=False)
-                return outcome
+                return replace(outcome, unmetered=unmetered)
             limit.count(refused=outcome.slow_down)
-            if failures < self._settings.attempts:
-                limit.leave()
-                await asyncio.sleep(wait_s(outcome.headers, failures, self._settings.max_wait_s))
-                await limit.enter(again=True)
-        tries = f" ({self._settings.attempts} attempts)" if self._settings.attempts > 1 else ""
-        return Answer(ask.key, fault=outcome.fault, detail=outcome.detail + tries)
+            if failures == self._settings.attempts or (outcome.unmetered and not ask.again()):
+                break
+            limit.leave()
+            await asyncio.sleep(wait_s(outcome.headers, failures, self._settings.max_wait_s))
+            await limit.enter(again=True)
+        tries = f" ({failures} attempts)" if failures > 1 else ""
+        detail = outcome.detail + tries
+        return Answer(ask.key, fault=outcome.fault, detail=detail, unmetered=unmetered)
 
     async def _attempt(self, ask: Ask, sent: bytes) -> Answer | Failure:
         """One request, within the deadline."""
@@ -140,7 +147,7 @@ class ApiLLM:
             async with asyncio.timeout(seconds):
                 return await request
         except TimeoutError:
-            return Failure("timeout", f"no answer within {seconds:g} s", {})
+            return Failure("timeout", f"no answer within {seconds:g} s", {}, unmetered=True)
         except openai.APIStatusError as error:
             # Read by the caller: this error may echo a key, and a traceback would show it.
             return error.response
@@ -150,6 +157,7 @@ class ApiLLM:
     def _answered(self, ask: Ask, raw: bytes) -> Answer:
         """What the body of a success says, without secrets."""
         answer = self._read(ask, raw)
+        answer = replace(answer, unmetered=int(len(answer.usage) < len(wire.USAGE)))
         if answer.fault is None:
             return answer
         # The detail quotes the body, cut short. Were that redacted, half a key could be left over.
@@ -167,7 +175,9 @@ class ApiLLM:
             error = error.__cause__
         fault = "timeout" if isinstance(error, TimeoutError) else "backend"
         detail = f"{type(error).__name__}: {error}".removesuffix(": ").encode("utf-8", "replace")
-        return Failure(fault, wire.plain(self._address.redact(detail).decode(), 200), {})
+        said = wire.plain(self._address.redact(detail).decode(), 200)
+        arrived = not isinstance(error, ConnectionRefusedError | socket.gaierror)
+        return Failure(fault, said, {}, unmetered=arrived)
 
     def _refused(self, ask: Ask, response: httpx2.Response) -> Answer | Failure:
         """What an error status means for this ask, or `JudgeStopped` if for all of them."""
@@ -187,6 +197,8 @@ class ApiLLM:
             raise self._stopped(f"the key in {self._settings.api_key_env} was refused", detail)
         if status in (404, 405):
             raise self._stopped("no such model or path", detail)
+        if ask.schema and status in (400, 422) and any(word in words for word in STRUCTURED):
+            raise self._stopped("it has no structured output, unset judge.structured", detail)
         if "context_length" in words or "context length" in words or status == 413:
             return Answer(ask.key, fault="too_long", detail=detail)
         return Answer(ask.key, fault="rejected", detail=detail)

@@ -4,6 +4,7 @@
 
 A rule is {"match": REGEX, "text": "A"} or {"match": REGEX, "logprobs": {"A": -0.1, "B": -2.3}};
 the first whose regex is found in what is asked answers. {"fault": "refused"} is an answer, too.
+Where the ask reads the end of the text, the log-probabilities are those of its verdict.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ class ScriptedLLM:
     def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
         for ask in asks:
             self.asked.append(ask)
-            yield replace(ended(self._reply(ask), ask.stop), key=ask.key)
+            answer = replace(ended(self._reply(ask), ask.stop), key=ask.key)
+            if ask.reads_the_end and answer.logprobs is not None:
+                ends = (answer.logprobs,) * len(answer.texts)
+                answer = replace(answer, logprobs=None, ends=ends)
+            yield answer
 
     def count_tokens(self, asks: Iterable[Ask]) -> tuple[int, bool]:
         return sum(len(words(ask).split()) for ask in asks), True

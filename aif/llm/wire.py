@@ -7,18 +7,19 @@ not a completion becomes an `Answer` with a fault, never an exception and never 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Iterable
 from typing import Any
 
 from aif import jsonl
 from aif.llm import Answer, Ask, ended
+from aif.llm.options import IMPOSSIBLE, Listed, Tokens, read_options
 from aif.records import LONE_SURROGATE
 
 # What each endpoint lists at most: chat 20 by OpenAI's reference and vLLM's default; the older
 # one 5 by OpenAI's (vLLM would take 20, but a server that follows the reference refuses it).
 CHAT_TOP, TEXT_TOP = 20, 5
-
-IMPOSSIBLE = -9999.0  # what OpenAI and vLLM send for a probability of 0
+USAGE = ("prompt_tokens", "completion_tokens")  # what an answer's is in whole
+REASONED_TOP = 5  # beside each token of long reasons, two options are looked for in one place
 
 
 class NotACompletion(ValueError):
@@ -49,7 +50,11 @@ def body(ask: Ask, model: str, *, logprobs: bool) -> dict[str, Any]:
         if ask.messages is None:
             sent["logprobs"] = TEXT_TOP
         else:
-            sent |= {"logprobs": True, "top_logprobs": CHAT_TOP}
+            top = REASONED_TOP if ask.lead else CHAT_TOP
+            sent |= {"logprobs": True, "top_logprobs": top}
+    if ask.schema:
+        schema = {"name": "verdict", "strict": True, "schema": ask.schema}
+        sent["response_format"] = {"type": "json_schema", "json_schema": schema}
     return sent
 
 
@@ -87,14 +92,26 @@ def _read_choices(ask: Ask, reply: dict[str, Any], logprobs: bool) -> Answer:
     choices = choices[: ask.samples]
     chat = ask.messages is not None
     texts = tuple(_text(choice, chat) for choice in choices)
-    found = option_logprobs(choices[0], ask.options) if ask.options and logprobs else None
+    found, ends = _options(ask, choices, texts) if ask.options and logprobs else (None, ())
     finish = _finish(choices)
     usage = _usage(reply.get("usage"))
     if found is None and not any(text.strip() for text in texts):
         fault, detail = _silence(choices[0], finish, chat)
         return Answer(ask.key, finish=finish, fault=fault, detail=detail, usage=usage)
     # Not every server heeds `stop`.
-    return ended(Answer(ask.key, texts, finish, found, usage=usage), ask.stop)
+    return ended(Answer(ask.key, texts, finish, found, usage=usage, ends=ends), ask.stop)
+
+
+def _options(
+    ask: Ask, choices: list[dict[str, Any]], texts: tuple[str, ...]
+) -> tuple[dict[str, float] | None, tuple[dict[str, float] | None, ...]]:
+    """`Answer.logprobs` and `Answer.ends`; the former is the same for all samples."""
+    if not ask.reads_the_end:
+        return read_options(ask, texts[0], _tokens(choices[0].get("logprobs"))), ()
+    cut = ended(Answer(ask.key, texts), ask.stop).texts
+    told = [_tokens(choice.get("logprobs")) for choice in choices]
+    ends = [read_options(ask, text, tokens) for text, tokens in zip(cut, told, strict=True)]
+    return None, tuple(ends) if any(ends) else ()
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -176,62 +193,47 @@ def _silence(choice: dict[str, Any], finish: str | None, chat: bool) -> tuple[st
 def _usage(usage: object) -> dict[str, int]:
     if not isinstance(usage, dict):
         return {}
-    names = ("prompt_tokens", "completion_tokens")
-    return {name: n for name in names if type(n := usage.get(name)) is int and n >= 0}
+    return {name: n for name in USAGE if type(n := usage.get(name)) is int and n >= 0}
 
 
-def option_logprobs(choice: dict[str, Any], options: tuple[str, ...]) -> dict[str, float] | None:
-    """Each option's log-probability as the first token; None where none of them is listed.
+def _tokens(logprobs: object) -> Tokens:
+    """The generated tokens, each with the alternatives for it.
 
-    Tokens that differ in case and surrounding spaces only are one option: their probabilities
-    add up. An option that is not listed gets an upper bound: no token outside the list is likelier
-    than the last one in it, nor than all that the list leaves over.
-    """
-    listed, own = _first_token(choice.get("logprobs"))
-    if not listed:
-        return None
-    wanted = {option.strip().casefold(): option for option in options}
-    mass: dict[str, float] = {}
-    for token, logprob in [*listed, *own]:
-        option = wanted.get(token.strip().casefold())
-        if option is not None:
-            mass[option] = mass.get(option, 0.0) + math.exp(logprob)
-    mass = {option: p for option, p in mass.items() if p > 0}
-    if not mass:
-        return None
-    # Float32 servers round: what is left over is known to about 1e-6 only.
-    left = max(1e-6, 1 - math.fsum(math.exp(logprob) for _, logprob in [*listed, *own]))
-    bound = min(min(logprob for _, logprob in listed), math.log(left))
-    return {
-        option: min(0.0, math.log(mass[option])) if option in mass else bound for option in options
-    }
-
-
-Listed = list[tuple[str, float]]
-
-
-def _first_token(logprobs: object) -> tuple[Listed, Listed]:
-    """The alternatives for the first generated token, and that token where it is not among them.
-
-    Chat lists objects, the older endpoint a mapping; some servers answer both in the chat shape.
+    Chat lists objects, the older endpoint mappings; some servers answer both in the chat shape.
     """
     if not isinstance(logprobs, dict):
-        return [], []
+        return Tokens([], lambda _: ([], []))
     if isinstance(content := logprobs.get("content"), list) and content:
-        first = content[0] if isinstance(content[0], dict) else {}
-        tops = first.get("top_logprobs")
-        listed = [_entry(entry) for entry in tops] if isinstance(tops, list) else []
-        own = [_entry(first)] if "logprob" in first else []
-    else:
-        tops, tokens = logprobs.get("top_logprobs"), logprobs.get("tokens")
-        if not (isinstance(tops, list) and tops and isinstance(tops[0], dict)):
+        entries = [entry if isinstance(entry, dict) else {} for entry in content]
+        return Tokens(_strings(e.get("token") for e in entries), lambda i: _of_chat(entries[i]))
+    tokens, tops = logprobs.get("tokens"), logprobs.get("top_logprobs")
+    texts = _strings(tokens) if isinstance(tokens, list) else []
+    values = logprobs.get("token_logprobs")
+
+    def at(i: int) -> tuple[Listed, Listed]:
+        if not (isinstance(tops, list) and i < len(tops) and isinstance(tops[i], dict)):
             return [], []
-        listed = [_pair(token, logprob) for token, logprob in tops[0].items()]
-        values = logprobs.get("token_logprobs")
-        known = isinstance(tokens, list) and isinstance(values, list) and tokens and values
-        own = [_pair(tokens[0], values[0])] if known else []
+        known = isinstance(values, list) and i < min(len(texts), len(values))
+        own = [_pair(tokens[i], values[i])] if known else []
+        return _apart([_pair(token, logprob) for token, logprob in tops[i].items()], own)
+
+    return Tokens(texts, at)
+
+
+def _of_chat(entry: dict[str, Any]) -> tuple[Listed, Listed]:
+    tops = entry.get("top_logprobs")
+    listed = [_entry(one) for one in tops] if isinstance(tops, list) else []
+    return _apart(listed, [_entry(entry)] if "logprob" in entry else [])
+
+
+def _apart(listed: Listed, own: Listed) -> tuple[Listed, Listed]:
+    """`own` without what is in `listed`."""
     names = {token for token, _ in listed}
     return listed, [pair for pair in own if pair[0] not in names]
+
+
+def _strings(tokens: Iterable[object]) -> list[str]:
+    return [token if isinstance(token, str) else "" for token in tokens]
 
 
 def _entry(entry: object) -> tuple[str, float]:

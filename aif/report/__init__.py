@@ -15,6 +15,7 @@ from aif.errors import AifError
 from aif.extras import require
 from aif.progress import Progress
 from aif.report import sections
+from aif.report.audit import audited
 from aif.report.browser import browsed
 from aif.report.facts import funnel, what_ran
 from aif.report.files import Evaluation, TrainState, state
@@ -42,6 +43,7 @@ def report(run: Run, progress: Progress) -> dict[str, Any]:
     parts = {
         "funnel": funnel(run, judged),
         "judging": sections.judging(judged),
+        "audit": audited(run),
         "reward": sections.reward_model(run),
         "training": sections.training(measured),
         "kl": sections.overoptimisation(measured, ppo, evaluation),

@@ -187,7 +187,10 @@ def _short(label: str, most: int = 22) -> str:
 
 
 def calibration(
-    name: str, title: str, bins: Mapping[str, Sequence[tuple[float, float, int]]]
+    name: str,
+    title: str,
+    bins: Mapping[str, Sequence[tuple[float, float, int]]],
+    axes_names: tuple[str, str] = ("confidence in the higher score", "share of labels that agree"),
 ) -> Chart:
     """(confidence, share that agrees, count) of each kind of label, against the diagonal."""
     rows = [(kind, f"{x:.3f}", y, n) for kind, found in bins.items() for x, y, n in found]
@@ -201,8 +204,8 @@ def calibration(
             axes.scatter(x, y, s=[14 + 160 * count / sum(n) for count in n], color=COLOUR[role])
         axes.set_xlim(0.49, 1.01)
         axes.set_ylim(min(0.4, *(y for found in bins.values() for _, y, _ in found)) - 0.02, 1.02)
-        axes.set_xlabel("confidence in the higher score")
-        axes.set_ylabel("share of labels that agree")
+        axes.set_xlabel(axes_names[0])
+        axes.set_ylabel(axes_names[1])
         svg = inline(figure, name, title, told + ".")
     columns = ("labels", "confidence", "agree", "of")
     legend = list(zip(SERIES, bins, strict=False))

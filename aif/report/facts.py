@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from aif import constitution as constitutions
+from aif.budget import cost_of, journals
 from aif.errors import AifError
 from aif.journal import Index
+from aif.price import dollars
 from aif.records import Kept, Prompt, Response, Revision
 from aif.report.files import CallState, LabelState, Metric, TrainState, rows, state
 from aif.report.judged import Judged
@@ -23,10 +25,10 @@ from aif.visible import cleaned
 
 ASKING = ("respond", "revise", "filter", "resample", "label", "ppo", "evaluate")
 SAMPLED = {"respond": "responses.jsonl", "resample": "resampled.jsonl"}
-EVALUATED = "evaluation/*/journal/*.jsonl"
 FILES = ("prompts.jsonl", "responses.jsonl", "revisions.jsonl", "kept.jsonl", "comparisons.jsonl")
 FILES += ("human.jsonl", "verdicts.jsonl", "labels.jsonl", "metrics.jsonl", "ppo-samples.jsonl")
 FILES += ("resampled.jsonl", "evaluation.jsonl", "evaluate.json", "reward-card.json")
+FILES += ("audit.json",)
 FILES += tuple(f"{stage}.json" for stage in (*ASKING, "compare", "sft", "reward"))
 
 
@@ -165,14 +167,16 @@ def _calls(run: Run, judged: Judged) -> Iterator[dict[str, Any]]:
     for stage in ASKING:
         found = [run.index(stage)]
         if stage == "evaluate":  # each policy and the matches are runs of their own
-            found = [Index.read(path) for path in sorted(run.path.glob(EVALUATED))]
+            found = [Index.read(path) for path in journals(run.file("evaluation"))]
         row = {
             "answers": sum(len(index.answered) for index in found),
             "failed": sum(len(index.failed) for index in found),
             "damaged": sum(len(index.damage) for index in found),
         }
         if any(row.values()):
-            yield {"stage": stage, **row, "tokens": _tokens(run, stage, judged)}
+            cost = cost_of(run, stage)
+            told = None if cost is None else dollars(cost)
+            yield {"stage": stage, **row, "tokens": _tokens(run, stage, judged), "cost": told}
 
 
 def _tokens(run: Run, stage: str, judged: Judged) -> dict[str, int]:

@@ -75,7 +75,7 @@ def _labels(run: Run) -> Iterator[Label]:
 
 
 def _read_verdicts(run: Run, judged: Judged) -> None:
-    other: dict[tuple[str, str], float] = {}  # the first order's p_first, till the second comes
+    other: dict[tuple[str, str, str], float] = {}  # p_first of one order till the other
     paid: set[str] = set()
     for row in rows(run, "verdicts.jsonl", Verdict):
         tally = judged.tallies[row.principle_id]
@@ -89,7 +89,7 @@ def _read_verdicts(run: Run, judged: Judged) -> None:
         elif row.order in PAIRWISE:
             if row.p_first != 0.5:
                 tally.shown_first[(row.p_first > 0.5) == (row.order == "ab")] += 1
-            key = row.comparison_id, row.principle_id
+            key = row.comparison_id, row.principle_id, row.judge
             if (before := other.pop(key, None)) is None:
                 other[key] = row.p_first
             else:

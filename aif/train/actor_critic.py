@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aif.train.branches import before, body_inputs
 from aif.train.losses import head_is_all, learned, token_logprobs
 from aif.train.model import inner
 
@@ -34,6 +35,7 @@ class ActorCritic(torch.nn.Module):
         input_ids: torch.Tensor,
         loss_mask: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        branch: torch.Tensor | None = None,
         entropy: bool = False,
         texts: bool = False,
     ) -> Read | torch.Tensor:
@@ -43,7 +45,7 @@ class ActorCritic(torch.nn.Module):
 
         Of `texts`, which nobody sampled, the summed -log p at temperature 1, a scalar.
         """
-        batch = (input_ids, loss_mask, position_ids)
+        batch = (input_ids, loss_mask, position_ids, branch)
         if texts:
             return -logprobs_of(
                 inner(self.policy), *batch, 1.0, False, self.head_is_all
@@ -66,12 +68,12 @@ class ActorCritic(torch.nn.Module):
         input_ids: torch.Tensor,
         loss_mask: torch.Tensor,
         position_ids: torch.Tensor | None,
+        branch: torch.Tensor | None,
     ) -> torch.Tensor:
         critic = inner(self.critic)
-        hidden_BTD = critic.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        hidden_ND, _ = learned(hidden_BTD, input_ids, loss_mask)
+        inputs = body_inputs(input_ids, position_ids, branch)
+        hidden_BTD = critic.base_model(**inputs).last_hidden_state
+        hidden_ND, _ = _learned(hidden_BTD, input_ids, loss_mask, branch)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             return self.scale * (critic.score(hidden_ND.float()).squeeze(-1) - self.shift)
 
@@ -88,6 +90,7 @@ class Reference:
         input_ids: torch.Tensor,
         loss_mask: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        branch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `ActorCritic.forward` gives them, at the same temperature (summarize_from_feedback_
         details: a ratio or a KL of two temperatures is of two other distributions)."""
@@ -98,7 +101,7 @@ class Reference:
         mixed = nullcontext() if kind == torch.float32 else torch.autocast(model.device.type, kind)
         with mixed, nullcontext() if self.frozen else actor.policy.disable_adapter():
             return logprobs_of(
-                model, input_ids, loss_mask, position_ids, actor.temperature, False,
+                model, input_ids, loss_mask, position_ids, branch, actor.temperature, False,
                 actor.head_is_all,
             )[0]  # fmt: skip
 
@@ -108,20 +111,33 @@ def logprobs_of(
     input_ids: torch.Tensor,
     loss_mask: torch.Tensor,
     position_ids: torch.Tensor | None,
+    branch: torch.Tensor | None,
     temperature: float,
     entropy: bool,
     head_is_all: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities [N] (and entropies) of the tokens under `loss_mask`; the head runs for
     these alone, in chunks, so that [B, T, V] never exists."""
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    inputs = body_inputs(input_ids, position_ids, branch)
     if head_is_all:
         hidden_BTD, head = model.base_model(**inputs).last_hidden_state, _head(model)
     else:  # a soft cap or a scale on the logits: the model's own forward has to make them
         hidden_BTD, head = model(**inputs).logits, torch.nn.Identity()
         head.out_features = hidden_BTD.shape[-1]
-    hidden_ND, targets_N = learned(hidden_BTD, input_ids, loss_mask)
+    hidden_ND, targets_N = _learned(hidden_BTD, input_ids, loss_mask, branch)
     return token_logprobs(head, hidden_ND, targets_N, temperature, entropy)
+
+
+def _learned(
+    hidden_BTD: torch.Tensor,
+    input_ids: torch.Tensor,
+    loss_mask: torch.Tensor,
+    branch: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`losses.learned`, of rows in branches too."""
+    if branch is None:
+        return learned(hidden_BTD, input_ids, loss_mask)
+    return before(hidden_BTD, branch)[loss_mask], input_ids[loss_mask]
 
 
 def _head(model: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -32,16 +32,18 @@ class Batch:
     causal attention nothing looks at what comes after it, and no loss is taken there.
     Packed: [1, T], `position_ids` begin anew with every sequence, from which transformers tells
     them apart (`masking_utils.find_packed_sequence_indices`, and the flash-attention path).
+    In branches: [B, T], rows with a common beginning (see `branches`); else `branch` is None.
     """
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor  # True where the token itself is learned
     position_ids: torch.Tensor | None
+    branch: torch.Tensor | None = None
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
-        """The keyword arguments of `losses.nll_forward`, on `device`."""
+        """The keyword arguments of `losses.nll_forward` and `ActorCritic.forward`, on `device`."""
         tensors = {"input_ids": self.input_ids, "loss_mask": self.loss_mask}
-        tensors["position_ids"] = self.position_ids
+        tensors |= {"position_ids": self.position_ids, "branch": self.branch}
         return {k: None if v is None else v.to(device) for k, v in tensors.items()}
 
 
@@ -66,9 +68,12 @@ class Layout:
     def step(self, rows: Sequence[Tokens]) -> Step:
         """All of `rows`, the longest first."""
         learned = sum(int(row.loss_mask_T.sum()) for row in rows)
-        return Step(
-            [self.batch(group) for group in self.groups(rows)], sum(map(len, rows)), learned
-        )
+        return Step([batch for _, batch in self.batches(rows)], sum(map(len, rows)), learned)
+
+    def batches(self, rows: Sequence[Tokens]) -> Iterator[tuple[list[Tokens], Batch]]:
+        """Micro-batches of all of `rows`, each with those that it holds, in its order."""
+        for group in self.groups(rows):
+            yield group, self.batch(group)
 
     def groups(self, rows: Sequence[Tokens]) -> list[list[Tokens]]:
         """Rows that lie in one micro-batch each: sorted by length, cut where it costs least.

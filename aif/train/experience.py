@@ -59,8 +59,8 @@ def response_mask(rows: Sequence[Tokens]) -> torch.Tensor:
 def micro_batches(rows: Sequence[Tokens], layout: Layout) -> Iterator[tuple[list[int], Batch]]:
     """(numbers of the rows, the rows in memory), of like lengths together."""
     number = {id(row): n for n, row in enumerate(rows)}
-    for group in layout.groups(rows):
-        yield [number[id(row)] for row in group], layout.batch(group)
+    for group, batch in layout.batches(rows):
+        yield [number[id(row)] for row in group], batch
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from accelerate.tracking import get_available_trackers
 
 from aif.errors import InputError, shown
 from aif.pretrained import (
-    bundled_folder,
     ends_of,
     load_model,
     load_reward_model,
@@ -26,9 +25,10 @@ from aif.pretrained import (
 )
 from aif.records import content_id
 from aif.run import Run
-from aif.settings import BUNDLED, PPOSettings
+from aif.settings import PPOSettings
 from aif.train.actor_critic import ActorCritic, Reference, freeze
 from aif.train.batch import Layout, Steps
+from aif.train.branches import shares
 from aif.train.dialogues import read_examples
 from aif.train.learner import Learner
 from aif.train.model import (
@@ -48,6 +48,7 @@ from aif.train.scoring import Ensemble, RewardModel, member_folders
 from aif.train.stage import SCHEDULES, digest_of, start_model
 from aif.train.tokens import Tokeniser, Tokens
 from aif.train.tokens import digest as tokens_digest
+from aif.train.trees import SharingLayout
 from aif.train.vllm_rollouts import VLLMRollouts
 
 STAGE = "ppo"
@@ -193,8 +194,7 @@ def made(run: Run, prepared: Prepared) -> PPO:
     actor = _actor(run, prepared, prepared.value_scale(ensemble))
     frozen = None if settings.lora else _frozen(prepared, kind)
     ends = ends_of(inner(actor.policy), prepared.tokenizer)
-    most, call = micro_batch(actor.policy, settings)
-    layout = Layout(most, False, prepared.tokenizer.pad_token_id, call)
+    layout = _layout(actor, prepared, share=_shares_prompts(actor, settings))
     prompts = PromptStream(prepared.learn, settings)
     optimizer = _optimizer(actor, settings)
     scheduler = transformers.get_scheduler(
@@ -207,11 +207,12 @@ def made(run: Run, prepared: Prepared) -> PPO:
     position = Position(AdaptiveKL(settings.kl_coef, target, settings.kl_horizon))
     wrapped, optimizer = accelerator.prepare(actor, optimizer)
     accelerator.register_for_checkpointing(scheduler, position)
-    ptx = _ptx_steps(prepared, layout)
     return PPO(
         settings=settings,
         accelerator=accelerator,
-        learner=Learner(accelerator, wrapped, optimizer, layout, settings, ptx),
+        learner=Learner(
+            accelerator, wrapped, optimizer, layout, settings, _ptx_steps(actor, prepared)
+        ),
         reference=Reference(actor, frozen),
         rollouts=_rollouts(prepared, kind, actor.temperature, ends),
         rewards=prepared.rewards(ensemble),
@@ -249,10 +250,9 @@ def _rollouts(
     dtype, settings = str(kind).removeprefix("torch."), prepared.settings
     sampling = {"max_tokens": prepared.room, "temperature": temperature, "ends": ends}
     if settings.rollouts == "vllm":
-        folder = bundled_folder() if prepared.name == BUNDLED else prepared.name
         context = prepared.tokeniser.max_tokens
         return VLLMRollouts(
-            str(folder), dtype=dtype, context=context, memory=settings.vllm_memory, **sampling
+            prepared.name, dtype=dtype, context=context, memory=settings.vllm_memory, **sampling
         )
     model = load_model(prepared.name, dtype, settings.device)
     return TransformersRollouts(model, pad_id=prepared.tokenizer.pad_token_id, **sampling)
@@ -291,10 +291,27 @@ def _optimizer(actor: ActorCritic, settings: PPOSettings) -> torch.optim.Optimiz
     )
 
 
-def _ptx_steps(prepared: Prepared, layout: Layout) -> Steps | None:
+def _shares_prompts(actor: ActorCritic, settings: PPOSettings) -> bool:
+    parts = [part for part in (actor.policy, actor.critic) if part is not None]
+    can = [shares(part, settings.share_prompt, STAGE) for part in parts]
+    return all(can) and settings.samples > 1
+
+
+def _layout(actor: ActorCritic, prepared: Prepared, share: bool) -> Layout:
+    most, call = micro_batch(actor.policy, prepared.settings)
+    options = (most, False, prepared.tokenizer.pad_token_id, call)
+    if not share:
+        return Layout(*options)
+    # Products are about 24 hidden^2 operations a token, attention 4 hidden a pair of tokens.
+    hidden = inner(actor.policy).config.get_text_config().hidden_size
+    return SharingLayout(*options, attention_tokens=6 * hidden)
+
+
+def _ptx_steps(actor: ActorCritic, prepared: Prepared) -> Steps | None:
     settings = prepared.settings
     if not prepared.ptx:
         return None
+    layout = _layout(actor, prepared, share=False)
     rows = max(1, settings.batch_size * settings.samples // settings.minibatches)
     return Steps(
         prepared.ptx, settings.ptx, layout, batch_size=rows, epochs=1.0, max_steps=None,

@@ -177,20 +177,20 @@ def _graded(run: Run, source: str, left_out: Counter[str]) -> Iterator[Group]:
 
 
 def _judged(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], str, float]]:
-    """The judge's grade of every response that `aif label` had graded by itself (pointwise): the
-    principles' log-odds of yes, by weight."""
+    """The judge's grade of every response that `aif label` had graded by itself (pointwise or
+    rating): the principles' log-odds, by weight; of several judges their mean."""
     _check_labelled(run)
     path = run.settings.label.constitution or run.settings.revise.constitution
     weights = {p.id: p.weight for p in constitutions.load(path).principle} if path else {}
     comparisons = {row.id: row for row in run.read("comparisons.jsonl", Comparison)}
-    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    found: dict[tuple[str, str], dict[tuple[str, str], float]] = defaultdict(dict)
     prompts = {row.prompt_id: row.prompt for row in comparisons.values()}
     for verdict in run.read("verdicts.jsonl", Verdict):
         comparison = comparisons.get(verdict.comparison_id)
         if verdict.order not in ("a", "b"):
             raise InputError(
                 run.file("verdicts.jsonl"), "order", got=shown(verdict.order),
-                expected='grades of single responses (label.protocol = "pointwise")',
+                expected='grades of single responses (label.protocol = "pointwise" or "rating")',
             )  # fmt: skip
         if comparison is None or verdict.p_first is None:
             left_out[verdict.fault or "not compared"] += 1
@@ -198,8 +198,8 @@ def _judged(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], s
         first = verdict.order == "a"
         p = verdict.p_first if first else 1 - verdict.p_first
         text = comparison.first if first else comparison.second
-        found[comparison.prompt_id, text][verdict.principle_id] = log_odds(p)
-    for (prompt_id, text), by_principle in found.items():
-        weight = sum(weights.get(name, 1.0) for name in by_principle)
-        total = sum(weights.get(name, 1.0) * value for name, value in by_principle.items())
+        found[comparison.prompt_id, text][verdict.principle_id, verdict.judge] = log_odds(p)
+    for (prompt_id, text), said in found.items():
+        weight = sum(weights.get(name, 1.0) for name, _ in said)
+        total = sum(weights.get(name, 1.0) * value for (name, _), value in said.items())
         yield prompts[prompt_id], text, probability(total / weight)

@@ -17,12 +17,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aif.errors import AifError
+from aif.gate import check_audit
 from aif.pretrained import load_reward_model, load_tokenizer
 from aif.progress import Progress
 from aif.records import Prompt, Response, Revision, content_id
 from aif.run import Run
 from aif.settings import RewardSettings
 from aif.train.batch import Steps
+from aif.train.branches import shares
 from aif.train.card import accuracy, draw, moments, report_card
 from aif.train.dialogues import Example
 from aif.train.known import Known, known_of, scored_pairs
@@ -39,7 +41,6 @@ from aif.train.scoring import (
     forward_is_own,
     load_ensemble,
     member_name,
-    shares,
 )
 from aif.train.stage import check_start, digest_of, done_before, start_model, training_in
 from aif.train.tokens import Tally, Tokeniser
@@ -94,10 +95,12 @@ def trees(groups: Sequence[Group], tokeniser: Tokeniser) -> Iterator[Tree]:
 def reward(run: Run, progress: Progress) -> dict[str, Any]:
     """Train `reward.members` reward models into reward/ (reward-2/, ...); returns the summary.
 
-    Raises InputError for bad data or settings, Interrupted when a signal stops it.
+    Raises InputError for bad data or settings, AifError where `reward.require_audit` does not hold,
+    Interrupted when a signal stops it.
     """
     settings = run.settings.reward
     objective_of(settings)
+    check_audit(run)
     name = start_model(run, settings.model)
     for number in range(settings.members):
         check_start(STAGE, name, run.file(member_name(number)))
@@ -175,7 +178,7 @@ def _trained(
     objective = objective_of(settings)
     most, call = micro_batch(model, settings)
     pad = prepared.tokenizer.pad_token_id
-    layout = TreeLayout(most, pad, shares(model, settings.share_prompt), objective, call)
+    layout = TreeLayout(most, pad, shares(model, settings.share_prompt, STAGE), objective, call)
     steps = Steps(
         rows, settings.data, layout, batch_size=settings.batch_size, epochs=settings.epochs,
         max_steps=settings.max_steps, seed=settings.seed,

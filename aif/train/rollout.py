@@ -94,7 +94,11 @@ class TransformersRollouts:
         noise_BT = torch.from_numpy(
             np.stack([np.random.default_rng(seed).random(self.max_tokens) for seed in seeds])
         ).to(device)
-        ids_BT, mask_BT = (t.to(device) for t in left_padded(prompts, self.pad_id))
+        # A prompt that is asked several times is run once.
+        once = {prompt.tobytes(): prompt for prompt in prompts}
+        number = {ids: n for n, ids in enumerate(once)}
+        of_B = torch.tensor([number[prompt.tobytes()] for prompt in prompts], device=device)
+        ids_BT, mask_BT = (t.to(device) for t in left_padded(list(once.values()), self.pad_id))
         position_B1 = mask_BT.sum(1, keepdim=True)
         cache = DynamicCache(config=self.model.config)
         position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
@@ -110,6 +114,9 @@ class TransformersRollouts:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
+            if t == 0:  # from here on every response has a row of its own
+                cache.batch_select_indices(of_B)
+                logits_BV, mask_BT, position_B1 = logits_BV[of_B], mask_BT[of_B], position_B1[of_B]
             next_B = drawn(logits_BV, self.temperature, noise_BT[:, t])
             for row, token, done in zip(rows, next_B.tolist(), done_B.tolist(), strict=True):
                 if not done:

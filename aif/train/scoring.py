@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-from aif.errors import AifError, InputError
+from aif.errors import AifError
 from aif.pretrained import load_reward_model, load_tokenizer, torch_dtype
 from aif.records import Message
 from aif.run import Run
 from aif.settings import RewardSettings
 from aif.train import checkpoint
+from aif.train.branches import body_inputs, shares
 from aif.train.dialogues import Example
-from aif.train.model import inner, micro_batch
+from aif.train.model import micro_batch
 from aif.train.tokens import Tokeniser
-from aif.train.trees import Objective, Tree, TreeLayout, branch_mask
+from aif.train.trees import Objective, Tree, TreeLayout
 
 STAGE = "reward"
-PLAIN = {"full_attention"}
 Asked = tuple[list[Message], Sequence[str]]  # a prompt and responses to it
 
 
@@ -43,14 +43,8 @@ def scores_of(
 
     What else a wrapper passes (peft: a mask and labels, all None) is left aside.
     """
-    hidden_BTD = model.base_model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        # A mask of four dimensions is taken as it is. None is plain causal attention; what comes
-        # after a response's end, where rows are padded, is seen by nothing that is read.
-        attention_mask=None if branch is None else branch_mask(branch),
-        use_cache=False,
-    ).last_hidden_state
+    inputs = body_inputs(input_ids, position_ids, branch)
+    hidden_BTD = model.base_model(**inputs).last_hidden_state
     with torch.autocast(hidden_BTD.device.type, enabled=False):
         # The head in float32: scores in bfloat16 near 4 would be 0.03 apart.
         return model.score(hidden_BTD.flatten(0, 1)[ends_N].float()).squeeze(-1)
@@ -73,25 +67,6 @@ def forward_is_own(model: Any) -> None:
     vars(model).pop("forward", None)
 
 
-def shares(model: Any, wanted: bool | None) -> bool:
-    """Whether prompts are run once: where the attention takes a mask of who sees whom.
-
-    Flash attention takes none, and a sliding window would not be in it.
-    """
-    config = inner(model).config.get_text_config()
-    full = set(getattr(config, "layer_types", None) or PLAIN) <= PLAIN
-    full &= getattr(config, "sliding_window", None) is None or bool(
-        getattr(config, "layer_types", None)
-    )
-    can = full and config._attn_implementation == "sdpa"
-    if wanted and not can:
-        raise InputError(
-            "reward", "share_prompt", got="true for a model whose attention cannot",
-            expected="full attention on sdpa, or no share_prompt",
-        )  # fmt: skip
-    return can if wanted is None else wanted
-
-
 class RewardModel:
     """A reward model to ask for scores, in evaluation mode.
 
@@ -107,7 +82,10 @@ class RewardModel:
         self._tokeniser = Tokeniser(tokenizer, limit, chat=about.get("chat", chat))
         most, call = micro_batch(model, settings)
         self._layout = TreeLayout(
-            most, tokenizer.pad_token_id, shares(model, settings.share_prompt), call_tokens=call
+            most,
+            tokenizer.pad_token_id,
+            shares(model, settings.share_prompt, STAGE),
+            call_tokens=call,
         )
         self._dtype = torch_dtype(settings.dtype, model.device)
 

@@ -75,7 +75,7 @@ def sft(run: Run, progress: Progress) -> dict[str, Any]:
     Raises InputError for bad data or settings, Interrupted when a signal stops it.
     """
     settings = run.settings.sft
-    name = settings.model or run.settings.policy.model
+    name = settings.model or run.settings.policy.weights
     folder = run.file(STAGE)
     check_start(STAGE, name, folder)
     with training_in(run):

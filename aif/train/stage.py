@@ -26,7 +26,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 # What may be changed in the middle of a run: where and how it is computed, not what.
 FREE = {"device", "micro_tokens", "packing", "share_prompt", "gradient_checkpointing"}
 FREE |= {"save_every", "keep_checkpoints", "members", "combine", "curve", "trackers"}
-FREE |= {"vllm_memory"}
+FREE |= {"vllm_memory", "require_audit"}
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def start_model(run: Run, named: str | None) -> str:
     if named:
         return named
     tuned = run.file("sft")
-    return str(tuned) if checkpoint.sealed(tuned) is not None else run.settings.policy.model
+    return str(tuned) if checkpoint.sealed(tuned) is not None else run.settings.policy.weights
 
 
 def check_start(stage: str, name: str, folder: Path) -> None:

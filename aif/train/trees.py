@@ -1,29 +1,23 @@
-"""A prompt and its responses in one row, the prompt run once.
+"""A prompt and its responses in one row, the prompt run once (`branches` says how they lie).
 
-    tokens    p p p p p  a a a a  b b b       two responses to a prompt
-    branch    0 0 0 0 0  1 1 1 1  2 2 2       0: what all begin with
-    position  0 1 2 3 4  5 6 7 8  5 6 7
-
-A token sees what stands before it in its own branch and in branch 0, and has the position that it
-would have had alone: every hidden state is the one of the plain sequence, and the gradient too. The
-prompt's share of the work is done once, forward and backward (Bradley-Terry pairs pay twice for it,
-six comparisons of four responses twelve times).
+The prompt's share of the work is done once, forward and backward (Bradley-Terry pairs pay twice for
+it, six comparisons of four responses twelve times, PPO as often as it samples).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from aif.train.batch import Step, cheapest_cuts
+from aif.train.batch import Batch, Layout, Step, cheapest_cuts
+from aif.train.branches import PAD
 from aif.train.tokens import Tokens
-
-PAD = -1  # the branch of padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +157,47 @@ class TreeLayout:
         )
 
 
-def branch_mask(branch_BT: torch.Tensor) -> torch.Tensor:
-    """[B, 1, T, T], True where token i may look at token j: not later, and of its own branch or of
-    what is shared. Padding looks at padding, so that no row of a softmax is empty."""
-    i, j = branch_BT[:, :, None], branch_BT[:, None, :]
-    causal_TT = torch.ones(
-        branch_BT.shape[1:] * 2, dtype=torch.bool, device=branch_BT.device
-    ).tril()
-    return (((i == j) | (j == 0)) & causal_TT)[:, None]
+@dataclass(frozen=True)
+class SharingLayout(Layout):
+    """A layout whose `batches` run a prompt once for those of its responses that lie together.
+
+    The rows are `experience.tokens_of`'s: a prompt, which is not learned, and a response, which is.
+    """
+
+    attention_tokens: int = 1 << 12  # of a row whose attention costs as much as all its products
+
+    def batches(self, rows: Sequence[Tokens]) -> Iterator[tuple[list[Tokens], Batch]]:
+        """As `Layout.batches`. Where no two rows have a prompt in common it is the plain one."""
+        held = {id(tree): (tree, some) for tree, some in self._trees(rows)}
+        if len(held) == len(rows):
+            yield from super().batches(rows)
+            return
+        layout = TreeLayout(self.micro_tokens, self.pad_id, True, call_tokens=self.call_tokens)
+        for trees in layout.groups([tree for tree, _ in held.values()]):
+            made = layout.batch(trees)
+            batch = Batch(made.input_ids, made.branch > 0, made.position_ids, made.branch)
+            yield list(chain.from_iterable(held[id(tree)][1] for tree in trees)), batch
+
+    def _trees(self, rows: Sequence[Tokens]) -> Iterator[tuple[Tree, list[Tokens]]]:
+        """Trees with their rows: those of one prompt, in as many trees as cost least.
+
+        Side by side each response costs attention to all others, though it is masked: long ones
+        after a short prompt are better run apart.
+        """
+        groups: dict[bytes, list[Tokens]] = {}
+        for row in rows:
+            groups.setdefault(row.ids_T[~row.loss_mask_T].tobytes(), []).append(row)
+        for some in groups.values():
+            prompt_T = some[0].ids_T[~some[0].loss_mask_T]
+            total = np.cumsum([0, *(len(row) - len(prompt_T) for row in some)])
+
+            def cost(start: int, end: int, head: int = len(prompt_T), total=total) -> int:
+                tokens = head + int(total[end] - total[start])
+                return tokens + tokens**2 // self.attention_tokens
+
+            for start, end in cheapest_cuts(len(some), cost, self.micro_tokens, 0):
+                branches = [row.ids_T[len(prompt_T) :] for row in some[start:end]]
+                yield Tree(some[0].source, prompt_T, branches), some[start:end]
 
 
 def tree_digest(trees: Sequence[Tree]) -> str:

@@ -8,14 +8,13 @@ are never used: those that PPO's ratio is taken of are read again by the model t
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from aif.errors import AifError
+from aif import vllm_engine
 from aif.train.rollout import Rollout
 
 
@@ -23,7 +22,7 @@ class VLLMRollouts:
     """A vLLM engine that takes over the policy's weights; `name` is a folder or a hub id.
 
     `memory` is the share of a GPU's memory that it may hold, weights and cache. Raises AifError
-    where vLLM is not installed.
+    where vLLM is not installed or does not start.
     """
 
     models: Sequence[Any] = ()  # its memory is what it was given
@@ -39,21 +38,11 @@ class VLLMRollouts:
         context: int,
         memory: float,
     ):
-        # The engine core in this process: weights are handed over as tensors, not over a wire.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # stdout is for results
-        try:
-            from vllm import LLM, SamplingParams
-        except ModuleNotFoundError as error:
-            raise AifError(f"ppo: rollouts = 'vllm' needs {error.name}: pip install vllm") from None
-        self._llm = LLM(
-            name,
-            dtype=dtype,
-            max_model_len=context,
-            gpu_memory_utilization=memory,
-            enable_prefix_caching=True,
-            disable_log_stats=True,
+        self._llm = vllm_engine.start(
+            "ppo.rollouts", name, dtype=dtype, context=context, memory=memory
         )
+        from vllm import SamplingParams
+
         self._ends = sorted(ends)
         self._params = functools.partial(
             SamplingParams,
@@ -78,7 +67,7 @@ class VLLMRollouts:
 
     def close(self) -> None:
         """End the engine and free its memory; it is of no use afterwards."""
-        self._llm.llm_engine.engine_core.shutdown()
+        vllm_engine.shut_down(self._llm)
 
     def _rollout(self, output: Any) -> Rollout:
         ids = list(output.token_ids)
