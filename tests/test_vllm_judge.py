@@ -41,7 +41,7 @@ from aif.llm.vllm import VLLM, EngineThread, Silent
 from aif.pairs import read_pairs
 from aif.pretrained import bundled_folder
 from aif.progress import Progress
-from aif.records import Comparison
+from aif.records import Comparison, Label
 from aif.settings import LabelSettings, LLMSettings
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -171,8 +171,8 @@ def comparisons() -> list[Comparison]:
     ]
 
 
-def labels(llm, settings: LLMSettings) -> dict[tuple[str, str], float]:
-    """p_first of every comparison under every principle, in the bundled judge's way."""
+def labels(llm, settings: LLMSettings) -> list[Label]:
+    """The label of every comparison, in the bundled judge's way."""
     constitution = constitutions.load(WARM)
     label = LabelSettings(protocol="pointwise")
     judge = Judge(constitution, settings.model_copy(update={"form": "text"}), label)
@@ -180,12 +180,11 @@ def labels(llm, settings: LLMSettings) -> dict[tuple[str, str], float]:
     cells = {c.id: judge.cells(c) for c in rows}
     asks = {cell.id: judge.ask(cell, c) for c in rows for cell in cells[c.id]}
     answers = {answer.key: answer for answer in llm.answer(asks.values())}
-    found = {}
+    found = []
     for c in rows:
         told = [judge.verdict(x, c, judge.journal_row(answers[x.id])) for x in cells[c.id]]
         assert all(verdict.fault is None for verdict in told), told
-        by_principle = label_of(c, told, constitution, judge.protocol).by_principle
-        found |= {(c.id, name): p for name, p in by_principle.items()}
+        found.append(label_of(c, told, constitution, judge.protocol))
     return found
 
 
@@ -194,13 +193,26 @@ def transformers_labels(plain):
     return labels(plain, LLMSettings(dtype="bfloat16"))
 
 
-def compared(ours: dict, theirs: dict) -> tuple[float, float]:
-    """(mean absolute difference of p_first, share of the same decisions)."""
-    assert ours.keys() == theirs.keys()
-    off = fmean(abs(ours[key] - theirs[key]) for key in ours)
-    same = fmean((ours[key] > 0.5) == (theirs[key] > 0.5) for key in ours)
-    flips = [(ours[key], theirs[key]) for key in ours if (ours[key] > 0.5) != (theirs[key] > 0.5)]
-    print(f"\n{len(ours)} decisions: mean |dp| {off:.4f}, same {same:.4f}, flips {flips}")
+def compared(ours: list[Label], theirs: list[Label]) -> tuple[float, float]:
+    """(mean absolute difference of p_first by principle, share of labels with the same winner).
+
+    Told too is the share of principles that name the same winner: near one half a rounding in
+    bfloat16 decides, and it averages out over a label's principles.
+    """
+    assert [a.comparison_id for a in ours] == [b.comparison_id for b in theirs]
+    parts = [
+        (a.by_principle[name], b.by_principle[name])
+        for a, b in zip(ours, theirs, strict=True)
+        for name in a.by_principle
+    ]
+    whole = [(a.p_first, b.p_first) for a, b in zip(ours, theirs, strict=True)]
+    off = fmean(abs(a - b) for a, b in parts)
+    same, same_parts = (fmean((a > 0.5) == (b > 0.5) for a, b in them) for them in (whole, parts))
+    flips = [(round(a, 3), round(b, 3)) for a, b in whole if (a > 0.5) != (b > 0.5)]
+    print(
+        f"\nmean |dp| {off:.4f}; the same winner: {same:.4f} of {len(whole)} labels, flips {flips}"
+    )
+    print(f"and {same_parts:.4f} of {len(parts)} principles")
     return off, same
 
 
