@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[1]
 def commands(title: str) -> list[str]:
     """The lines of the console blocks under a heading."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    section = re.search(rf"^(#+) {title}\n(.*?)(?=^\1 |\Z)", readme, re.DOTALL | re.MULTILINE)
-    blocks = re.findall(r"```console\n(.*?)```", section[2], re.DOTALL)
+    _, level, rest = re.split(rf"^(#+) {title}\n", readme, maxsplit=1, flags=re.MULTILINE)
+    section = re.split(rf"^#{{{min(2, len(level))},{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    blocks = re.findall(r"```console\n(.*?)```", section, re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
 
 
@@ -41,6 +42,7 @@ def run(line: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.timeout(900)  # some twenty commands, of which most load a model
 def test_the_three_daily_jobs(folder):
     batch, edit, swap = (
         commands(title) for title in ("Run a batch", "Edit a constitution", "Swap a judge")

@@ -342,9 +342,9 @@ def test_never_more_are_under_way_than_may_be(llm, monkeypatch):
 
 
 def sharing(llm: VLLM, **settings) -> VLLM:
-    """Another judge on the same engine."""
+    """Another judge on the same engine, with a thread of its own."""
     other = VLLM(OURS.model_copy(update=settings), "smollm2-135m")
-    other._thread = llm._thread
+    other._thread = EngineThread()
     other._numbers = llm._numbers
     vars(other)["engine"] = llm.engine
     return other
@@ -366,7 +366,7 @@ def test_an_engine_that_fails_or_hangs_is_a_clear_stop(llm, monkeypatch):
         "the same command resumes"
     )
     gate = threading.Event()
-    monkeypatch.setattr(engine, "step", lambda: (gate.wait(), step())[1])
+    monkeypatch.setattr(engine, "step", lambda: gate.wait() and [])
     hasty = sharing(llm, timeout_s=0.5)
     began = time.monotonic()
     with pytest.raises(JudgeStopped, match=re.escape("said nothing for 0.5 s (judge.timeout_s)")):
