@@ -19,7 +19,9 @@ def commands(title: str) -> list[str]:
     """The lines of the console blocks under a heading."""
     readme = (ROOT / "README.md").read_text("utf-8")
     _, level, rest = re.split(rf"^(#+) {title}\n", readme, maxsplit=1, flags=re.MULTILINE)
-    section = re.split(rf"^#{{{min(2, len(level))},{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    # The next heading of its level or above; one "#" may be a comment in a block as well.
+    ends = rf"^#{{{min(2, len(level))},{len(level)}}} "
+    section = re.split(ends, rest, maxsplit=1, flags=re.MULTILINE)[0]
     blocks = re.findall(r"```console\n(.*?)```", section, re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
 
