@@ -193,41 +193,31 @@ def transformers_labels(plain):
     return labels(plain, LLMSettings(dtype="bfloat16"))
 
 
-def compared(ours: list[Label], theirs: list[Label]) -> tuple[float, float]:
-    """(mean absolute difference of p_first by principle, share of labels with the same winner).
-
-    Told too is the share of principles that name the same winner: near one half a rounding in
-    bfloat16 decides, and it averages out over a label's principles.
-    """
+def agree(ours: list[Label], theirs: list[Label]) -> None:
+    """They say the same but for roundings in bfloat16, which decide where a label is even."""
     assert [a.comparison_id for a in ours] == [b.comparison_id for b in theirs]
-    parts = [
-        (a.by_principle[name], b.by_principle[name])
+    off = fmean(
+        abs(a.by_principle[name] - b.by_principle[name])
         for a, b in zip(ours, theirs, strict=True)
         for name in a.by_principle
-    ]
-    whole = [(a.p_first, b.p_first) for a, b in zip(ours, theirs, strict=True)]
-    off = fmean(abs(a - b) for a, b in parts)
-    same, same_parts = (fmean((a > 0.5) == (b > 0.5) for a, b in them) for them in (whole, parts))
-    flips = [(round(a, 3), round(b, 3)) for a, b in whole if (a > 0.5) != (b > 0.5)]
-    print(
-        f"\nmean |dp| {off:.4f}; the same winner: {same:.4f} of {len(whole)} labels, flips {flips}"
     )
-    print(f"and {same_parts:.4f} of {len(parts)} principles")
-    return off, same
+    whole = [(a.p_first, b.p_first) for a, b in zip(ours, theirs, strict=True)]
+    flips = [(round(a, 3), round(b, 3)) for a, b in whole if (a > 0.5) != (b > 0.5)]
+    print(f"\nmean |dp| {off:.4f}; of {len(whole)} labels these have another winner: {flips}")
+    assert off < 0.02
+    assert all(max(abs(a - 0.5), abs(b - 0.5)) < 0.02 for a, b in flips)
 
 
 @of_vllm
 def test_it_judges_as_transformers_does(llm, transformers_labels):
-    off, same = compared(labels(llm, OURS), transformers_labels)
-    assert off < 0.02
-    assert same >= 0.98
+    agree(labels(llm, OURS), transformers_labels)
 
 
 @of_vllm
 def test_logprobs_are_exact_however_unlikely_an_option_is(llm, plain):
     """They are of the whole vocabulary, not of the few likeliest; `score` says the same."""
     text = "Question: Is water wet?\nAnswer:"
-    options = ("Yes", "No", "Wednesday", "Yesterdayish")
+    options = ("Yes", "No", "Wednesday", "Octopus")
     (ours,), (theirs,) = (
         one.answer([Ask("x", text=text, options=options)]) for one in (llm, plain)
     )
@@ -446,9 +436,7 @@ def http(served):
 
 @of_vllm
 def test_served_it_judges_as_transformers_does(http, transformers_labels):
-    off, same = compared(labels(*http), transformers_labels)
-    assert off < 0.02
-    assert same >= 0.98
+    agree(labels(*http), transformers_labels)
 
 
 @of_vllm
