@@ -17,7 +17,6 @@ import threading
 import time
 import urllib.request
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -399,7 +398,9 @@ def served(room, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(bundled_folder()),
+        # What `vllm serve` starts: that asks for a package "vllm", and the one for CPUs is not.
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(bundled_folder()),
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2-135m",
         "--dtype", "bfloat16", "--hf-overrides", '{"head_dtype": "float32"}',
     ]  # fmt: skip
