@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from aif.winrate import CONFIDENCE, Bootstrap, Value, length_controlled
+from aif.winrate import Bootstrap, Value, length_controlled, wilson
 
 MOST = 10_000  # values that are bootstrapped: a draw of more takes memory and says the same
 FEWEST = 20  # pairs on each side of a split to fit a temperature
@@ -25,11 +25,8 @@ def rate(values: Sequence[Value], bootstrap: Bootstrap) -> dict[str, Any]:
     known = [value for value in values if value is not None]
     if len(known) <= MOST:
         return bootstrap.rate(known)
-    from scipy.stats import binomtest
-
-    ends = binomtest(round(sum(known)), len(known)).proportion_ci(CONFIDENCE, "wilson")
-    mean = sum(known) / len(known)
-    return {"mean": mean, "low": float(ends.low), "high": float(ends.high), "n": len(known)}
+    low, high = wilson(sum(known), len(known))
+    return {"mean": sum(known) / len(known), "low": low, "high": high, "n": len(known)}
 
 
 def agreement(

@@ -20,7 +20,7 @@ from typing import Any
 
 from aif.errors import InputError, shown
 from aif.pairs import pairs_of, read_rows
-from aif.records import Comparison, HumanChoice
+from aif.records import TURNED, Comparison, HumanChoice
 from aif.run import Run
 
 FIRST, SECOND, TIE = 1.0, 0.0, 0.5
@@ -30,7 +30,6 @@ CHOICES = {
     TIE: (0, "0", "tie", "Tie", "both", "neither", "tie (bothbad)"),
 }
 _SAID = {name: choice for choice, names in CHOICES.items() for name in names}
-TURNED = str.maketrans("ab", "ba")  # an order of a pair that stands the other way round
 COLUMNS = ("label", "winner", "preference")
 MODELS = (("model_a", "model_b"), ("chosen_model", "rejected_model"))
 Recorded = dict[str, float | None]  # order ("ab", "ba", or "" where it is not known) -> choice

@@ -27,11 +27,11 @@ from aif.journal import Reader
 from aif.judging import constitution_path
 from aif.label import STAGE, changes, comparisons, facts
 from aif.panel import panel_of
-from aif.records import Comparison, Label, Verdict
+from aif.records import TURNED, Comparison, Label, Verdict
 from aif.run import Run
+from aif.winrate import wilson
 
 FILE = "diff.jsonl"
-TURNED = str.maketrans("ab", "ba")  # an order, seen from the pair that stands the other way round
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,6 @@ class Tally:
         prompt are not quite. Kappa (Cohen 1960) has the same halves as linear weights (Cohen 1968);
         it is null where both say the same of all, since chance would then agree as well.
         """
-        from scipy.stats import binomtest
         from sklearn.metrics import cohen_kappa_score
 
         n = self.sides.total()
@@ -81,7 +80,6 @@ class Tally:
         if not n:
             return found | dict.fromkeys(("agreement", "interval", "kappa", "moved"))
         agree = sum(times * (1 - abs(a - b) / 2) for (a, b), times in self.sides.items())
-        ends = binomtest(round(agree), n).proportion_ci(method="wilson")
         a, b = zip(*self.sides, strict=True)
         kappa = None
         if len({*a, *b}) > 1:
@@ -91,7 +89,7 @@ class Tally:
             )
         return found | {
             "agreement": agree / n,
-            "interval": [float(ends.low), float(ends.high)],
+            "interval": list(wilson(agree, n)),
             "kappa": kappa,
             "moved": self.moved / n,  # mean absolute difference of p_first
         }

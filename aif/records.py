@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}, as every chat API has it
+TURNED = str.maketrans("ab", "ba")  # an order, seen from the pair that stands the other way round
 
 # Why a row has no answer. No number ever stands for one of these.
 FAULTS = {

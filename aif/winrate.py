@@ -53,17 +53,22 @@ class Bootstrap:
         return {"mean": float(known_n.mean()), "low": float(low), "high": float(high), "n": n}
 
     def rate(self, values: Sequence[Value]) -> dict[str, Any]:
-        """`mean` of values in 0 to 1. Where all are 0 or all 1, every draw is like the sample and
-        says nothing of how far that is chance: Wilson's interval then."""
-        known = {value for value in values if value is not None}
+        """`mean` of values in 0 to 1. Where all are alike, every draw is like the sample and says
+        nothing of how far that is chance: Wilson's interval then."""
         found = self.mean(values)
-        if known and (known <= {0} or known <= {1}):
-            from scipy.stats import binomtest
-
-            n = found["n"]
-            ends = binomtest(round(found["mean"] * n), n).proportion_ci(CONFIDENCE, "wilson")
-            found |= {"low": float(ends.low), "high": float(ends.high)}
+        if len({value for value in values if value is not None}) == 1:
+            low, high = wilson(found["mean"] * found["n"], found["n"])
+            found |= {"low": low, "high": high}
         return found
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share of `right` in `n`, a half rounded to a whole. It takes them for
+    independent."""
+    from scipy.stats import binomtest
+
+    ends = binomtest(round(right), n).proportion_ci(CONFIDENCE, "wilson")
+    return float(ends.low), float(ends.high)
 
 
 def outcome(p_first: Value, tie_margin: float) -> Value:

@@ -78,7 +78,7 @@ def test_one_value_has_no_interval(bootstrap):
     assert bootstrap.mean([2.5]) == {"mean": 2.5, "low": None, "high": None, "n": 1}
 
 
-def test_to_win_all_of_six_is_not_to_win_always(bootstrap):
+def test_to_win_or_tie_all_of_six_is_not_to_do_so_always(bootstrap):
     """Wilson's interval, where every draw is the same."""
     found = bootstrap.rate([1.0] * 6)
     assert (found["mean"], found["high"]) == (1.0, 1.0)
@@ -86,7 +86,8 @@ def test_to_win_all_of_six_is_not_to_win_always(bootstrap):
     assert bootstrap.rate([0.0] * 6)["high"] == pytest.approx(1 - 0.6097, abs=1e-4)
     assert bootstrap.rate([1.0])["low"] == pytest.approx(0.2065, abs=1e-4)
     ties = bootstrap.rate([0.5] * 6)
-    assert (ties["low"], ties["high"]) == (0.5, 0.5)
+    assert ties["mean"] == 0.5
+    assert (ties["low"], ties["high"]) == pytest.approx((0.1876, 0.8124), abs=1e-4)
 
 
 # --- wins, losses, ties

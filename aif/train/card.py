@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from aif.winrate import wilson
+
 BINS = 10
 CONFIDENT = (0.3, 0.7)  # a label outside of these names a winner with some certainty
 
@@ -69,18 +71,15 @@ def accuracy(known: Iterable[tuple[float, float]]) -> dict[str, Any]:
     The interval is Wilson's at 95 %; it takes pairs for independent, which pairs of one prompt
     are not quite.
     """
-    from scipy.stats import binomtest
-
     right = [
         0.5 if delta == 0 else float((delta > 0) == (p > 0.5)) for delta, p in known if p != 0.5
     ]
     if not right:
         return {"n": 0, "accuracy": None, "interval": None}
-    found = binomtest(round(sum(right)), len(right)).proportion_ci(method="wilson")
     return {
         "n": len(right),
         "accuracy": sum(right) / len(right),
-        "interval": [float(found.low), float(found.high)],
+        "interval": list(wilson(sum(right), len(right))),
     }
 
 
