@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from itertools import zip_longest
@@ -30,8 +31,8 @@ Pairs = Annotated[
 ]
 ConstitutionFile = Annotated[str | None, typer.Option("--constitution", help="TOML file.")]
 JUDGES = (
-    "openai:MODEL, openai-batch:MODEL (the Batch API), smollm2-135m (bundled), a folder "
-    "or hub id, scripted:FILE."
+    "openai:MODEL, openai-batch:MODEL (the Batch API), vllm:MODEL, smollm2-135m (bundled), "
+    "a folder or hub id, scripted:FILE."
 )
 Judge = Annotated[str | None, typer.Option(help=JUDGES)]
 Judges = Annotated[list[str] | None, typer.Option("--judge", help=f"{JUDGES} Repeatable: a panel.")]
@@ -100,8 +101,10 @@ def verb(group: typer.Typer, name: str | None = None) -> Callable[[Callable], Ca
 
 def _report(error: Exception, debug: bool) -> int:
     """Print an error as one line; returns the exit code."""
-    from aif.errors import AifError
+    from aif.errors import AifError, InputError, Interrupted
 
+    if isinstance(error, InputError | Interrupted) and not _leads():
+        return error.exit_code  # the first one says it
     if debug:
         import traceback
 
@@ -169,7 +172,15 @@ def training_run(
     path: Path, sets: list[str] | None, given: dict[str, Any], data: list[str] | None
 ) -> Run:
     """The run at `path`; with data of its own to learn from it need not be there yet."""
-    return open_run(path, given, sets) if data else existing_run(path, sets, given)
+    from aif.run import Follower
+
+    run = open_run(path, given, sets) if data else existing_run(path, sets, given)
+    return run if _leads() else Follower(run.path, run.settings)
+
+
+def _leads() -> bool:
+    """Whether this is the first of the processes that a launcher of torch's started, or no such."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def show_summary(
@@ -205,7 +216,8 @@ def run_stage(
     from aif.pipeline import stage
     from aif.progress import Progress
 
-    with Progress(quiet) as progress:
+    with Progress(quiet or not run.leads) as progress:
         summary = stage(name).function()(run, progress)
-    show_summary(summary, as_json, quiet, lines)
+    if run.leads:
+        show_summary(summary, as_json, quiet, lines)
     return summary

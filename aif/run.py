@@ -36,6 +36,8 @@ Row = TypeVar("Row")
 class Run:
     """A folder and the settings that hold in it; `root` is the run that it is a part of."""
 
+    leads = True  # whether this process may write into it
+
     def __init__(self, path: Path, settings: Settings, root: Path | None = None):
         if not _NAME.fullmatch(path.name):
             raise InputError(
@@ -140,3 +142,23 @@ class Run:
             return jsonl.loads(self.file(f"{stage}.json").read_text("ascii"))
         except (FileNotFoundError, ValueError):
             return {}
+
+
+class Follower(Run):
+    """A run as it is to every process but the first of several that train together: the first
+    holds it and writes, the others read."""
+
+    leads = False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        yield
+
+    def write(self, name: str, rows: Iterable[Any]) -> int:
+        return 0
+
+    def keep_settings(self) -> None:
+        pass
+
+    def write_state(self, stage: str, state: dict[str, Any]) -> None:
+        pass

@@ -18,7 +18,7 @@ FLOORS = [
     "run pairs llm pretrained constitution_diff",
     "vllm_engine",
     "train train.dialogues train.losses train.checkpoint train.metrics choices gate",
-    "train.tokens train.model train.preferences train.pictures train.ppo_math",
+    "train.tokens train.model train.preferences train.pictures train.ppo_math train.together",
     "train.branches",
     "train.batch train.stage train.card train.actor_critic train.rollout train.prompts",
     "train.trainer train.trees train.experience train.vllm_rollouts judge_card canaries",

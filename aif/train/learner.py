@@ -18,6 +18,7 @@ from aif.settings import PPOSettings
 from aif.train.batch import Batch, Layout, Steps
 from aif.train.experience import Experience, micro_batches
 from aif.train.ppo_math import policy_loss, value_loss
+from aif.train.together import of_each
 
 NAMED = 8  # prompts, in an error
 
@@ -72,11 +73,11 @@ class Learner:
     def _minibatches(self, rows: int, step: int) -> Iterator[list[int]]:
         """Rows of each optimizer step: a fresh permutation an epoch (detail 14)."""
         rank = self.accelerator.process_index
+        parts = min(self.settings.minibatches, min(of_each(rows)))
         for epoch in range(self.settings.ppo_epochs):
             draw = np.random.default_rng([self.settings.seed, step, epoch, rank])
-            for part in np.array_split(draw.permutation(rows), self.settings.minibatches):
-                if len(part):
-                    yield part.tolist()
+            for part in np.array_split(draw.permutation(rows), parts):
+                yield part.tolist()
 
     def _gradients(self, found: Experience, rows: list[int], total: float) -> None:
         """Add the gradients of PPO's losses over these rows, micro-batch by micro-batch."""

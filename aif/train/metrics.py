@@ -33,7 +33,7 @@ class Metrics:
 
         Within EVERY_S seconds of the last time nothing happens, unless it has to be `now`.
         """
-        if not now and time.monotonic() < self._due:
+        if not self._run.leads or (not now and time.monotonic() < self._due):
             return
         rows = (
             {"stage": self._stage, "step": entry["step"], "name": name, "value": value}

@@ -39,6 +39,7 @@ from aif.train.ppo_setup import (
 )
 from aif.train.rewards import Reward
 from aif.train.stage import check_start, done_before, training_in
+from aif.train.together import any_of_them, by_the_first, leaving_together
 from aif.train.trainer import SAVE_EVERY_S, stopping
 from aif.train.watch import Watch, best_step, falls, looks
 
@@ -68,12 +69,17 @@ class Session:
     def resume(self) -> int:
         """Go back to the newest whole checkpoint; returns its step, 0 without one."""
         folder = self.run.file("checkpoints") / STAGE
-        found = checkpoint.newest(folder, self.about, self.progress, FILES)
+        found = by_the_first(lambda: self._newest(folder))
         if found is None:
-            shutil.rmtree(folder, ignore_errors=True)
             return 0
         self._load(found)
         return self.ppo.position.step
+
+    def _newest(self, folder: Path) -> Path | None:
+        found = checkpoint.newest(folder, self.about, self.progress, FILES)
+        if found is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return found
 
     def _load(self, folder: Path) -> None:
         # Not strict, as frozen weights are not in a checkpoint.
@@ -87,10 +93,10 @@ class Session:
             self._look(steps)
             while position.step < steps and not self._fallen():
                 self._tell(self._step())
-                if self._save_due() and position.step < steps:
+                if any_of_them(self._save_due()) and position.step < steps:
                     self.save()
                 self._look(steps)
-                if self.stop.is_set() and position.step < steps:
+                if any_of_them(self.stop.is_set()) and position.step < steps:
                     raise Interrupted(
                         f"interrupted at step {position.step:,} of {steps:,}; "
                         "the same command resumes"
@@ -127,8 +133,7 @@ class Session:
             f"{measured['val/response_length']:.0f} tokens"
         )
         self.progress.update(position.step, note=note)
-        if self.ppo.accelerator.is_main_process:
-            self.metrics.put(position.log)
+        self.metrics.put(position.log)
         self.ppo.accelerator.log(measured, step=position.step)
 
     def _look(self, steps: int) -> None:
@@ -166,6 +171,7 @@ class Session:
         folder = self._folder / f"checkpoint-{position.step}"
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)  # what a kill left of it
+        accelerator.wait_for_everyone()
         try:
             accelerator.save_state(str(folder))
         except OSError as error:
@@ -228,6 +234,7 @@ def _summary(
     }
 
 
+@leaving_together
 def ppo(run: Run, progress: Progress, sources: Mapping[str, Reward] | None = None) -> dict:
     """Train the policy by reinforcement into ppo/; returns the summary.
 
@@ -248,7 +255,8 @@ def ppo(run: Run, progress: Progress, sources: Mapping[str, Reward] | None = Non
             summary = about | _run(run, prepared, algorithm, about, progress)
         finally:
             algorithm.rollouts.close()
-            algorithm.accelerator.end_training()
+            for tracker in algorithm.accelerator.trackers:
+                tracker.finish()
         run.write_state(STAGE, summary)
     return summary
 
@@ -268,5 +276,6 @@ def _run(
     finally:
         progress.finish()
     best = session.end_with_best()
-    _save(run, prepared, algorithm.accelerator.unwrap_model(algorithm.learner.model), about)
+    if run.leads:
+        _save(run, prepared, algorithm.accelerator.unwrap_model(algorithm.learner.model), about)
     return _summary(run, prepared, algorithm, began_at, best)

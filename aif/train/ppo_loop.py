@@ -48,6 +48,7 @@ from aif.train.ppo_math import AdaptiveKL, RunningMoments
 from aif.train.prompts import PolicyPrompt, PromptStream
 from aif.train.rewards import Rewards
 from aif.train.rollout import Rollout, Rollouts
+from aif.train.together import mean_of_them, of_each
 
 
 @dataclass
@@ -137,7 +138,7 @@ class PPO:
     ) -> Experience:
         """Of the responses that have a score."""
         kept = [n for n, score in enumerate(scores) if score is not None]
-        if not kept:
+        if not min(of_each(len(kept))):
             raise AifError("none of its responses has a score")
         rows = [tokens_of(asked[n].ids_T, rollouts[n]) for n in kept]
         device, model = self.accelerator.device, self.learner.model
@@ -153,8 +154,8 @@ class PPO:
         settings = self.settings
         scores_B = torch.tensor(scores, dtype=torch.float32)
         if settings.scale_scores:  # detail 18
-            every = self.accelerator.gather(scores_B.to(self.accelerator.device))
-            self.position.scores.update(every.cpu())
+            every = [score for share in of_each(scores) for score in share]
+            self.position.scores.update(torch.tensor(every, dtype=torch.float32))
             scores_B = scores_B / (self.position.scores.std or 1.0)
         if settings.score_clip:
             scores_B = scores_B.clamp(-settings.score_clip, settings.score_clip)
@@ -173,11 +174,12 @@ class PPO:
     def _measured(
         self, found: Experience, rollouts: Sequence[Rollout], scores: Sequence[float | None]
     ) -> dict[str, float]:
-        """Figures of the responses under TRL's names, over all processes."""
+        """Figures of the responses under TRL's names, over all processes; a source's mean and the
+        explained variance are means of what each of them has."""
         known = [score for score in scores if score is not None]
         tokens = sum(len(rollout.ids_T) for rollout in rollouts)
         kl_coef = self.position.kl.value
-        told = {
+        of_scored = {
             "objective/kl": float(found.kl_B.mean()),
             "objective/entropy": float(found.entropy_BT.sum(1).mean()),
             "objective/non_score_reward": -kl_coef * float(found.kl_B.mean()),
@@ -185,17 +187,16 @@ class PPO:
             "objective/scores": fmean(known),
             "objective/kl_coef": kl_coef,
             "policy/entropy_avg": float(found.entropy_BT.sum() / found.mask_BT.sum()),
+        }
+        of_scored |= {f"objective/scores/{name}": mean for name, mean in self.rewards.means.items()}
+        if found.values_BT is not None:
+            of_scored["val/explained_variance"] = explained(found)
+        of_all = {
             "val/eos_rate": fmean(rollout.ended for rollout in rollouts),
             "val/response_length": tokens / len(rollouts),
-            "val/unscored": len(scores) - len(known),
         }
-        told |= {f"objective/scores/{name}": mean for name, mean in self.rewards.means.items()}
-        if found.values_BT is not None:
-            told["val/explained_variance"] = explained(found)
-        if self.accelerator.num_processes > 1:
-            values = torch.tensor(list(told.values()), device=self.accelerator.device)
-            means = self.accelerator.reduce(values, "mean").tolist()
-            told = dict(zip(told, means, strict=True))
+        told = mean_of_them(of_scored, len(known)) | mean_of_them(of_all, len(scores))
+        told["val/unscored"] = sum(of_each(len(scores) - len(known)))
         read_tokens = sum(map(len, found.rows))
         took = self.seconds
         told |= {f"time/{name}_s": seconds for name, seconds in took.items()}

@@ -42,7 +42,7 @@ from aif.train.model import (
 from aif.train.ppo_loop import PPO, Position
 from aif.train.ppo_math import AdaptiveKL
 from aif.train.prompts import PromptStream, prompts_of
-from aif.train.rewards import ModelReward, Reward, Rewards, source_of
+from aif.train.rewards import ModelReward, Reward, Rewards, asked_by_the_first, source_of
 from aif.train.rollout import Rollouts, TransformersRollouts
 from aif.train.scoring import Ensemble, RewardModel, member_folders
 from aif.train.stage import SCHEDULES, digest_of, start_model
@@ -97,6 +97,7 @@ class Prepared:
         self.tokeniser = Tokeniser(self.tokenizer, limit, chat=run.settings.policy.form != "text")
         self.learn, self.held_out = prompts_of(run, self.tokeniser, self.room)
         self.ptx = self._ptx()
+        sources = {name: asked_by_the_first(source) for name, source in sources.items()}
         gold, named = self.settings.gold, self.settings.reward
         self.gold = source_of(gold, "gold", sources) if gold else None
         self.functions = {s: source_of(s, "reward", sources) for s in named if s != "model"}
@@ -189,6 +190,7 @@ def made(run: Run, prepared: Prepared) -> PPO:
     place = usable_device(settings.device)
     kind = torch_dtype(settings.dtype, place)
     accelerator = _accelerator(run, settings, place, kind)
+    _check_share(settings, accelerator.num_processes)
     transformers.set_seed(settings.seed)
     ensemble = prepared.load_ensemble()
     actor = _actor(run, prepared, prepared.value_scale(ensemble))
@@ -238,6 +240,14 @@ def _accelerator(
     if settings.trackers:
         accelerator.init_trackers(run.path.name)
     return accelerator
+
+
+def _check_share(settings: PPOSettings, world: int) -> None:
+    """Whether so many processes can share a step evenly."""
+    if settings.batch_size % world:
+        raise _wrong("batch_size", settings.batch_size, f"a multiple of {world}, the processes")
+    if world > 1 and settings.rollouts == "vllm":
+        raise _wrong("rollouts", "vllm", "transformers: the processes are several")
 
 
 def _frozen(prepared: Prepared, kind: torch.dtype) -> Any:

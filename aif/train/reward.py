@@ -43,6 +43,7 @@ from aif.train.scoring import (
     member_name,
 )
 from aif.train.stage import check_start, digest_of, done_before, start_model, training_in
+from aif.train.together import leaving_together
 from aif.train.tokens import Tally, Tokeniser
 from aif.train.trainer import Trained, Training, train
 from aif.train.trees import Tree, TreeLayout, tree_digest
@@ -92,6 +93,7 @@ def trees(groups: Sequence[Group], tokeniser: Tokeniser) -> Iterator[Tree]:
             )
 
 
+@leaving_together
 def reward(run: Run, progress: Progress) -> dict[str, Any]:
     """Train `reward.members` reward models into reward/ (reward-2/, ...); returns the summary.
 
@@ -109,6 +111,8 @@ def reward(run: Run, progress: Progress) -> dict[str, Any]:
         run.keep_settings()
         members = [_member(run, name, prepared, n, progress) for n in range(settings.members)]
         curve = [_curve_point(run, name, prepared, share, progress) for share in settings.curve]
+        if not run.leads:
+            return members[0]
         card = _card(run, prepared, members, curve)
         return members[0] | {
             "run": str(run.path),
@@ -129,6 +133,8 @@ def _member(
     if last := done_before(run, stage, run.file(stage), about, progress):
         return last
     model, trained, steps = _trained(run, stage, settings, name, prepared, prepared.train, progress)
+    if not run.leads:
+        return about
     known = reference(run, prepared, RewardModel(
         inner(model), prepared.tokenizer, settings, prepared.chat
     ))  # fmt: skip

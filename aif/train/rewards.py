@@ -21,9 +21,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from aif.errors import AifError, InputError, shown
 from aif.records import Message, content_id
 from aif.train.scoring import Ensemble
+from aif.train.together import by_the_first, of_each
 
 Reward = Callable[[Sequence[list[Message]], Sequence[str]], Sequence[float | None]]
 PROBE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -82,6 +85,19 @@ class Rewards:
                 for total, value in zip(totals, values, strict=True)
             ]
         return totals
+
+
+def asked_by_the_first(reward: Reward) -> Reward:
+    """A reward whose answers are journalled: of several processes the first asks it for all, since
+    a journal has one writer."""
+
+    def asked(prompts: Sequence[list[Message]], responses: Sequence[str]) -> Any:
+        shares = of_each((list(prompts), list(responses)))
+        answers = by_the_first(lambda: [reward(*share) for share in shares])
+        return answers[PartialState().process_index]
+
+    asked.identity = getattr(reward, "identity", None)
+    return asked
 
 
 def checked(name: str, values: Any, count: int) -> list[float | None]:

@@ -34,6 +34,7 @@ from aif.train.model import (
     save,
 )
 from aif.train.stage import check_start, digest_of, done_before, training_in
+from aif.train.together import leaving_together
 from aif.train.tokens import Tally, Tokeniser, Tokens, blocks, digest
 from aif.train.trainer import Trained, Training, train
 
@@ -69,6 +70,7 @@ class Prepared:
         return list(tokeniser.dialogues(rows))
 
 
+@leaving_together
 def sft(run: Run, progress: Progress) -> dict[str, Any]:
     """Fine-tune `sft.model` (default: the policy) on `sft.data` into sft/; returns the summary.
 
@@ -90,6 +92,8 @@ def sft(run: Run, progress: Progress) -> dict[str, Any]:
         forward_is_nll(inner(model))
         trained = train(training)
         forward_is_own(inner(model))
+        if not run.leads:
+            return about
         save(
             folder, model, prepared.tokenizer, name, about,
             finish=lambda model: generation_ends(model, prepared.ends),

@@ -31,6 +31,7 @@ from aif.train.batch import Step, Steps
 from aif.train.metrics import Metrics
 from aif.train.model import learning_rate
 from aif.train.stage import SCHEDULES
+from aif.train.together import any_of_them, by_the_first
 
 SAVE_EVERY_S = 600.0
 
@@ -71,10 +72,8 @@ def train(training: Training) -> Trained:
     kept, and the same call goes on from it, bit for bit on a CPU. Without one, an earlier
     training's metrics and checkpoints are replaced.
     """
-    resume = checkpoint.newest(training.checkpoints, training.about, training.progress)
-    if resume is None:
-        shutil.rmtree(training.checkpoints, ignore_errors=True)
     trainer = StepTrainer(training)
+    resume = by_the_first(lambda: _resumable(training))
     try:
         with stopping(training.stop, training.progress):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -105,6 +104,14 @@ def train(training: Training) -> Trained:
         eval_loss_before=evals.get(0),
         tokens_per_s=trainer.tokens / trainer.seconds if trainer.seconds else None,
     )
+
+
+def _resumable(training: Training) -> Path | None:
+    """The newest whole checkpoint of this training; without one, what another left is removed."""
+    found = checkpoint.newest(training.checkpoints, training.about, training.progress)
+    if found is None:
+        shutil.rmtree(training.checkpoints, ignore_errors=True)
+    return found
 
 
 def arguments(training: Training) -> TrainingArguments:
@@ -195,7 +202,7 @@ class StepTrainer(Trainer):
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - began
         self.tokens += inputs.tokens
-        return loss * world  # Trainer logs the mean over processes
+        return loss
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -249,6 +256,7 @@ class StepTrainer(Trainer):
         folder = training.checkpoints / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # what a kill left of it
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
         except OSError as error:
@@ -287,7 +295,7 @@ class _Guide(TrainerCallback):
             due = step % settings.save_every == 0
         else:
             due = time.monotonic() - self.saved_at >= SAVE_EVERY_S
-        control.should_save = due and not last
+        control.should_save = any_of_them(due) and not last
         control.should_training_stop = last
         self._heed_stop(state, control)
 
@@ -308,7 +316,8 @@ class _Guide(TrainerCallback):
         self._heed_stop(state, control)
 
     def _heed_stop(self, state: Any, control: Any) -> None:
-        if self._training.stop.is_set() and state.global_step < len(self._training.steps):
+        stop = any_of_them(self._training.stop.is_set())
+        if stop and state.global_step < len(self._training.steps):
             control.should_save = control.should_training_stop = True
 
 
@@ -317,15 +326,19 @@ def stopping(event: threading.Event, progress: Progress) -> Iterator[None]:
     """Make SIGINT and SIGTERM set `event`, so that training ends after the step under way, with a
     checkpoint.
 
-    A second one leaves at once: checkpoints are valid at every moment. Outside the main thread
+    The same one again leaves at once: checkpoints are valid at every moment. (On Ctrl-C a launcher
+    of several processes adds a SIGTERM to the SIGINT that they have.) Outside the main thread
     signals are left alone.
     """
+    heard: set[int] = set()
 
     def stop(number: int, frame: object) -> None:
-        if event.is_set():
+        if number in heard:
             os._exit(Interrupted.exit_code)
+        heard.add(number)
+        if not event.is_set():
+            progress.say("stopping after this step; again to leave at once")
         event.set()
-        progress.say("stopping after this step; again to leave at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield

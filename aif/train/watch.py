@@ -39,9 +39,10 @@ class Watch:
         """Sample, score, keep the answers; returns the means under `eval/`."""
         accelerator = self.ppo.accelerator
         share = self.prompts[accelerator.process_index :: accelerator.num_processes]
-        rows = self._rows(share) if share else []
+        # Who has no share does another's, to take part in what all do together.
+        rows = self._rows(share or self.prompts[:1])[: len(share)]
         rows = gather_object(rows) if accelerator.num_processes > 1 else rows
-        if accelerator.is_main_process:
+        if self.run.leads:
             self._keep(rows)
         told = {
             f"eval/{name}": means
