@@ -59,6 +59,7 @@ class Judge:
         self.options = self._how.options
         self.orders = self._how.orders
         self.clamp = label.clamp or self._how.clamp
+        _require_reachable(constitution, self.clamp)
         if model.structured:
             _require_structured(model, self.template)
         self._control_tokens = tuple(control_tokens)
@@ -213,6 +214,21 @@ def delimiter(comparison: Comparison, order: str) -> str:
     """
     texts = sorted(texts_in_order(comparison, order))
     return content_id("delimiter", comparison.prompt_id, texts)[:12]
+
+
+def _require_reachable(constitution: Constitution, clamp: Sequence[float]) -> None:
+    """Raise InputError where verdicts are held within bounds that a rule of the constitution, which
+    acts beyond them, can never see."""
+    acts = {"veto": 1 - constitution.veto, "lexicographic": 0.5 + constitution.margin}
+    needed = acts.get(constitution.combine, 0.5)
+    if max(clamp[1], 1 - clamp[0]) < needed - 1e-9:
+        raise InputError(
+            "label",
+            "clamp",
+            got=list(clamp),
+            expected=f'bounds that reach {needed:g}, where "{constitution.combine}" of the '
+            "constitution acts; [0, 1] leaves verdicts as they are",
+        )
 
 
 def _require_structured(model: LLMSettings, template: Template) -> None:

@@ -65,7 +65,7 @@ STAGES = (
           "ppo"),
     Stage("evaluate", "policy judge label revise.constitution reward ppo.model evaluate", "*",
           "evaluate.json evaluation.jsonl"),
-    Stage("report", "", "*", "report.html"),
+    Stage("report", "", "* audit.json", "report.html"),
 )
 # fmt: on
 AGAIN = ("respond", "compare", "label", "reward", "ppo")  # what another iteration does
@@ -212,12 +212,15 @@ def _writes(step: Step) -> list[str]:
 
 
 def _reads(step: Step) -> list[str]:
-    if step.stage.reads != "*":
-        return step.stage.reads.split()
+    named = step.stage.reads.split()
+    if "*" not in named:
+        return named
+    named.remove("*")
     before = STAGES[: STAGES.index(step.stage)]
     own = [name for stage in before for name in stage.writes.split()]
     later = range(2, step.run.settings.pipeline.iterations + 1)
-    return own + [f"{number}/{name}" for number in later for name in ("labels.jsonl", "ppo")]
+    own += [f"{number}/{name}" for number in later for name in ("labels.jsonl", "ppo")]
+    return own + named
 
 
 def _named(value: Any) -> Iterator[str]:

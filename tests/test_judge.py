@@ -10,6 +10,7 @@ from scipy import stats
 
 from aif.combine import label_of
 from aif.constitution import Constitution
+from aif.errors import InputError
 from aif.judge import Judge
 from aif.llm import Answer
 from aif.odds import log_odds, probability
@@ -391,6 +392,26 @@ def test_a_template_changes_the_ids(tmp_path):
 )
 def test_what_an_answer_does_not_depend_on_leaves_its_id(change):
     assert ids(**change) == ids()
+
+
+@pytest.mark.parametrize(
+    ("rule", "clamp", "refused"),
+    [
+        ({"combine": "veto"}, None, True),  # `reasoned` keeps to 0.4 to 0.6, and a veto needs 0.9
+        ({"combine": "veto"}, [0.0, 1.0], False),
+        ({"combine": "veto", "veto": 0.4}, None, False),
+        ({"combine": "lexicographic"}, None, False),
+        ({"combine": "lexicographic", "margin": 0.2}, None, True),
+        ({"combine": "lexicographic", "margin": 0.2}, [0.3, 0.6], False),
+        ({}, None, False),
+    ],
+)
+def test_bounds_that_a_rule_never_sees_beyond_are_refused(rule, clamp, refused):
+    if not refused:
+        judge_of(constitution(**rule), "reasoned", clamp=clamp)
+        return
+    with pytest.raises(InputError, match=r"clamp: got \[0.4, 0.6\], expected bounds that reach 0"):
+        judge_of(constitution(**rule), "reasoned", clamp=clamp)
 
 
 def test_examples_do_not_matter_to_pairwise_and_secrets_to_nobody():
