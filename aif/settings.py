@@ -64,14 +64,16 @@ class LLMSettings(Strict):
     def identity(self) -> dict[str, Any]:
         """What an answer depends on; it enters every verdict's id. No secrets, no tuning.
 
-        A folder counts by its files: what is trained anew in it is another model.
+        A folder counts by its files, not by where it lies: trained anew it is another model, moved
+        it is the same.
         """
         keys = {"model", "temperature", "max_tokens", "samples", "logprobs", "dtype"}
         found = self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
         if self.structured:
             found["structured"] = True
         weights = digests.of_model(self.weights)
-        return found if weights is None else found | {"weights": weights}
+        engine, name = self.model.removesuffix(self.weights), Path(self.weights).name
+        return found | ({"model": engine + name, "weights": weights} if weights else {})
 
     def of_model(self, model: str) -> Self:
         """The same for another model; a price is of the one model only."""

@@ -1,5 +1,6 @@
 """Settings: where they come from, which one wins, and what is refused."""
 
+import shutil
 import tomllib
 
 import pytest
@@ -138,6 +139,10 @@ def test_a_model_folder_counts_by_its_files_and_others_by_name(tmp_path):
     settings = LLMSettings(model=str(folder))
     first = settings.identity()
     assert "weights" not in LLMSettings(model="openai:m").identity()
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)
+    assert LLMSettings(model=str(moved)).identity() == first
+    by_vllm = [LLMSettings(model=f"vllm:{place}").identity() for place in (folder, moved)]
+    assert by_vllm[0] == by_vllm[1] != first
     (folder / "notes.txt").write_text("no part of the model")
     assert settings.identity() == first
     (folder / "model.safetensors").write_bytes(b"two")
