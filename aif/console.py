@@ -101,10 +101,8 @@ def verb(group: typer.Typer, name: str | None = None) -> Callable[[Callable], Ca
 
 def _report(error: Exception, debug: bool) -> int:
     """Print an error as one line; returns the exit code."""
-    from aif.errors import AifError, InputError, Interrupted
+    from aif.errors import AifError
 
-    if isinstance(error, InputError | Interrupted) and not _leads():
-        return error.exit_code  # the first one says it
     if debug:
         import traceback
 
@@ -213,11 +211,17 @@ def run_stage(
     lines: Callable[[dict[str, Any]], list[str]],
 ) -> dict[str, Any]:
     """Put a run through one stage, show its summary and return it."""
+    from aif.errors import InputError, Interrupted
     from aif.pipeline import stage
     from aif.progress import Progress
 
-    with Progress(quiet or not run.leads) as progress:
-        summary = stage(name).function()(run, progress)
+    try:
+        with Progress(quiet or not run.leads) as progress:
+            summary = stage(name).function()(run, progress)
+    except (InputError, Interrupted) as error:
+        if run.leads:
+            raise
+        sys.exit(error.exit_code)  # of several processes the first one says it
     if run.leads:
         show_summary(summary, as_json, quiet, lines)
     return summary

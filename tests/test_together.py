@@ -128,7 +128,7 @@ def test_stopped_it_goes_on_from_where_both_stood(tmp_path, toy):
     step = int(kept.parent.name.partition("-")[2])
     assert 0 < step < 120
     assert told.count(f"aif: interrupted at step {step} of 120; the same command resumes") == 1
-    done = in_two("ppo", run, "--json", "--set", "ppo.max_steps=120")
+    done = in_two("ppo", run, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f'"resumed_from": {step}' in done.stdout
 

@@ -48,7 +48,7 @@ from aif.train.ppo_math import AdaptiveKL, RunningMoments
 from aif.train.prompts import PolicyPrompt, PromptStream
 from aif.train.rewards import Rewards
 from aif.train.rollout import Rollout, Rollouts
-from aif.train.together import mean_of_them, of_each
+from aif.train.together import all_rows, mean_of_them, of_each
 
 
 @dataclass
@@ -100,8 +100,8 @@ class PPO:
         read_tokens = sum(map(len, found.rows))
         measured["time/learn_tokens_per_s"] = read_tokens * passes / self.seconds["learn"]
         if self.settings.kl_target:
-            n = len(found.rows) * self.accelerator.num_processes
-            self.position.kl.update(measured["objective/kl"], n)
+            # Of all processes: each has its own kl_coef, and they are to stay alike.
+            self.position.kl.update(measured["objective/kl"], sum(of_each(len(found.rows))))
         self.position.step += 1
         self.position.log.append({"step": self.position.step, **measured})
         return measured
@@ -154,8 +154,8 @@ class PPO:
         settings = self.settings
         scores_B = torch.tensor(scores, dtype=torch.float32)
         if settings.scale_scores:  # detail 18
-            every = [score for share in of_each(scores) for score in share]
-            self.position.scores.update(torch.tensor(every, dtype=torch.float32))
+            every_B = torch.tensor(all_rows(list(scores)), dtype=torch.float32)
+            self.position.scores.update(every_B)
             scores_B = scores_B / (self.position.scores.std or 1.0)
         if settings.score_clip:
             scores_B = scores_B.clamp(-settings.score_clip, settings.score_clip)

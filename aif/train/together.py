@@ -47,9 +47,14 @@ def any_of_them(holds: bool) -> bool:
     return bool(reduce(torch.tensor(float(holds), device=state.device), "sum"))
 
 
+def all_rows(rows: list[Found]) -> list[Found]:
+    """The rows of every process, in their order; all have to ask."""
+    return gather_object(rows) if PartialState().num_processes > 1 else rows
+
+
 def of_each(found: Found) -> list[Found]:
     """What each process has found, in their order; all have to ask."""
-    return gather_object([found]) if PartialState().num_processes > 1 else [found]
+    return all_rows([found])
 
 
 def mean_of_them(told: dict[str, float], weight: int) -> dict[str, float]:

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import gather_object
-
 from aif import jsonl
 from aif.run import Run
 from aif.train.experience import read, tokens_of
 from aif.train.ppo_loop import PPO, seed_of, texts_of
 from aif.train.prompts import PolicyPrompt
 from aif.train.rewards import Reward, checked
+from aif.train.together import all_rows
 
 FILE = "ppo-samples.jsonl"
 
@@ -40,8 +39,7 @@ class Watch:
         accelerator = self.ppo.accelerator
         share = self.prompts[accelerator.process_index :: accelerator.num_processes]
         # Who has no share does another's, to take part in what all do together.
-        rows = self._rows(share or self.prompts[:1])[: len(share)]
-        rows = gather_object(rows) if accelerator.num_processes > 1 else rows
+        rows = all_rows(self._rows(share or self.prompts[:1])[: len(share)])
         if self.run.leads:
             self._keep(rows)
         told = {
