@@ -5,6 +5,8 @@
     trl112/bin/pip install trl==1.12.0
 
 Reads the job (JSON) on stdin, prints a line of JSON an update: its seconds and what trl logged.
+Where the job says `keep` and `keep_at`, the policy is left in keep/STEP, and the score is read as
+aif reads it: at an EOS, that is put where a response was cut off.
 """
 
 import json
@@ -22,7 +24,7 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
 class Teller(TrainerCallback):
@@ -35,6 +37,36 @@ class Teller(TrainerCallback):
         now = time.perf_counter()
         print(json.dumps({"seconds": now - self.began, **(logs or {})}), flush=True)
         self.began = now
+
+
+class Keeper(TrainerCallback):
+    """Leaves the policy in keep/STEP after some updates."""
+
+    def __init__(self, job):
+        self.folder, self.at = job["keep"], job["keep_at"]
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step in self.at:
+            model.policy.save_pretrained(f"{self.folder}/{state.global_step}")
+
+
+def score_at_eos(reward_model, eos_id):
+    """trl's get_reward, but that of the reward model ends every response with an EOS."""
+    theirs = ppo_trainer.get_reward
+
+    def get_reward(model, query_responses, pad_token_id, context_length):
+        if model is not reward_model:
+            return theirs(model, query_responses, pad_token_id, context_length)
+        ids_BT = torch.nn.functional.pad(query_responses, (0, 1), value=pad_token_id)
+        for row in ids_BT:
+            end = context_length + int((row[context_length:] != pad_token_id).sum())
+            if row[end - 1] != eos_id:
+                row[end] = eos_id
+        # A column of pads more: trl finds a response's end by the pad after it.
+        ids_BT = torch.nn.functional.pad(ids_BT, (0, 1), value=pad_token_id)
+        return theirs(model, ids_BT, pad_token_id, context_length)
+
+    return get_reward
 
 
 def main() -> None:
@@ -91,6 +123,9 @@ def main() -> None:
         callbacks=[Teller()],
     )
     trainer.remove_callback(PrinterCallback)
+    if "keep" in job:
+        trainer.add_callback(Keeper(job))
+        ppo_trainer.get_reward = score_at_eos(trainer.reward_model, tokenizer.eos_token_id)
     trainer.train()
 
 

@@ -1,13 +1,12 @@
-"""PPO: aif against trl 1.12.0's PPOTrainer (the last to have one), in time and in what it learns.
+"""The speed of PPO: aif against trl 1.12.0's PPOTrainer (the last to have one).
 
     python tests/bench/ppo_speed.py --peer trl112/bin/python --reward runs/demo/reward
-    python tests/bench/ppo_speed.py ... --frontier --seeds 3 --steps 20 --batch 16 --tokens 24
 
 Both start from the same policy, reward model (and critic) and prompts, with the same batch, length,
 temperature, penalties, rates and epochs, float32 weights and bfloat16 autocast where the hardware
 has it. Every run is a process of its own; rounds are interleaved, the first step of a run is not
 counted. trl is run as it comes (gradient checkpointing) and without. `peer_trl_ppo.py` says how to
-install it. --frontier prints score and KL by step of several seeds of each instead.
+install it. What the two learn is compared by `ppo_frontier.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 def main() -> None:
@@ -33,21 +33,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="episodes a step")
     parser.add_argument("--tokens", type=int, default=48, help="of a response at most")
     parser.add_argument("--steps", type=int, default=2, help="in a run")
+    parser.add_argument("--epochs", type=int, default=4, help="over a step's responses")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3, help="of --frontier")
     parser.add_argument("--kl-coef", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=3e-6)
-    parser.add_argument("--frontier", action="store_true")
     parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.own:
         own(json.load(sys.stdin))
         return
-    job = made(args)
-    if args.frontier:
-        frontier(job, args)
-    else:
-        speed(job, args)
+    speed(made(args), args)
 
 
 def made(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,7 +65,7 @@ def made(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "micro_batch": 8,
         "steps": args.steps,
-        "ppo_epochs": 4,
+        "ppo_epochs": args.epochs,
         "response_tokens": args.tokens,
         "temperature": 0.7,
         "kl_coef": args.kl_coef,
@@ -105,18 +100,21 @@ def own(job: dict[str, Any]) -> None:
         run = Run(Path(scratch) / "run", checked(Settings, {"ppo": table}, "bench"))
         run.path.mkdir()
         algorithm = made(run, Prepared(run, check_settings(run), {}))
-        for _ in range(job["steps"]):
+        policy = algorithm.accelerator.unwrap_model(algorithm.learner.model).policy
+        for step in range(1, job["steps"] + 1):
             began = time.perf_counter()
             told = algorithm.step()
             print(json.dumps({"seconds": time.perf_counter() - began, **told}), flush=True)
+            if step in job.get("keep_at", ()):
+                policy.save_pretrained(Path(job["keep"]) / str(step))
 
 
 def run(name: str, job: dict[str, Any], args: argparse.Namespace) -> list[dict[str, float]]:
     """What a contender's steps were like."""
     if name == "aif":
-        command = [sys.executable, __file__, "--own"]
+        command = [sys.executable, str(HERE / "ppo_speed.py"), "--own"]
     else:
-        command = [args.peer, str(Path(__file__).with_name("peer_trl_ppo.py"))]
+        command = [args.peer, str(HERE / "peer_trl_ppo.py")]
         job = job | {"gradient_checkpointing": name == "trl default"}
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -144,15 +142,6 @@ def speed(job: dict[str, Any], args: argparse.Namespace) -> None:
         print(
             f"{name:12} {statistics.median(found):.3f} s an episode ({spread}), aif is x{gain:.2f}"
         )
-
-
-def frontier(job: dict[str, Any], args: argparse.Namespace) -> None:
-    for seed in range(args.seeds):
-        for name in ("aif", "trl tuned"):
-            began = time.perf_counter()
-            rows = run(name, job | {"seed": seed}, args)
-            told = [(round(r["objective/kl"], 2), round(r["objective/scores"], 3)) for r in rows]
-            print(f"{name} seed {seed} ({time.perf_counter() - began:.0f} s): {told}", flush=True)
 
 
 if __name__ == "__main__":
