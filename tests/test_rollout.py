@@ -190,6 +190,15 @@ def test_a_prompt_that_is_asked_several_times_is_run_once(kind):
     assert all(tokens == 1 for _, tokens in calls[1:])
 
 
+def test_the_head_sees_one_position_a_row_in_memory_of_its_own():
+    """A view of the last column would have torch.matmul copy the head's weight for every row."""
+    model, seen = model_of(), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    rollouts_of(model, max_tokens=3, ends=set()).sample(prompts(4), range(4))
+    assert [tuple(hidden.shape) for hidden in seen] == [(4, 1, 16)] * 3
+    assert all(hidden.is_contiguous() for hidden in seen)
+
+
 def test_a_response_goes_to_its_first_end_or_to_the_last_token_there_is_room_for():
     found = rollouts_of(max_tokens=12).sample(prompts(40), range(40))
     assert {one.ended for one in found} == {True, False}

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import StaticCache
 
 from aif.errors import AifError
 
@@ -100,8 +100,13 @@ class TransformersRollouts:
         of_B = torch.tensor([number[prompt.tobytes()] for prompt in prompts], device=device)
         ids_BT, mask_BT = (t.to(device) for t in left_padded(list(once.values()), self.pad_id))
         position_B1 = mask_BT.sum(1, keepdim=True)
-        cache = DynamicCache(config=self.model.config)
+        # Of its full length from the start: one that grows is copied at every token.
+        length = ids_BT.shape[1] + self.max_tokens
+        cache = StaticCache(config=self.model.config, max_cache_len=length)
         position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        # Not the number 1: the view that it makes has torch.matmul copy the head's frozen weight
+        # once a row (pytorch#186148), 3.6 GB for 64 rows and a vocabulary of 49,152.
+        last = torch.tensor([-1], device=device)
         new: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # of `new`, that are still in the batch
         done_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
@@ -112,10 +117,10 @@ class TransformersRollouts:
                 position_ids=position_BT,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=last,
             ).logits[:, -1]
             if t == 0:  # from here on every response has a row of its own
-                cache.batch_select_indices(of_B)
+                keep_rows(cache, of_B)
                 logits_BV, mask_BT, position_B1 = logits_BV[of_B], mask_BT[of_B], position_B1[of_B]
             next_B = drawn(logits_BV, self.temperature, noise_BT[:, t])
             for row, token, done in zip(rows, next_B.tolist(), done_B.tolist(), strict=True):
@@ -129,13 +134,19 @@ class TransformersRollouts:
             mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], 1)
             if finished * DROP >= len(rows):
                 keep = (~done_B).nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
+                keep_rows(cache, keep)
                 ids_BT, mask_BT, noise_BT = ids_BT[keep], mask_BT[keep], noise_BT[keep]
                 position_B1, done_B = position_B1[keep], done_B[keep]
                 rows = [rows[n] for n in keep.tolist()]
             position_BT = position_B1 + t
         ends = set(self._ends.tolist())
         return [Rollout(np.array(ids, np.int32), ids[-1] in ends) for ids in new]
+
+
+def keep_rows(cache: StaticCache, rows: torch.Tensor) -> None:
+    """Make these rows of the batch, which may be there several times, the whole of it."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 def left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
