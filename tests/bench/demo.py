@@ -3,22 +3,25 @@
     python tests/bench/demo.py [--seeds 0 1 2] [--out DIR]
 
 Each seed is a process of its own that runs `runs/demo/run.toml` with every seed set to it. Told are
-the seconds of each stage, the peak of resident memory, the win rate of PPO over SFT on prompts that
-neither has seen, and the change of the gold within prompts, both with 95 % intervals.
+the seconds and the peak of resident memory of each stage, the win rate of PPO over SFT on prompts
+that neither has seen, and the change of the gold within prompts, both with 95 % intervals.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import psutil
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from aif.winrate import Bootstrap
@@ -43,17 +46,39 @@ def main() -> None:
         began = time.monotonic()
         command = [sys.executable, "-m", "aif", "run", str(folder), "--quiet", *sets]
         process = subprocess.Popen(command, cwd=ROOT)
+        peaks: dict[int, float] = {}
+        threading.Thread(target=watch, args=(process.pid, folder, peaks), daemon=True).start()
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"seed {seed}: aif run ended with {os.waitstatus_to_exitcode(status)}")
-        tell(folder, seed, time.monotonic() - began, usage.ru_maxrss / 1e6)
+        tell(folder, seed, time.monotonic() - began, usage.ru_maxrss / 1e6, peaks)
 
 
-def tell(folder: Path, seed: int, seconds: float, gigabytes: float) -> None:
+def watch(pid: int, folder: Path, peaks: dict[int, float]) -> None:
+    """Keeps the peak of resident memory, in GB, by the number of stages that were done."""
+    with contextlib.suppress(psutil.Error):  # it has ended
+        while True:
+            held = psutil.Process(pid).memory_info().rss / 1e9
+            number = len(stages_of(folder))
+            peaks[number] = max(held, peaks.get(number, 0.0))
+            time.sleep(0.2)
+
+
+def stages_of(folder: Path) -> dict[str, dict]:
+    """The stages that were done, in their order."""
+    path = folder / "pipeline.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def tell(
+    folder: Path, seed: int, seconds: float, gigabytes: float, peaks: dict[int, float]
+) -> None:
     """What a finished run has in its files."""
-    stages = json.loads((folder / "pipeline.json").read_text())
-    spent = ", ".join(f"{name} {stage['seconds']:.0f}" for name, stage in stages.items())
-    print(f"seed {seed}: {seconds:.0f} s ({spent}), peak {gigabytes:.1f} GB", flush=True)
+    told = ", ".join(
+        f"{name} {stage['seconds']:.0f} s {peaks.get(number, 0.0):.1f} GB"
+        for number, (name, stage) in enumerate(stages_of(folder).items())
+    )
+    print(f"seed {seed}: {seconds:.0f} s, peak {gigabytes:.1f} GB ({told})", flush=True)
     found = json.loads((folder / "evaluate.json").read_text())
     for match in found["matches"]:
         rate = match["win_rate"]
