@@ -202,6 +202,7 @@ class RewardSettings(TrainSettings):
 
     model: str | None = None  # None: RUN/sft where it is there, else the policy
     objective: Literal["pairs", "ranking", "grades"] = "pairs"
+    head: Literal["random", "fitted"] = "random"  # fitted: to the body's features, before training
     data: dict[str, Annotated[float, Field(gt=0)]] = Field({"labels": 1.0})
     batch_size: int = Field(16, ge=1)  # prompts an optimizer step, each with all its comparisons
     eval_fraction: float = Field(0.1, ge=0, lt=1)  # of the prompts, held out
@@ -214,8 +215,7 @@ class RewardSettings(TrainSettings):
     share_prompt: bool | None = None  # run a prompt once; None: where the attention can
     members: int = Field(1, ge=1, le=16)  # models in the ensemble, of seeds seed, seed + 1, ...
     combine: Literal["mean", "min", "lower"] = "mean"  # lower: mean less one standard deviation
-    # Shares of the data to train on besides, for a learning curve.
-    curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field([])
+    curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field([])  # shares to train on besides
     require_audit: RequireAudit | None = None
 
 

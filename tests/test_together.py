@@ -155,7 +155,7 @@ def test_sft_learns_the_same(tmp_path, tiny):
 
 
 def test_reward_models_learn_the_same(tmp_path, tiny):
-    options = {"epochs": 1.0, "members": 2, "curve": [0.5], "micro_tokens": 128}
+    options = {"epochs": 1.0, "members": 2, "curve": [0.5], "micro_tokens": 128, "head": "fitted"}
     one, two = (asked_to(reward_run(tmp_path / name, tiny, **options)) for name in ("one", "two"))
     alone, together = aif("reward", one, env=QUICKLY), in_two("reward", two)
     assert alone.returncode == together.returncode == 0, together.stderr[-3000:]

@@ -18,7 +18,7 @@ from typing import Any
 
 from aif.errors import AifError
 from aif.gate import check_audit
-from aif.pretrained import load_reward_model, load_tokenizer
+from aif.pretrained import load_reward_model, load_tokenizer, torch_dtype
 from aif.progress import Progress
 from aif.records import Prompt, Response, Revision, content_id
 from aif.run import Run
@@ -27,6 +27,7 @@ from aif.train.batch import Steps
 from aif.train.branches import shares
 from aif.train.card import accuracy, draw, moments, report_card
 from aif.train.dialogues import Example
+from aif.train.head import fit_head
 from aif.train.known import Known, known_of, scored_pairs
 from aif.train.metrics import Metrics
 from aif.train.model import inner, load_for_training, micro_batch, save, without_dropout
@@ -177,14 +178,16 @@ def _trained(
     def load(name: str, dtype: str, device: str) -> Any:
         found = load_reward_model(name, dtype, device, new_head=settings.seed)
         without_dropout(found)  # but for that of adapters, which come later
+        if settings.head == "fitted":
+            progress.say(f"{stage}: fitting the head")
+            products = torch_dtype(settings.dtype, found.device)
+            layout = _layout(found, settings, prepared)
+            fit_head(found, rows, layout, products, settings.seed)
         return found
 
     model = load_for_training(name, settings, load)
     inner(model).config.pad_token_id = prepared.tokenizer.pad_token_id
-    objective = objective_of(settings)
-    most, call = micro_batch(model, settings)
-    pad = prepared.tokenizer.pad_token_id
-    layout = TreeLayout(most, pad, shares(model, settings.share_prompt, STAGE), objective, call)
+    layout = _layout(model, settings, prepared)
     steps = Steps(
         rows, settings.data, layout, batch_size=settings.batch_size, epochs=settings.epochs,
         max_steps=settings.max_steps, seed=settings.seed,
@@ -195,10 +198,17 @@ def _trained(
     training = Training(
         stage, model, steps, held_out, settings, folder, about, Metrics(run, stage), progress
     )
-    forward_is_loss(inner(model), objective)
+    forward_is_loss(inner(model), layout.objective)
     trained = train(training)
     forward_is_own(inner(model))
     return model, trained, steps
+
+
+def _layout(model: Any, settings: RewardSettings, prepared: Prepared) -> TreeLayout:
+    most, call = micro_batch(model, settings)
+    share = shares(model, settings.share_prompt, STAGE)
+    pad = prepared.tokenizer.pad_token_id
+    return TreeLayout(most, pad, share, objective_of(settings), call)
 
 
 def _digest(settings: RewardSettings, name: str, prepared: Prepared, rows: Sequence[Tree]) -> str:

@@ -31,7 +31,15 @@ STAGE = "reward"
 Asked = tuple[list[Message], Sequence[str]]  # a prompt and responses to it
 
 
-def scores_of(
+def scores_of(model: Any, **batch: Any) -> torch.Tensor:
+    """The scores [N] of a batch's responses (see `trees.TreeBatch`), in float32."""
+    hidden_ND = hidden_of(model, **batch)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        # The head in float32: scores in bfloat16 near 4 would be 0.03 apart.
+        return model.score(hidden_ND).squeeze(-1)
+
+
+def hidden_of(
     model: Any,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
@@ -39,15 +47,13 @@ def scores_of(
     ends_N: torch.Tensor,
     **_: Any,
 ) -> torch.Tensor:
-    """The scores [N] of a batch's responses (see `trees.TreeBatch`), in float32.
+    """What the body makes of a batch's responses [N, D], in float32.
 
     What else a wrapper passes (peft: a mask and labels, all None) is left aside.
     """
     inputs = body_inputs(input_ids, position_ids, branch)
     hidden_BTD = model.base_model(**inputs).last_hidden_state
-    with torch.autocast(hidden_BTD.device.type, enabled=False):
-        # The head in float32: scores in bfloat16 near 4 would be 0.03 apart.
-        return model.score(hidden_BTD.flatten(0, 1)[ends_N].float()).squeeze(-1)
+    return hidden_BTD.flatten(0, 1)[ends_N].float()
 
 
 def forward_is_loss(model: Any, objective: Objective) -> None:
