@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--batch", type=int, default=16, help="episodes a step")
     parser.add_argument("--tokens", type=int, default=24, help="of a response at most")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=2, help="over a step's responses")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kl-coef", type=float, default=0.05)
-    parser.add_argument("--learning-rate", type=float, default=3e-5)
+    parser.add_argument("--learning-rate", type=float, default=8e-5)
     args = parser.parse_args()
     job = made(args) | {"missing_eos_penalty": 0.0, "keep_at": [args.steps // 2, args.steps]}
     reader = Reader(job)
