@@ -23,7 +23,7 @@ FLOORS = [
     "train.batch train.stage train.card train.actor_critic train.rollout train.prompts",
     "train.trainer train.trees train.experience train.vllm_rollouts judge_card canaries",
     "train.preference_losses train.scoring train.learner train.divergence",
-    "train.sft train.known train.rewards",
+    "train.sft train.known train.rewards train.head",
     "train.reward",
     "train.score train.ppo_loop",
     "train.ppo_setup train.watch",
