@@ -22,8 +22,8 @@ from transformers import (
 )
 
 NARROWEST = 16  # tokens between two widths, and a quarter to an eighth of them where that is more
-# Rows of a batch: 64 short texts run a third faster than 16 on a CPU, 64 long ones would lose more
-# when they are interrupted.
+# Rows of a batch: 64 short texts run a quarter to a third faster than 16 on a CPU, 64 long ones
+# would lose more when they are interrupted.
 ROWS_CPU, TOKENS_CPU, ROWS_CUDA = 16, 8192, 64
 # A float32 product of 1 to 11 rows may take another kernel, which sums in another order, unless
 # the rows are a multiple of 4 (measured: MKL, AVX-512, one and two threads; bfloat16 never does).

@@ -26,7 +26,7 @@ PENALTIES = [10 ** (n / 2) for n in range(2, 11)]  # 10 to 100,000
 
 
 @dataclass(frozen=True)
-class Known:
+class Chunk:
     """Prompts' responses as the body sees them, features [N, D], and what the loss needs."""
 
     features_ND: torch.Tensor
@@ -36,19 +36,21 @@ class Known:
 def fit_head(
     model: Any, trees: Sequence[Tree], layout: TreeLayout, dtype: torch.dtype, seed: int
 ) -> None:
-    """Set `model.score` to the penalised optimum of the layout's objective over `trees`.
+    """Set `model.score` to the penalised optimum of the layout's objective over `trees`, each of
+    which counts once.
 
     `dtype` is of the matrix products; `seed` decides which prompts are held out together.
     """
-    trees = list(trees)
-    random.Random(f"head {seed}").shuffle(trees)
-    features = _features(model, trees[:SAMPLE], layout, dtype)
-    every_ND = torch.cat([rows_ND for _, rows_ND in features])
-    # A penalty is fair to features of one size.
-    scale_D = every_ND.std(0).clamp(min=1e-6)
+    draw = random.Random(f"head {seed}")
+    sample = draw.sample(list(trees), min(SAMPLE, len(trees)))
+    features = _features(model, sample, layout, dtype)
+    draw.shuffle(features)
+    # A penalty is fair to features of one size; one that never varies stays as it is.
+    scale_D = torch.cat([rows_ND for _, rows_ND in features]).std(0, correction=0)
+    scale_D[scale_D == 0] = 1.0
     found = [(tree, rows_ND / scale_D) for tree, rows_ND in features]
     penalty = _penalty(found, layout.objective)
-    weight_D = _fitted(_known(found, layout.objective), penalty, layout.objective)
+    weight_D = _fitted(_chunks(found, layout.objective), penalty, layout.objective)
     with torch.no_grad():
         model.score.weight.copy_(weight_D / scale_D)
 
@@ -68,11 +70,11 @@ def _features(
     return found
 
 
-def _known(features: Sequence[tuple[Tree, torch.Tensor]], objective: Objective) -> list[Known]:
-    chunks = (features[start : start + CHUNK] for start in range(0, len(features), CHUNK))
+def _chunks(features: Sequence[tuple[Tree, torch.Tensor]], objective: Objective) -> list[Chunk]:
+    parts = (features[start : start + CHUNK] for start in range(0, len(features), CHUNK))
     return [
-        Known(torch.cat([rows for _, rows in some]), objective.targets([tree for tree, _ in some]))
-        for some in chunks
+        Chunk(torch.cat([rows for _, rows in some]), objective.targets([tree for tree, _ in some]))
+        for some in parts
     ]
 
 
@@ -82,8 +84,8 @@ def _penalty(features: Sequence[tuple[Tree, torch.Tensor]], objective: Objective
     if len(features) < 2 * FOLDS:
         return PENALTIES[-1]
     folds = [(
-        _known([row for n, row in enumerate(features) if n % FOLDS != fold], objective),
-        _known(features[fold::FOLDS], objective),
+        _chunks([row for n, row in enumerate(features) if n % FOLDS != fold], objective),
+        _chunks(features[fold::FOLDS], objective),
     ) for fold in range(FOLDS)]  # fmt: skip
 
     def held_out(penalty: float) -> float:
@@ -95,14 +97,14 @@ def _penalty(features: Sequence[tuple[Tree, torch.Tensor]], objective: Objective
     return min(PENALTIES, key=held_out)
 
 
-def _fitted(known: Sequence[Known], penalty: float, objective: Objective) -> torch.Tensor:
+def _fitted(chunks: Sequence[Chunk], penalty: float, objective: Objective) -> torch.Tensor:
     """The weight [D] of the least loss and half the penalty times its square."""
-    weight_D = torch.zeros(known[0].features_ND.shape[1], requires_grad=True)
+    weight_D = torch.zeros(chunks[0].features_ND.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight_D], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = _loss(known, weight_D, objective) + penalty / 2 * weight_D.square().sum()
+        loss = _loss(chunks, weight_D, objective) + penalty / 2 * weight_D.square().sum()
         loss.backward()
         return loss
 
@@ -110,5 +112,5 @@ def _fitted(known: Sequence[Known], penalty: float, objective: Objective) -> tor
     return weight_D.detach()
 
 
-def _loss(known: Sequence[Known], weight_D: torch.Tensor, objective: Objective) -> torch.Tensor:
-    return sum(objective.loss(some.features_ND @ weight_D, some.targets) for some in known)
+def _loss(chunks: Sequence[Chunk], weight_D: torch.Tensor, objective: Objective) -> torch.Tensor:
+    return sum(objective.loss(some.features_ND @ weight_D, some.targets) for some in chunks)

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--temperature", type=float, default=0.7, help="of the policy")
     parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--head", choices=("random", "fitted"), default="random")
     parser.add_argument("--batch-size", type=int, default=4, help="prompts an optimizer step")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--held-out", type=float, default=0.18, help="share of the prompts")
@@ -67,6 +68,7 @@ def opened(folder: Path, options: argparse.Namespace, seed: int) -> Run:
         "label.constitution": str(ROOT / "constitutions/warm.toml"),
         "reward": {
             "epochs": options.epochs,
+            "head": options.head,
             "batch_size": options.batch_size,
             "learning_rate": options.learning_rate,
             "eval_fraction": options.held_out,
