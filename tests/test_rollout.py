@@ -13,9 +13,10 @@ import numpy as np
 from tiny import tiny_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
+from aif.decode import DROP
 from aif.errors import AifError
 from aif.train import rollout
-from aif.train.rollout import DROP, Rollout, TransformersRollouts, drawn
+from aif.train.rollout import Rollout, TransformersRollouts
 
 VOCAB = 64
 SHAPE = {
@@ -29,8 +30,6 @@ KINDS = {
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, sliding_window=5)),
 }
 ENDS = set(range(7))  # one token in nine: responses end all along the way
-ALMOST_1 = 1 - 2**-24  # the largest number below 1 in float32
-NEXT_TO_1 = np.random.default_rng(361910).random(19)[18]  # float32 rounds it to 1
 
 
 def model_of(kind: str = "llama", seed: int = 0):
@@ -80,53 +79,6 @@ def calls_of(rollouts: TransformersRollouts) -> list[tuple[int, int]]:
         lambda model, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     return seen
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_tokens_are_drawn_as_often_as_they_are_likely(temperature):
-    n = 1 << 14
-    noise_N = torch.arange(n) / n
-    for seed in range(20):
-        logits_V = 3 * torch.randn(9, generator=torch.Generator().manual_seed(seed))
-        logits_V[seed % 9] = -torch.inf
-        counts_V = drawn(logits_V.expand(n, -1), temperature, noise_N).bincount(minlength=9)
-        want_V = (logits_V.double() / temperature).softmax(-1) * n
-        assert (counts_V - want_V).abs().max() < 1.01
-        assert counts_V[seed % 9] == 0
-
-
-def test_each_row_is_drawn_by_its_own_number_and_begins_where_the_last_ends():
-    even_BV = torch.zeros(5, 4)
-    noise_B = torch.tensor([0.5, 0.0, 0.25, ALMOST_1, 0.2499])
-    assert drawn(even_BV, 1.0, noise_B).tolist() == [2, 0, 1, 3, 0]
-    one_each_BV = torch.full((4, 4), -torch.inf).fill_diagonal_(0.0).flip(0)
-    assert drawn(one_each_BV, 1.0, torch.rand(4)).tolist() == [3, 2, 1, 0]
-
-
-def test_what_has_no_probability_is_never_drawn():
-    assert np.float32(NEXT_TO_1) == 1 > NEXT_TO_1
-    draw = torch.Generator().manual_seed(0)
-    logits_BV = 8 * torch.randn(3000, VOCAB, generator=draw)
-    possible_BV = torch.rand(3000, VOCAB, generator=draw) < torch.rand(3000, 1, generator=draw)
-    possible_BV[:, 11] = True
-    logits_BV[~possible_BV] = -torch.inf
-    for number in (0.0, 0.5, ALMOST_1, NEXT_TO_1):
-        found_B = drawn(logits_BV, 0.7, torch.full((3000,), number))
-        assert possible_BV.gather(1, found_B[:, None]).all()
-    first_B, last_B = (
-        drawn(logits_BV.clamp(-20, 0), 9.0, torch.full((3000,), n)) for n in (0.0, NEXT_TO_1)
-    )
-    assert set(first_B.tolist()) == {0}
-    assert set(last_B.tolist()) == {VOCAB - 1}
-
-
-@pytest.mark.parametrize(
-    "wrong", [[0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0], [-torch.inf] * 3], ids=str
-)
-def test_logits_that_are_no_numbers_are_an_error(wrong):
-    logits_BV = torch.tensor([[1.0, 2.0, 3.0], wrong])
-    with pytest.raises(AifError, match="logits are not finite"):
-        drawn(logits_BV, 1.0, torch.tensor([0.5, 0.5]))
 
 
 def test_weights_that_are_no_numbers_are_an_error():

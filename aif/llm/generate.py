@@ -1,9 +1,8 @@
 """Sampled and greedy text from a causal language model, the same whoever else is in the batch.
 
-Two things make a row's text its own. Its noise comes from its own generator, seeded by the ask
-(Gumbel-max: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T)). And its shapes
-come from its own length: prompts are padded to one of a few widths and batched only with prompts
-padded to the same width, so the kernels sum in the same order in every batch.
+Two things make a row's text its own. Its noise comes from its own seed, that of the ask. And its
+shapes come from its own length: prompts are padded to one of a few widths and batched only with
+prompts padded to the same width, so the kernels sum in the same order in every batch.
 """
 
 from __future__ import annotations
@@ -13,13 +12,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+
+from aif.decode import Drawn, Ended, decode
 
 NARROWEST = 16  # tokens between two widths, and a quarter to an eighth of them where that is more
 # Rows of a batch: 64 short texts run a quarter to a third faster than 16 on a CPU, 64 long ones
@@ -50,14 +44,6 @@ class Draw:
         (transformers drops an all-true mask, and then another kernel runs)."""
         step = max(NARROWEST, 1 << len(self.ids).bit_length() >> 3)
         return (len(self.ids) // step + 1) * step
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """The new tokens of one draw, with the EOS or stop string at which it `stopped`."""
-
-    ids: tuple[int, ...]
-    stopped: bool
 
 
 def generate(
@@ -98,92 +84,39 @@ def halving(
     ]
 
 
-@torch.inference_mode()
 def _batch(
     model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf
 ) -> list[Drawn | RuntimeError]:
     """Draws of one width and one max_tokens, together."""
-    step = ROWS_CUDA if model.device.type == "cuda" else ROW_STEP
-    rows = draws + [draws[-1]] * (-len(draws) % step)
-    width = draws[0].width
-    ids_BT = torch.full((len(rows), width), pad)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, draw in enumerate(rows):
-        ids_BT[row, width - len(draw.ids) :] = torch.tensor(draw.ids)
-        mask_BT[row, width - len(draw.ids) :] = 1
-    noise, stops = GumbelNoise(rows, model.device), StopStrings(rows, width, text_of)
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=draws[0].max_tokens,
-        eos_token_id=sorted(eos) or None,
-        pad_token_id=pad,
+    found = decode(
+        model,
+        [draw.ids for draw in draws],
+        seeds=[draw.seed for draw in draws],
+        temperatures=[draw.temperature for draw in draws],
+        max_tokens=draws[0].max_tokens,
+        ends=eos,
+        pad=pad,
+        width=draws[0].width,
+        step=ROWS_CUDA if model.device.type == "cuda" else ROW_STEP,
+        ended=_at_stops(draws, text_of),
     )
-    out_BT = model.generate(
-        ids_BT.to(model.device),
-        attention_mask=mask_BT.to(model.device),
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([noise]),
-        stopping_criteria=StoppingCriteriaList([stops]) if stops.needed else None,
-    )
-    new = [
-        _cut(ids, eos, ended)
-        for ids, ended in zip(out_BT[:, width:].tolist(), stops.ended_at, strict=True)
-    ]
-    broken = noise.broken_B.tolist()
-    return [
-        RuntimeError("the model's logits are not numbers") if broken[i] else new[i]
-        for i in range(len(draws))
-    ]
+    broken = RuntimeError("the model's logits are not numbers")
+    return [broken if one is None else one for one in found]
 
 
-def _cut(ids: list[int], eos: set[int], ended: int | None) -> Drawn:
-    """`ids` up to the stop string or including the first EOS; what follows is padding."""
-    for i, token in enumerate(ids[:ended]):
-        if token in eos:
-            return Drawn(tuple(ids[: i + 1]), stopped=True)
-    return Drawn(tuple(ids[:ended]), stopped=ended is not None)
-
-
-class StopStrings(StoppingCriteria):
-    """Ends each row whose new text has come to one of its stop strings.
+def _at_stops(draws: Sequence[Draw], text_of: TextOf) -> Ended | None:
+    """Whether a draw's new text has come to one of its stop strings; None where there are none.
 
     It reads the end of the text, not tokens: a stop string is seldom made of the same tokens twice.
     """
+    if not any(draw.stop for draw in draws):
+        return None
 
-    def __init__(self, rows: list[Draw], width: int, text_of: TextOf):
-        self.needed = any(draw.stop for draw in rows)
-        self.ended_at: list[int | None] = [None] * len(rows)
-        self._rows, self._width, self._text_of = rows, width, text_of
+    def ended(index: int, new: Sequence[int]) -> bool:
+        stops = draws[index].stop
+        # A token is a byte or more, so no stop string reaches back further.
+        reach = max((len(stop.encode()) for stop in stops), default=0)
+        text = text_of(new[-reach:]) if reach else ""
+        return any(stop in text for stop in stops)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        for row, draw in enumerate(self._rows):
-            if not draw.stop or self.ended_at[row] is not None:
-                continue
-            # A token is a byte or more, so no stop string reaches back further.
-            reach = max(len(stop.encode()) for stop in draw.stop)
-            new = input_ids[row, self._width :][-reach:].tolist()
-            if any(stop in self._text_of(new) for stop in draw.stop):
-                self.ended_at[row] = input_ids.shape[1] - self._width
-        return torch.tensor([end is not None for end in self.ended_at], device=input_ids.device)
-
-
-class GumbelNoise(LogitsProcessor):
-    """Adds each row's own noise, so that a greedy choice is a sample at the row's temperature.
-
-    Temperature 0 adds none. See Maddison et al. 2014, A* sampling, section 2.
-    """
-
-    def __init__(self, rows: list[Draw], device: torch.device):
-        self.temperatures = [draw.temperature for draw in rows]
-        self.generators = [torch.Generator(device).manual_seed(draw.seed) for draw in rows]
-        self.broken_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores_BV = scores.float().clone()
-        self.broken_B |= scores_BV.isnan().any(-1)
-        for row, temperature in enumerate(self.temperatures):
-            if temperature > 0:
-                noise_V = torch.empty_like(scores_BV[row])
-                noise_V.exponential_(generator=self.generators[row])
-                scores_BV[row] = scores_BV[row] / temperature - noise_V.log()
-        return scores_BV.nan_to_num(nan=0.0)
+    return ended

@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from aif.decode import cache_name
 from aif.llm.generate import halving
 
 
@@ -170,7 +171,7 @@ class PrefixScorer:
         inputs = {
             "input_ids": ids_RT,
             "position_ids": positions_RT,
-            "past_key_values": cache,
+            cache_name(type(self.model)): cache,
             "use_cache": True,
         }
         if last is None:

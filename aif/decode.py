@@ -1,0 +1,203 @@
+"""Sampling from a causal language model: the one loop that policies and judges write by.
+
+One number of a row's own decides each of its tokens, by where it falls among the cumulative
+probabilities. A prompt that is asked several times is run once, and rows that have ended leave the
+batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import StaticCache
+
+DROP = 8  # rows that have ended leave the batch once they are one in so many
+NOT_A_NUMBER = -1  # the token that is drawn from logits that are none
+
+Ended = Callable[[int, Sequence[int]], bool]  # of a prompt's index and what was written so far
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """New tokens; where it `stopped`, the last is an EOS or completes what it was to stop at."""
+
+    ids: tuple[int, ...]
+    stopped: bool
+
+
+@dataclass
+class _Rows:
+    """The batch: a row for each prompt that is still written, and some that only fill it up."""
+
+    model: Any
+    cache: StaticCache
+    ids_BT: torch.Tensor  # that the model has not seen yet
+    mask_BT: torch.Tensor
+    position_BT: torch.Tensor  # of `ids_BT`
+    noise_BT: torch.Tensor
+    temperature_B1: torch.Tensor
+    of: list[int | None]  # the prompt's index; None: nothing is written any more
+
+    def logits(self) -> torch.Tensor:
+        """[B, vocabulary], what follows the last token of each row."""
+        # Not the number 1: the view that it makes has torch.matmul copy the head's frozen weight
+        # once a row (pytorch#186148), 3.6 GB for 64 rows and a vocabulary of 49,152.
+        last = torch.tensor([-1], device=self.ids_BT.device)
+        return self.model(
+            input_ids=self.ids_BT,
+            attention_mask=self.mask_BT,
+            position_ids=self.position_BT,
+            use_cache=True,
+            logits_to_keep=last,
+            **{cache_name(type(self.model)): self.cache},
+        ).logits[:, -1]
+
+    def take(self, rows_B: torch.Tensor) -> None:
+        """Make these rows of what the model has seen, each perhaps several times, the batch."""
+        self.cache.reorder_cache(rows_B)
+        self.mask_BT, self.position_BT = self.mask_BT[rows_B], self.position_BT[rows_B]
+
+    def append(self, next_B: torch.Tensor) -> None:
+        """Put the tokens that were drawn behind the rows."""
+        self.ids_BT = next_B.clamp(min=0)[:, None]
+        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.ids_BT)], 1)
+        self.position_BT = self.position_BT[:, -1:] + 1
+
+    def drop(self, step: int) -> None:
+        """Leave out rows that have ended, if that is worth a copy; a multiple of `step` stay."""
+        live = [row for row, index in enumerate(self.of) if index is not None]
+        ended = [row for row, index in enumerate(self.of) if index is None]
+        kept = live + ended[: -len(live) % step]
+        if (len(self.of) - len(kept)) * DROP < len(self.of):
+            return
+        rows_B = torch.tensor(kept, device=self.ids_BT.device)
+        self.take(rows_B)
+        self.ids_BT, self.noise_BT = self.ids_BT[rows_B], self.noise_BT[rows_B]
+        self.temperature_B1 = self.temperature_B1[rows_B]
+        self.of = [self.of[row] for row in kept]
+
+
+@torch.inference_mode()
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seeds: Sequence[int],
+    temperatures: Sequence[float],
+    max_tokens: int,
+    ends: set[int],
+    pad: int,
+    width: int | None = None,
+    step: int = 1,
+    ended: Ended | None = None,
+) -> list[Drawn | None]:
+    """What the model writes after each prompt (tokens, at least one); None where its logits were
+    not numbers.
+
+    `ends` are the EOS tokens, and `ended` says what else a text ends at. A row depends on its seed
+    and prompt, and by rounding alone on the shape of the batch: prompts are padded on the left to
+    `width` (None: to the longest), and there are always a multiple of `step` rows. Temperature 0 is
+    the likeliest token.
+    """
+    new: list[list[int]] = [[] for _ in prompts]
+    stopped, broken = set(), set()
+    rows = None
+    for t in range(max_tokens):
+        if rows is None:
+            rows, of_B = _begun(model, prompts, seeds, temperatures, max_tokens, pad, width, step)
+            logits_BV = rows.logits()[of_B]
+            rows.take(of_B)
+        else:
+            logits_BV = rows.logits()
+        next_B = drawn(logits_BV, rows.temperature_B1, rows.noise_BT[:, t])
+        for row, (index, token) in enumerate(zip(rows.of, next_B.tolist(), strict=True)):
+            if index is None:
+                continue
+            new[index].append(token)
+            if token == NOT_A_NUMBER:
+                broken.add(index)
+            elif token in ends or (ended is not None and ended(index, new[index])):
+                stopped.add(index)
+            else:
+                continue
+            rows.of[row] = None
+        if all(index is None for index in rows.of):
+            break
+        rows.append(next_B)
+        rows.drop(step)
+    return [
+        None if index in broken else Drawn(tuple(ids), index in stopped)
+        for index, ids in enumerate(new)
+    ]
+
+
+def _begun(
+    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
+    temperatures: Sequence[float], max_tokens: int, pad: int, width: int | None, step: int,
+) -> tuple[_Rows, torch.Tensor]:  # fmt: skip
+    """The distinct prompts, to be run once, and of which of them each row [B] is."""
+    fill = -len(prompts) % step
+    of = [*range(len(prompts)), *[0] * fill]
+    once = {tuple(prompt): None for prompt in prompts}
+    number = {ids: n for n, ids in enumerate(once)}
+    distinct = [*once, *[next(iter(once))] * (-len(once) % step)]
+    width = width or max(map(len, distinct))
+    ids_BT, mask_BT = (t.to(model.device) for t in left_padded(distinct, width, pad))
+    noise_BT = np.stack([np.random.default_rng(seeds[n]).random(max_tokens) for n in of])
+    rows = _Rows(
+        model,
+        # Of its full length from the start: one that grows is copied at every token.
+        StaticCache(config=model.config, max_cache_len=width + max_tokens),
+        ids_BT,
+        mask_BT,
+        (mask_BT.cumsum(1) - 1).clamp(min=0),
+        torch.from_numpy(noise_BT).to(model.device),
+        torch.tensor([temperatures[n] for n in of], device=model.device)[:, None],
+        [*range(len(prompts)), *[None] * fill],
+    )
+    of_B = torch.tensor([number[tuple(prompts[n])] for n in of], device=model.device)
+    return rows, of_B
+
+
+@functools.cache
+def cache_name(kind: type) -> str:
+    """What a transformers model of that class calls its keys and values (renamed after 5.19)."""
+    told = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in told else "past_key_values"
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], width: int, pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), [B, width]: all prompts end in the last column."""
+    ids_BT = np.full((len(prompts), width), pad)
+    mask_BT = np.zeros((len(prompts), width), int)
+    for row, ids in enumerate(prompts):
+        ids_BT[row, width - len(ids) :] = ids
+        mask_BT[row, width - len(ids) :] = 1
+    return torch.from_numpy(ids_BT).long(), torch.from_numpy(mask_BT).long()
+
+
+def drawn(
+    logits_BV: torch.Tensor, temperature_B1: torch.Tensor, noise_B: torch.Tensor
+) -> torch.Tensor:
+    """A draw of softmax(logits / T) in each row by its number in [0, 1): where the cumulative
+    probability passes it. At temperature 0 the likeliest; NOT_A_NUMBER where logits are none."""
+    greedy_B1 = temperature_B1 == 0
+    scaled_BV = logits_BV.float() / temperature_B1.masked_fill(greedy_B1, 1.0)
+    # In float64: a parallel sum in float32 may fall a little from one token to the next.
+    cumulative_BV = scaled_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total_B = cumulative_BV[:, -1]
+    # Rounding leaves the sum a little off 1, and may take a number just below 1 to 1; below the
+    # sum it always ends at a token, and never at one of probability 0.
+    level_B1 = (noise_B.double().clamp(max=1 - 2**-50) * total_B)[:, None]
+    next_B = torch.searchsorted(cumulative_BV, level_B1, right=True).squeeze(1)
+    if greedy_B1.any():
+        next_B = torch.where(greedy_B1.squeeze(1), logits_BV.argmax(-1), next_B)
+    return next_B.where(total_B.isfinite(), NOT_A_NUMBER)
