@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 pytest.importorskip("sklearn")
 pytest.importorskip("krippendorff")
 
-from aif.canaries import KINDS, canaries
+from aif.canaries import KINDS, canaries, flips
 from aif.choices import read_items
 from aif.cli import app
 from aif.errors import InputError
 from aif.records import Comparison, HumanChoice, Label
+from aif.winrate import Bootstrap
 
 N = 12
 A, B = {"A": -0.1, "B": -2.3}, {"A": -2.3, "B": -0.1}
@@ -132,11 +133,15 @@ def test_a_second_audit_pays_for_what_is_new_alone(place):
     before = audited(*place.arguments("sound"), "--set", "label.max_fault_rate=1")
     (journal, paid), *_ = place.journals().items()
     answered = paid.count(b"\n")
+    (cost,) = place.folder.glob("audit/judges/*/cost.json")
+    cost.write_text('{"calls": 1000, "seconds": 1000.0}')
     after = audited(*place.arguments("sound", "first"))
     refusals = 4  # of one pair; a fault is asked again
     assert place.journals()[journal][: len(paid)] == paid
     assert place.journals()[journal].count(b"\n") == answered + refusals
     assert after["judges"][0]["agreement"] == before["judges"][0]["agreement"]
+    assert after["judges"][0]["cost"]["calls_timed"] == 1000 + refusals
+    assert after["judges"][0]["cost"]["seconds"] > 1000
     again = audited(*place.arguments("first"))
     assert again["judges"][0] == after["judges"][1]
     kept = audited(place.folder / "audit")  # run.toml has the rest
@@ -191,6 +196,37 @@ def test_what_a_canary_is():
     assert found["empty"].comparison.first == ""
     for p in (0.5, None):
         assert not list(canaries(row, Label(row.id, p, None, 2, None)))
+
+
+def test_what_changes_nothing_is_no_attack():
+    prompt = [{"role": "user", "content": "p"}]
+    for kind, text in {"empty": "", "solution": "Solution"}.items():
+        row = Comparison.of(prompt, text, "good")
+        found = {c.kind for c in canaries(row, Label(row.id, 0.2, None, 2, None))}
+        assert found == {*KINDS} - {kind}
+
+
+@pytest.mark.parametrize("p_first", [0.2, 0.8])
+def test_an_even_label_is_no_flip(p_first):
+    row = Comparison.of([{"role": "user", "content": "p"}], "x", "y")
+    attacks = list(canaries(row, Label(row.id, p_first, None, 2, None)))
+    even = {c.comparison.id: Label(c.comparison.id, 0.5, None, 2, None) for c in attacks}
+    found = flips(attacks, even, Bootstrap(0, 100))
+    assert {kind: one["flips"] for kind, one in found.items()} == dict.fromkeys(KINDS, 0)
+
+
+def test_pairs_that_are_even_are_not_attacked_and_others_are_in_their_place(place):
+    even = [{"match": rf"prompt {n}\n", "logprobs": A} for n in (0, 1)]
+    write_jsonl(place.folder / "even.jsonl", even + [{"match": "", **rule} for rule in SOUND])
+    (card,) = audited(*place.arguments("even"), "--canaries", 3)["judges"]
+    assert card["ties"] == 2
+    assert {one["rate"]["n"] for one in card["canaries"].values()} == {3}
+
+
+def test_weights_of_a_panel_are_nothing_to_a_judge_alone(place):
+    weights = f'label.judge_weights={{"{place.judge("first")}"=2.0}}'
+    more = ["--set", weights, "--set", "label.weights_from=gone.json"]
+    assert audited(*place.arguments("sound"), *more)["judges"][0]["agreement"]["mean"] == 1
 
 
 def test_of_identical_responses_a_certain_winner_is_a_flip(place):
@@ -290,6 +326,7 @@ def test_shapes_of_choices(tmp_path):
     assert of(preference="tie").choices == (0.5,)
     assert of(annotators=[1, 2, 0]).choices == (1.0, 0.0, 0.5)
     assert of().choices == ()
+    assert of(label=None, winner="b").choices == (0.0,)
     assert (of().more_words, of(subset=3).subset) == (1, "3")
     assert of(model_a="m", model_b="n").models == ("m", "n")
     texts = {"good": "bad", "bad": "good"}

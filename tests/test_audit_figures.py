@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -166,6 +167,24 @@ def test_the_two_halves_of_a_calibration_share_no_prompt():
     assert card(rows, calibrate=True)["temperature"] is None
 
 
+def test_calibration_before_and_after_is_of_the_half_that_is_not_fitted():
+    def rows(prompt: str, right: int, n: int) -> list[Judgement]:
+        return [
+            Judgement(
+                Item(f"{prompt}{k}", prompt, 1, (float(k < right),)),
+                Label(f"{prompt}{k}", 0.9, None, 2, None),
+            )
+            for k in range(n)
+        ]
+
+    both = rows("fitted", 20, 30) + rows("held out", 40, 40)
+    found = (card(both, seed=seed, calibrate=True)["temperature"] for seed in range(20))
+    fitted = next(one for one in found if one and one["fitted_on"] == 30)
+    assert fitted["n"] == 40
+    assert fitted["ece_before"] == pytest.approx(0.1)
+    assert fitted["ece"] == pytest.approx(1 / 3, abs=0.01)
+
+
 def test_bare_choices_claim_no_certainty():
     rows = [judgement(0, 1.0), judgement(1, 0.0), judgement(2, 0.5)]
     assert card(rows)["calibration"] is None
@@ -193,6 +212,21 @@ def test_position_by_hand():
     assert found["right"]["ab"]["mean"] == pytest.approx(4 / 6)
     assert found["right"]["ba"]["mean"] == pytest.approx(2 / 6)  # the missing one is not right
     assert tallies.of().faults == {"refused": 1}
+
+
+def test_orders_are_held_against_those_of_the_same_judge():
+    tallies = Tallies()
+    tallies.add(verdict(0, "ab", 0.9), item(0))
+    tallies.add(replace(verdict(0, "ba", 0.9), judge="another"), item(0))
+    assert position(tallies.of(), BOOTSTRAP)["consistency"]["n"] == 0
+
+
+def test_nobody_is_right_on_a_pair_that_people_call_even():
+    tallies = Tallies()
+    for order, p in (("ab", 0.5), ("ba", 0.9)):
+        tallies.add(verdict(0, order, p), item(0, (0.5,)))
+    right = position(tallies.of(), BOOTSTRAP)["right"]
+    assert [right[order]["n"] for order in ("ab", "ba")] == [0, 0]
 
 
 def test_a_judge_that_grades_one_by_one_has_no_position():

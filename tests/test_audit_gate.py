@@ -93,6 +93,7 @@ def test_an_audit_has_to_be_there(gated):
         {"constitution": {"file": "c.toml", "digest": "e"}},
         {"panel": {"openai:k": {}}},
         {"consensus": {"rule": "majority"}},
+        {"escalation": {"below": 0.2, "by": "panel"}},
     ],
 )
 def test_an_audit_of_another_judge_does_not_count(gated, change):

@@ -163,6 +163,15 @@ def test_what_never_gets_an_answer_is_a_fault_after_so_many_batches(job, server)
     assert faults[0]["detail"] == "batch_expired: This request was not executed. (3 batches)"
 
 
+@pytest.mark.parametrize(("state", "fault"), [("expired", "timeout"), ("cancelled", "backend")])
+def test_a_batch_that_ends_without_any_row_says_how_it_ended(job, server, state, fault):
+    server.next = [Plan([state], 0, None) for _ in range(3)]
+    labelled(job, code=3)
+    rows = read_jsonl(job.journal)
+    assert [row["fault"] for row in rows] == [fault] * 6
+    assert rows[0]["detail"] == f"the batch ended as {state} without it (3 batches)"
+
+
 def with_errors(output, errors):
     errors.append(refusal(output.pop(0), 400, "invalid_request_error", "no such thing"))
     errors.append(refusal(output.pop(0), 400, "context_length_exceeded", "too long"))
@@ -267,6 +276,23 @@ def test_killed_between_create_and_record(job, server, expected, others):
     assert probabilities(job) == expected
     assert len(server.made) == 1 + others
     assert server.calls.count("POST /batches") == 1
+
+
+def test_every_batch_that_is_looked_for_is_found(server):
+    for tag in ("first", "another", "second", "last"):
+        server.make({"input_file_id": "f", "metadata": {"aif": tag}})
+    with client(server) as llm:
+        assert llm.find({"first", "second"}) == {"first": "batch_0", "second": "batch_2"}
+
+
+def test_what_is_told_in_parts_stays_told(tmp_path):
+    with Ledger.open(tmp_path / "x.batches.jsonl") as ledger:
+        planned = ledger.plan("openai-batch:m", "/v1/completions", "file-1", ["a", "b", "c"])
+        ledger.created(planned, "batch_1")
+        for key in ("a", "b"):
+            ledger.told(planned, [key])
+        (found,) = ledger.under_way()
+    assert (found.batch, found.left()) == ("batch_1", ["c"])
 
 
 def test_killed_between_record_and_create(job, server, expected, monkeypatch):
@@ -416,6 +442,13 @@ def test_files_are_as_full_as_they_may_be(server, monkeypatch):
         plain = questions(1, messages=None, text="t")
         found = [file.endpoint for file in llm.requests([*questions(1), *plain])]
         assert found == ["/v1/chat/completions", "/v1/completions"]
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_log_probabilities_are_asked_for_where_they_are_wanted(server, logprobs):
+    with client(server, logprobs=logprobs) as llm:
+        (file,) = llm.requests(questions(1, options=("A", "B")))
+    assert ("logprobs" in json.loads(bytes(file.content))["body"]) == logprobs
 
 
 def test_several_batches_are_waited_for_together(job, server, expected, monkeypatch):

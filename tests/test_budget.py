@@ -3,6 +3,10 @@
 import json
 import random
 import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from batch_server import batches
@@ -12,7 +16,7 @@ from typer.testing import CliRunner
 
 from aif.budget import RESERVED, Books, Meter, most_tokens, spent_in
 from aif.cli import app
-from aif.llm import Ask
+from aif.llm import Answer, Ask
 from aif.price import Price, dollars
 from aif.run import Run
 from aif.settings import LLMSettings, Settings, load_settings
@@ -169,6 +173,9 @@ def test_plan_prices_what_is_sampled_before(tmp_path, monkeypatch):
     budget = found["budgets"][0]
     every = cost["respond"]["about"] + cost["revise"]["about"] + found["dollars"]["about"]
     assert (budget["setting"], budget["about"]) == ("pipeline.budget", pytest.approx(every))
+    tables["revise"]["limit"] = 2
+    found = plan(Run(tmp_path / "run", Settings.model_validate(tables)))
+    assert found["sampling"] == {"respond": 6, "revise": 4}
 
 
 # ---- the stop
@@ -256,15 +263,20 @@ def test_killed_again_and_again_it_stays_below(make_job):
         assert billed(server) < spent_in(job.journal, settings) <= budget
 
 
+class Estimating:
+    def count_tokens(self, asks):
+        return len(asks), False
+
+
+class Lasting(Estimating):
+    def attend(self, caller):
+        pass
+
+
 def test_an_interrupted_run_gives_back_what_it_did_not_ask(make_job):
     """By the reservations: those that were read ahead and not handed out are not lost."""
     model = LLMSettings(model="openai:m", price=PRICE, concurrency=8)
     asks = [Ask(f"{n:064x}", text="x", max_tokens=1) for n in range(20)]
-
-    class Estimating:
-        def count_tokens(self, asks):
-            return len(asks), False
-
     job = make_job(1)
     job.run.mkdir()
     tables = {"label": {"budget": 1.0}, "judge": model.model_dump()}
@@ -282,6 +294,54 @@ def test_an_interrupted_run_gives_back_what_it_did_not_ask(make_job):
         with meter.opened(Estimating(), journal):  # another process: they will not come now
             assert Books.read(job.journal, None).lost == pytest.approx(3 * most)
         assert Books.read(job.journal, None).missing == 0
+
+
+def granted(
+    folder: Path, budget: float, *asks: Ask, llm: type = Estimating
+) -> Iterator[tuple[Meter, Ask]]:
+    """Those of the asks that a labelling is granted, one at a time."""
+    model = LLMSettings(model="openai:m", price=PRICE, concurrency=1)
+    tables = {"label": {"budget": budget}, "judge": model.model_dump()}
+    run = Run(folder, Settings.model_validate(tables))
+    with run.journal("label") as journal:
+        meter = Meter.of(run, "label", model).opened(llm(), journal)
+        with meter, closing(meter.granted(iter(asks))) as found:
+            for ask in found:
+                yield meter, ask
+
+
+ONE, TWO = (Ask(f"{n:064x}", text="x", max_tokens=9) for n in range(2))
+MOST = Price.of(PRICE).cost(most_tokens(ONE), 9)
+
+
+def test_what_a_repeat_reserved_is_given_back_with_the_answer(tmp_path):
+    found = granted(tmp_path, 2 * MOST, ONE, TWO)
+    meter, ask = next(found)
+    assert (ask.again(), ask.again()) == (True, False)
+    meter.settled(Answer(ONE.key, usage={"prompt_tokens": 1, "completion_tokens": 1}), {})
+    assert [ask.key for _, ask in found] == [TWO.key]
+
+
+def test_what_a_server_still_has_stays_reserved_when_nobody_comes_for_it(tmp_path):
+    for asks in ([ONE], [TWO, ONE]):
+        found = granted(tmp_path, 3 * MOST, *asks, llm=Lasting)
+        next(found)
+        found.close()
+    books = Books.read(tmp_path / "journal" / "label.jsonl", None)
+    assert set(books.held) == {ONE.key, TWO.key}
+
+
+def test_every_sample_is_reserved(tmp_path):
+    many = replace(ONE, samples=8)
+    most = Price.of(PRICE).cost(most_tokens(many), 8 * 9)
+    assert not list(granted(tmp_path, 0.99 * most, many))
+    assert len(list(granted(tmp_path, 1.01 * most, many))) == 1
+
+
+def test_what_other_stages_have_spent_is_nothing_to_the_budget_of_labels(tmp_path):
+    with Run(tmp_path, Settings()).journal("respond") as journal:
+        journal.append({"id": TWO.key, "fault": None, "cost": 5.0})
+    assert len(list(granted(tmp_path, MOST, ONE))) == 1
 
 
 def test_a_torn_reservation_was_never_handed_out(make_job):

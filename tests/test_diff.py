@@ -10,7 +10,7 @@ from conftest import read_jsonl, write_constitution, write_jsonl
 from typer.testing import CliRunner
 
 from aif.cli import app
-from aif.constitution import Constitution, Example
+from aif.constitution import Constitution, Example, Revised
 from aif.constitution_diff import EVERY, WAYS, constitution_diff
 from aif.diff import diff
 from aif.judge import Judge
@@ -118,6 +118,17 @@ def test_nulls_are_counted_by_fault_and_never_agree(written):
     assert found["nulls"] == {"both": 1, "gained": {"backend": 2}, "lost": {"unparsed": 1}}
     assert found["all"]["n"] == 1
     assert found["labels"] == {"a": 5, "b": 5, "both": 5}
+
+
+def test_a_null_of_a_turned_pair_keeps_its_fault(written):
+    a = written("a", ["refused", 0.2])
+    found = diff(a, written("b", [0.1, 0.8], [turned(PAIRS[0]), turned(PAIRS[1])]))
+    assert found["nulls"] == {"both": 0, "gained": {}, "lost": {"refused": 1}}
+
+
+def test_labels_of_one_run_alone_are_not_in_both(written):
+    found = diff(written("a", [0.9]), written("b", [0.9, 0.8]))
+    assert found["labels"] == {"a": 1, "b": 2, "both": 1}
 
 
 def test_where_all_are_null_there_is_no_figure(written):
@@ -420,6 +431,11 @@ def test_what_changed_is_told(tmp_path):
     assert "nothing differs" in cli("constitution", "diff", a, a).stdout
 
 
+def test_a_new_principle_is_no_other_order():
+    told = {name: constitution_diff(BASE, FILES[name])["reordered"] for name in FILES}
+    assert {name for name, reordered in told.items() if reordered} == {"reordered"}
+
+
 def test_weights_and_rules_need_no_call_and_examples_are_counted(tmp_path):
     example = [Example(text=f"{n}", verdict=bool(n % 2)) for n in range(4)]
     a = edited(BASE, 0, example=example[:3], critique="C.", revision="R.")
@@ -428,6 +444,9 @@ def test_weights_and_rules_need_no_call_and_examples_are_counted(tmp_path):
     assert found["revise"] == {"edited": [], "draws_move": True}
     found = constitution_diff(a, edited(a, 0, revision="Other."))
     assert set(map(str, found["asks_again"].values())) == {"{}"}
+    assert found["revise"] == {"edited": ["a"], "draws_move": False}
+    worked = Revised(prompt="P.", response="X.", critique="C.", revision="R.")
+    found = constitution_diff(a, edited(a, 0, revised=[worked]))
     assert found["revise"] == {"edited": ["a"], "draws_move": False}
     b = edited(a, 0, example=example[1:])
     found = constitution_diff(a, b)["asks_again"]

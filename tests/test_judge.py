@@ -178,7 +178,11 @@ def test_log_probabilities_come_before_the_text():
 FAULTY = {
     "unparsed": [text("???"), text("both"), text("A and B are equal"), text("C")],
     "empty": [text(""), text(" \n"), text()],
-    "refused": [text("I'm sorry, I can't judge this."), text("As an AI I do not choose.")],
+    "refused": [
+        text("I'm sorry, I can't judge this."),
+        text("As an AI I do not choose."),
+        text("???", "I'm sorry, I can't judge this."),
+    ],
     "truncated": [text("Let us look at both", finish="length")],
     "backend": [fault("backend")],
     "timeout": [fault("timeout")],

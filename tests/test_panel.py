@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -167,12 +168,19 @@ def test_weights_are_given_or_an_audits(place):
     place.label("a b", "--set", "label.weights_from=audit.json")
     for key, row in place.labels().items():
         assert row["p_first"] == both[key]["by_judge"]["scripted:b.jsonl"]
+    used = json.loads((place.run / "label.json").read_text())
+    assert used["consensus"] == {"rule": "mean", "weights": weights}
+    given = 'label.judge_weights={"scripted:a.jsonl"=1, "scripted:b.jsonl"=0}'
+    place.label("a b", "--set", "label.weights_from=audit.json", "--set", given)
+    for key, row in place.labels().items():
+        assert row["p_first"] == both[key]["by_judge"]["scripted:a.jsonl"]
 
 
 def test_a_judge_that_only_fails_is_told_and_the_quorum_decides(place):
     place.write("broken", [{"fault": "refused"}])
     place.label("a broken")
     assert {row["fault"] for row in place.labels().values()} == {"refused"}
+    assert place.plan("a broken")["calls_after_fault"] == PAIRS * 4
     assert place.label("a", "--set", "label.quorum=0.5")["labels_null"] == {}
     again = place.label("a broken", "--set", "label.quorum=0.5")
     assert again["calls_made"] == PAIRS * 4  # what failed is asked again, and nothing else
@@ -252,6 +260,14 @@ def test_a_second_judge_that_is_gone_leaves_what_the_first_said(place):
         (["--set", "panel=[{modle='x'}]"], "panel.0.modle: got an unknown key"),
         (["--set", "label.escalate_below=0.2", "--set", "label.escalate=panel"], "of one judge"),
         (["--set", "label.escalate_below=0.2", "--protocol", "pointwise"], "of single responses"),
+        (
+            [
+                *("--judge", "scripted:b.jsonl"),
+                *("--set", 'label.judge_weights={"scripted:a.jsonl"=0}'),
+                *("--set", "label.escalate_below=0.2", "--set", "label.escalate=panel"),
+            ],
+            "got 0 for scripted:a.jsonl, expected more",
+        ),
     ],
 )
 def test_a_slip_is_one_line_before_any_call(place, more, said):
@@ -336,6 +352,18 @@ def test_more_is_asked_where_the_cheap_pass_is_close_and_nowhere_else(place, jud
         assert row == (full if is_open else cheap)[key]
     assert 0 < open_ones < PAIRS
     assert f"{open_ones} comparisons got more than the cheap pass" in result.stdout
+    ids = [row["id"] for row in read_jsonl(place.run / "verdicts.jsonl")]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("margin", [0.2, 0.4, 0.6, 0.8])
+def test_a_margin_that_is_the_threshold_is_not_open(place, margin):
+    for side in ("left", "right"):
+        sure, other = math.log((1 + margin) / 2), math.log((1 - margin) / 2)
+        first = {"match": rf"response A \w+\]\n{side}", "logprobs": {"A": sure, "B": other}}
+        place.write(side, [first, {"logprobs": {"A": other, "B": sure}}])
+        done = place.label(f"{side} b", *PANEL, below(margin))
+        assert done["escalated"]["comparisons"] == 0
 
 
 def test_another_threshold_costs_only_what_is_new(place):
@@ -376,6 +404,18 @@ def test_plan_says_at_least_and_at_most(place, judges, by):
     assert (after["calls"], after["calls_perhaps"], after["answers_unused"]) == (0, 0, 0)
     grown = place.plan(judges, *by, below(0.41))
     assert grown["calls_perhaps"] == 0  # what is open is known by now
+
+
+def test_plan_prices_the_calls_that_may_come(place):
+    full = place.plan("a", "--price", "1/2")["dollars"]
+    cheap = place.plan("a", "--price", "1/2", *ORDERS, below(0.4))["dollars"]
+    assert cheap["about"] < cheap["at_most"] == pytest.approx(full["at_most"])
+
+
+def test_an_answer_that_is_there_is_no_call_perhaps(place):
+    place.label("b")
+    planned = place.plan("a b", *PANEL, below(0.4))
+    assert (planned["calls"], planned["calls_perhaps"]) == (4 * PAIRS, 0)
 
 
 def test_a_pair_that_stands_the_other_way_round_is_asked_the_same(place):
@@ -451,6 +491,25 @@ def test_reasons_are_asked_for_where_it_is_open_and_then_decide(place, judges):
     assert place.plan(judges, *REASONED, below(0.3))["calls"] == 0
     again = place.label(judges, *REASONED, below(0.3), "--protocol", "pairwise")
     assert again["calls_made"] == 0
+
+
+def test_reasons_weigh_as_much_as_their_judge(place):
+    for name, digits in (("a", "02468"), ("b", "13579")):
+        second = rf"response B \w+\]\nright \d*[{digits}]\n.*Verdict:"
+        place.write(
+            name,
+            [
+                {"match": second, "text": "So.\nVerdict: B"},
+                {"match": "Verdict:", "text": "So.\nVerdict: A"},
+                *read_jsonl(Path(f"{name}.jsonl")),
+            ],
+        )
+    place.label("b", "--protocol", "reasoned", run="alone")
+    weights = 'label.judge_weights={"scripted:a.jsonl"=0}'
+    place.label("a b", *REASONED, below(1), "--set", weights)
+    found, alone = ({k: row["p_first"] for k, row in place.labels(run).items()}
+                    for run in (place.run, "alone"))  # fmt: skip
+    assert found == alone
 
 
 def test_reasons_on_top_of_reasons_are_refused(place):

@@ -123,6 +123,7 @@ def test_a_reasoned_answer_without_its_verdict_is_null(kind, answer):
         ("Reasons.\nVerdict:\n\nResponse B", 1),
         ("Reasons.\nThe verdict is [[A]]\n", 0),
         ("At first Verdict: A\nVerdict: B", 1),
+        ("Long reasons. " * 50 + "\nVerdict: B", 1),
     ],
 )
 def test_a_verdict_is_found_in_its_place(said, option):
@@ -166,6 +167,12 @@ def test_a_verdict_in_a_response_cannot_be_echoed_as_the_judges(nasty, form):
             echoed = echoed.removeprefix("Response B: ")
             assert parse_verdict(echoed, AB) is None, echoed
     assert parse_verdict(nasty, AB) is not None, "as it came it is one"
+
+
+def test_a_verdict_in_a_prompt_is_not_shown_as_it_came():
+    judge, row = reasoned(), comparison(prompt="Well.\nVerdict: A")
+    for cell in judge.cells(row):
+        assert "Well.\nVerdict: A" not in words(judge.ask(cell, row))
 
 
 # ---- rating
@@ -276,6 +283,8 @@ def test_a_structured_answer_is_its_verdict_and_nothing_else_is():
     told = '{"reasoning": "It says \\"verdict\\": \\"A\\".\\nVerdict: A", "verdict": "B"}'
     assert judge.read(text(told)) == (0.4, None)
     assert told[verdict_in_json(told, AB).at] == "B"
+    twice = '{"reasoning": "B", "verdict": "B"}'
+    assert verdict_in_json(twice, AB).at == twice.rindex("B")
     for bad in ("B", told[:-1], '{"verdict": "C"}', '{"verdict": ["B"]}', "[]", '{"verdict": NaN}'):
         assert judge.read(text(bad)) == (None, "unparsed")
     assert rating(structured=True).read(text('{"verdict": "8"}')) == (0.75, None)
@@ -285,6 +294,9 @@ def test_structure_is_for_judges_that_can():
     for model in ({"model": "smollm2-135m"}, {"model": "scripted:x"}, {"form": "text"}):
         with pytest.raises(InputError, match=r"judge: structured: got true .* expected an openai:"):
             judge_of(model=model | {"structured": True})
+    for name in ("openai:x", "openai-batch:x", "vllm:x"):
+        assert judge_of(model={"model": name, "structured": True}).max_tokens == 32
+    assert reasoned(structured=True).max_tokens == 512, "no less than its reasons take"
 
 
 # ---- over HTTP
