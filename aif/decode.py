@@ -107,14 +107,9 @@ def decode(
     """
     new: list[list[int]] = [[] for _ in prompts]
     stopped, broken = set(), set()
-    rows = None
+    rows, first_BV = _begun(model, prompts, seeds, temperatures, max_tokens, pad, width, step)
     for t in range(max_tokens):
-        if rows is None:
-            rows, of_B = _begun(model, prompts, seeds, temperatures, max_tokens, pad, width, step)
-            logits_BV = rows.logits()[of_B]
-            rows.take(of_B)
-        else:
-            logits_BV = rows.logits()
+        logits_BV = rows.logits() if t else first_BV
         next_B = drawn(logits_BV, rows.temperature_B1, rows.noise_BT[:, t])
         for row, (index, token) in enumerate(zip(rows.of, next_B.tolist(), strict=True)):
             if index is None:
@@ -141,7 +136,7 @@ def _begun(
     model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
     temperatures: Sequence[float], max_tokens: int, pad: int, width: int | None, step: int,
 ) -> tuple[_Rows, torch.Tensor]:  # fmt: skip
-    """The distinct prompts, to be run once, and of which of them each row [B] is."""
+    """The rows, the distinct prompts behind them run once, and the logits of their first tokens."""
     fill = -len(prompts) % step
     of = [*range(len(prompts)), *[0] * fill]
     once = {tuple(prompt): None for prompt in prompts}
@@ -162,7 +157,9 @@ def _begun(
         [*range(len(prompts)), *[None] * fill],
     )
     of_B = torch.tensor([number[tuple(prompts[n])] for n in of], device=model.device)
-    return rows, of_B
+    first_BV = rows.logits()[of_B]
+    rows.take(of_B)
+    return rows, first_BV
 
 
 @functools.cache

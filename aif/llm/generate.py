@@ -17,8 +17,8 @@ from aif.decode import Drawn, Ended, decode
 
 NARROWEST = 16  # tokens between two widths, and a quarter to an eighth of them where that is more
 # Rows of a batch: 64 short texts run a quarter to a third faster than 16 on a CPU, 64 long ones
-# would lose more when they are interrupted.
-ROWS_CPU, TOKENS_CPU, ROWS_CUDA = 16, 8192, 64
+# would lose more when they are interrupted, and on a GPU hold too much memory.
+ROWS, ROWS_CPU, TOKENS_CPU, TOKENS_CUDA = 64, 16, 8192, 65_536
 # A float32 product of 1 to 11 rows may take another kernel, which sums in another order, unless
 # the rows are a multiple of 4 (measured: MKL, AVX-512, one and two threads; bfloat16 never does).
 ROW_STEP = 4
@@ -58,11 +58,15 @@ def generate(
     for i, draw in enumerate(draws):
         like.setdefault((draw.width, draw.max_tokens), []).append(i)
     for (width, new), members in sorted(like.items()):
-        rows = ROWS_CUDA
-        if model.device.type != "cuda":
-            rows = min(max(TOKENS_CPU // (width + new), ROWS_CPU), ROWS_CUDA)
+        rows = _rows(model.device.type, width + new)
         for start in range(0, len(members), rows):
             yield from halving(run, members[start : start + rows])
+
+
+def _rows(device: str, tokens: int) -> int:
+    """Rows of a full batch of that many tokens each."""
+    least, most = (1, TOKENS_CUDA) if device == "cuda" else (ROWS_CPU, TOKENS_CPU)
+    return min(max(most // tokens, least), ROWS)
 
 
 def halving(
@@ -88,16 +92,19 @@ def _batch(
     model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf
 ) -> list[Drawn | RuntimeError]:
     """Draws of one width and one max_tokens, together."""
+    width, new = draws[0].width, draws[0].max_tokens
+    # On a GPU the number of rows picks the kernel, so that batches are always full there.
+    step = _rows("cuda", width + new) if model.device.type == "cuda" else ROW_STEP
     found = decode(
         model,
         [draw.ids for draw in draws],
         seeds=[draw.seed for draw in draws],
         temperatures=[draw.temperature for draw in draws],
-        max_tokens=draws[0].max_tokens,
+        max_tokens=new,
         ends=eos,
         pad=pad,
-        width=draws[0].width,
-        step=ROWS_CUDA if model.device.type == "cuda" else ROW_STEP,
+        width=width,
+        step=step,
         ended=_at_stops(draws, text_of),
     )
     broken = RuntimeError("the model's logits are not numbers")

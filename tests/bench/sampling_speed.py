@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from aif.llm.generate import ROWS_CUDA as ROWS
-from aif.llm.generate import Draw, generate
+from aif.llm.generate import ROWS, Draw, generate
 from aif.pairs import read_questions
 from aif.pretrained import ends_of, load_model, load_tokenizer
 
