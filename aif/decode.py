@@ -1,8 +1,8 @@
 """Sampling from a causal language model: the one loop that policies and judges write by.
 
-One number of a row's own decides each of its tokens, by where it falls among the cumulative
-probabilities. A prompt that is asked several times is run once, and rows that have ended leave the
-batch.
+Each token is drawn by noise of its row's own: argmax(p / E) with E of the exponential distribution
+is a draw of p, and stays the same draw when rounding moves p a little. A prompt that is asked
+several times is run once, and rows that have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import StaticCache
 
 DROP = 8  # rows that have ended leave the batch once they are one in so many
 NOT_A_NUMBER = -1  # the token that is drawn from logits that are none
+GROUP = 256  # tokens that share one number of a row's noise: see `drawn`
 
 Ended = Callable[[int, Sequence[int]], bool]  # of a prompt's index and what was written so far
 
@@ -40,7 +41,7 @@ class _Rows:
     ids_BT: torch.Tensor  # that the model has not seen yet
     mask_BT: torch.Tensor
     position_BT: torch.Tensor  # of `ids_BT`
-    noise_BT: torch.Tensor
+    noise: list[np.random.Generator]
     temperature_B1: torch.Tensor
     of: list[int | None]  # the prompt's index; None: nothing is written any more
 
@@ -78,8 +79,8 @@ class _Rows:
             return
         rows_B = torch.tensor(kept, device=self.ids_BT.device)
         self.take(rows_B)
-        self.ids_BT, self.noise_BT = self.ids_BT[rows_B], self.noise_BT[rows_B]
-        self.temperature_B1 = self.temperature_B1[rows_B]
+        self.ids_BT, self.temperature_B1 = self.ids_BT[rows_B], self.temperature_B1[rows_B]
+        self.noise = [self.noise[row] for row in kept]
         self.of = [self.of[row] for row in kept]
 
 
@@ -110,7 +111,7 @@ def decode(
     rows, first_BV = _begun(model, prompts, seeds, temperatures, max_tokens, pad, width, step)
     for t in range(max_tokens):
         logits_BV = rows.logits() if t else first_BV
-        next_B = drawn(logits_BV, rows.temperature_B1, rows.noise_BT[:, t])
+        next_B = drawn(logits_BV, rows.temperature_B1, rows.noise)
         for row, (index, token) in enumerate(zip(rows.of, next_B.tolist(), strict=True)):
             if index is None:
                 continue
@@ -144,7 +145,6 @@ def _begun(
     distinct = [*once, *[next(iter(once))] * (-len(once) % step)]
     width = width or max(map(len, distinct))
     ids_BT, mask_BT = (t.to(model.device) for t in left_padded(distinct, width, pad))
-    noise_BT = np.stack([np.random.default_rng(seeds[n]).random(max_tokens) for n in of])
     rows = _Rows(
         model,
         # Of its full length from the start: one that grows is copied at every token.
@@ -152,7 +152,7 @@ def _begun(
         ids_BT,
         mask_BT,
         (mask_BT.cumsum(1) - 1).clamp(min=0),
-        torch.from_numpy(noise_BT).to(model.device),
+        [np.random.default_rng(seeds[n]) for n in of],
         torch.tensor([temperatures[n] for n in of], device=model.device)[:, None],
         [*range(len(prompts)), *[None] * fill],
     )
@@ -182,19 +182,28 @@ def left_padded(
 
 
 def drawn(
-    logits_BV: torch.Tensor, temperature_B1: torch.Tensor, noise_B: torch.Tensor
+    logits_BV: torch.Tensor, temperature_B1: torch.Tensor, noise: Sequence[np.random.Generator]
 ) -> torch.Tensor:
-    """A draw of softmax(logits / T) in each row by its number in [0, 1): where the cumulative
-    probability passes it. At temperature 0 the likeliest; NOT_A_NUMBER where logits are none."""
+    """A draw of softmax(logits / T) in each row by its own noise: first of the groups of GROUP
+    tokens, then of the group's tokens, so that hundreds of numbers do instead of one a token. At
+    temperature 0 the likeliest; NOT_A_NUMBER where logits are none.
+
+    One number that falls among the cumulative probabilities would do as well, and would be another
+    draw after a change of rounding: there the shift of each boundary counts, thousands of them.
+    """
+    rows, vocabulary = logits_BV.shape
     greedy_B1 = temperature_B1 == 0
     scaled_BV = logits_BV.float() / temperature_B1.masked_fill(greedy_B1, 1.0)
-    # In float64: a parallel sum in float32 may fall a little from one token to the next.
-    cumulative_BV = scaled_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total_B = cumulative_BV[:, -1]
-    # Rounding leaves the sum a little off 1, and may take a number just below 1 to 1; below the
-    # sum it always ends at a token, and never at one of probability 0.
-    level_B1 = (noise_B.double().clamp(max=1 - 2**-50) * total_B)[:, None]
-    next_B = torch.searchsorted(cumulative_BV, level_B1, right=True).squeeze(1)
+    padded_BV = torch.nn.functional.pad(scaled_BV.softmax(-1), (0, -vocabulary % GROUP))
+    p_BGN = padded_BV.view(rows, -1, GROUP)
+    p_BG = p_BGN.sum(-1)
+    groups = p_BG.shape[1]
+    noise_BE = np.stack([one.standard_exponential(groups + GROUP, np.float32) for one in noise])
+    # Above 0, so that no token of probability 0 comes to 0 / 0, and p / E is finite.
+    noise_BE = torch.from_numpy(noise_BE).to(logits_BV.device).clamp(min=1e-30)
+    group_B = (p_BG / noise_BE[:, :groups]).argmax(-1)
+    p_BN = p_BGN[torch.arange(rows, device=group_B.device), group_B]
+    next_B = group_B * GROUP + (p_BN / noise_BE[:, groups:]).argmax(-1)
     if greedy_B1.any():
         next_B = torch.where(greedy_B1.squeeze(1), logits_BV.argmax(-1), next_B)
-    return next_B.where(total_B.isfinite(), NOT_A_NUMBER)
+    return next_B.where(p_BG.sum(-1).isfinite(), NOT_A_NUMBER)

@@ -1,5 +1,6 @@
 """The report in a real browser: hostile texts stay text, and the browser of items is quick."""
 
+import math
 import re
 import shutil
 from itertools import pairwise
@@ -420,15 +421,19 @@ def test_five_thousand_comparisons_do_not_lag(chromium, many):
     page.goto(f"file://{many.path}/report.html")
     assert page.locator("#hits").inner_text() == "4,998 comparisons"
     opening = cpu_ms(session)
-    took = {}
-    for change in (
+    took: dict[str, float] = {}
+    changes = (
         ["words", "useful thing then"], ["words", "question 12"], ["disagreement", "orders"],
         ["confidence", "sure"], ["principle", "1"], ["fault", "-"], ["words", ""],
         ["disagreement", "principles"], ["confidence", ""], ["disagreement", ""], ["fault", ""],
-    ):  # fmt: skip
+        ["principle", ""],
+    )  # fmt: skip
+    # The least of three rounds: what another process takes from this one only adds to it.
+    for change in changes * 3:
         before = cpu_ms(session)
         page.evaluate(CHANGE, change)
-        took["=".join(change)] = cpu_ms(session) - before
+        key = "=".join(change)
+        took[key] = min(took.get(key, math.inf), cpu_ms(session) - before)
     wall = page.evaluate("performance.getEntriesByType('navigation')[0].duration")
     size = (many.path / "report.html").stat().st_size / 1e6
     print(f"{size:.1f} MB, open after {wall:.0f} ms, of these {opening:.0f} of work; {took}")

@@ -13,7 +13,7 @@ import numpy as np
 from tiny import tiny_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from aif.decode import DROP
+from aif.decode import DROP, GROUP
 from aif.errors import AifError
 from aif.train import rollout
 from aif.train.rollout import Rollout, TransformersRollouts
@@ -56,13 +56,13 @@ def prompts(n: int = 20) -> list[np.ndarray]:
 
 
 def naive(model, prompt: np.ndarray, seed: int, ends=ENDS, tokens: int = 24, temperature=0.9):
-    """No cache, no batch, no padding; the inverse of the cumulative probabilities in float64."""
-    ids = prompt.tolist()
-    for number in np.random.default_rng(seed).random(tokens):
+    """No cache, no batch, no padding; in float64, of a vocabulary that is one group of noise."""
+    ids, noise = prompt.tolist(), np.random.default_rng(seed)
+    for _ in range(tokens):
         with torch.no_grad():
-            logits_V = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
-        passed = (logits_V / temperature).softmax(-1).cumsum(-1) > number
-        ids.append(int(passed.nonzero()[0]))
+            logits_V = model(input_ids=torch.tensor([ids])).logits[0, -1].double().numpy()
+        race_V = noise.standard_exponential(1 + GROUP, np.float32)[1:][: len(logits_V)]
+        ids.append(int(np.argmax(logits_V / temperature - np.log(race_V))))
         if ids[-1] in ends:
             break
     return ids[len(prompt) :]
