@@ -4,7 +4,8 @@
 
 The first prompts of prompts/everyday.jsonl, each sampled several times, 64 rows at once by both, at
 temperature 0.7 with no top-p or top-k; interleaved rounds. aif runs a prompt once for all its
-samples, draws by one number a token, and lets rows that have ended leave the batch.
+samples, draws a token by hundreds of numbers instead of one for each in the vocabulary, and lets
+rows that have ended leave the batch.
 """
 
 from __future__ import annotations
