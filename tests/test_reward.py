@@ -31,7 +31,7 @@ from aif.train import checkpoint, scoring
 from aif.train import reward as stage
 from aif.train.model import inner
 from aif.train.preference_losses import OBJECTIVES
-from aif.train.reward import policy_responses, reward
+from aif.train.reward import by_prompt, policy_responses, reward
 from aif.train.scoring import RewardModel
 from aif.train.trees import TreeLayout
 
@@ -162,7 +162,8 @@ def test_anyone_loads_it_and_gets_the_same_scores(trained):
     texts = [
         tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         + f"{text}<|im_end|>"
-        for prompt, (text,) in asked
+        for prompt, responses in asked
+        for text in responses
     ]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     assert not batch["attention_mask"].all()
@@ -181,7 +182,15 @@ def test_its_configuration_says_how_the_policys_scores_are_normalised(trained):
     values = [ours.normalised(score) for score in flat(ours.scores(policy_responses(run)))]
     assert fmean(values) == pytest.approx(0, abs=1e-4)
     assert pstdev(values) == pytest.approx(1, abs=1e-4)
+    assert found["reference"] == {"of": "policy", **found["card"]["scores"]["policy"]}
     assert found["reference"]["n"] == 12
+
+
+def test_all_responses_to_a_prompt_are_scored_in_one_row():
+    one, two = ([{"role": "user", "content": text}] for text in ("one", "two"))
+    rows = [(one, ["a"]), (two, ["b"]), (list(one), ["c", "a"])]
+    assert by_prompt(rows) == [(one, ["a", "c", "a"]), (two, ["b"])]
+    assert rows[0] == (one, ["a"])
 
 
 def test_what_it_is_normalised_on_is_what_it_learned_from_where_no_response_fits(tmp_path, model):
@@ -189,7 +198,8 @@ def test_what_it_is_normalised_on_is_what_it_learned_from_where_no_response_fits
     prompt = Prompt.of([{"role": "user", "content": "long " * 100}])
     run.write("prompts.jsonl", [prompt])
     run.write("responses.jsonl", [Response("r", prompt.id, "x", 0, "yes", "stop", None, {})])
-    assert reward(run, Said())["reference"]["n"] == 61
+    found = reward(run, Said())["reference"]
+    assert (found["of"], found["n"]) == ("learned", 61)
 
 
 def test_a_new_head_is_as_wide_as_its_width_asks_and_the_same_for_a_seed(tmp_path):

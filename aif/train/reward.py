@@ -50,6 +50,7 @@ from aif.train.trainer import Trained, Training, train
 from aif.train.trees import Tree, TreeLayout, tree_digest
 
 CARD = "reward-card"
+POLICY = "policy"  # the kind of text that is the policy's own
 SAMPLE = 512  # texts of a kind whose scores are looked at
 
 
@@ -216,12 +217,12 @@ def _digest(settings: RewardSettings, name: str, prepared: Prepared, rows: Seque
 
 
 def reference(run: Run, prepared: Prepared, model: RewardModel) -> dict[str, Any]:
-    """The moments of the scores that others are normalised by: of the policy's responses, or of
+    """The moments of the scores that others are normalised by: `of` the policy's responses, or of
     those that were learned from where the run has none that fit."""
     if run.file(run.sampled).exists() and (own := _scores(model, policy_responses(run))):
-        return moments(own)
+        return {"of": POLICY} | moments(own)
     learned = [(group.prompt, group.responses) for group in prepared.train_groups]
-    return moments(_scores(model, drawn(learned)) or _scores(model, learned))
+    return {"of": "learned"} | moments(_scores(model, drawn(learned)) or _scores(model, learned))
 
 
 def _scores(model: RewardModel | Ensemble, asked: list[Asked]) -> list[float]:
@@ -233,19 +234,29 @@ def policy_responses(run: Run) -> list[Asked]:
     """A sample of the policy's own responses."""
     prompts = {row.id: row.messages for row in run.read("prompts.jsonl", Prompt)}
     rows = run.read(run.sampled, Response)
-    return drawn([(prompts[row.prompt_id], [row.text]) for row in rows if row.text])
+    return by_prompt(drawn([(prompts[row.prompt_id], [row.text]) for row in rows if row.text]))
 
 
 def revised(run: Run) -> list[Asked]:
     """A sample of the run's good revisions."""
     prompts = {row.id: row.messages for row in run.read("prompts.jsonl", Prompt)}
     rows = run.read("revisions.jsonl", Revision)
-    return drawn([(prompts[row.prompt_id], [row.revision]) for row in rows if row.revision])
+    found = [(prompts[row.prompt_id], [row.revision]) for row in rows if row.revision]
+    return by_prompt(drawn(found))
 
 
 def drawn(rows: list[Asked]) -> list[Asked]:
     """SAMPLE of the rows, always the same."""
     return random.Random(0).sample(rows, SAMPLE) if len(rows) > SAMPLE else rows
+
+
+def by_prompt(rows: list[Asked]) -> list[Asked]:
+    """The same with all responses to a prompt in one row, which a model runs it once for."""
+    found: dict[str, Asked] = {}
+    for prompt, texts in rows:
+        _, held = found.setdefault(content_id("prompt", prompt), (prompt, []))
+        held += texts
+    return list(found.values())
 
 
 def _curve_point(
@@ -279,7 +290,7 @@ def _card(
     known = held_out_pairs(run, prepared)
     texts = {"held out": drawn([(g.prompt, g.responses) for g in prepared.eval_groups])}
     if run.file(run.sampled).exists():
-        texts["policy"] = policy_responses(run)
+        texts[POLICY] = policy_responses(run)
     if run.file("revisions.jsonl").exists():
         texts["revised"] = revised(run)
     of = content_id(
@@ -291,11 +302,7 @@ def _card(
         return last
     ensemble = load_ensemble(run)
     card = {"of": of} | report_card(scored_pairs(ensemble, known))
-    card["scores"] = {
-        kind: moments(values)
-        for kind, asked in texts.items()
-        if (values := _scores(ensemble, asked))
-    }
+    card["scores"] = _moments_by_kind(ensemble, texts, members)
     kind = "ai" if "ai" in card else "human"
     if curve and kind in card:
         full = {"pairs": members[0]["pairs"], **card[kind]}
@@ -305,6 +312,20 @@ def _card(
     card["pictures"] = [str(path.relative_to(run.path)) for path in made]
     run.write_state(CARD, card)
     return card
+
+
+def _moments_by_kind(
+    ensemble: Ensemble, texts: dict[str, list[Asked]], members: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the scores of each kind of text are like, where there are any."""
+    found = {}
+    first = members[0]["reference"]
+    if len(members) == 1 and first.get("of") == POLICY:  # it has scored them before
+        found[POLICY] = {key: value for key, value in first.items() if key != "of"}
+    for kind, asked in texts.items():
+        if kind not in found and (values := _scores(ensemble, asked)):
+            found[kind] = moments(values)
+    return found
 
 
 def held_out_pairs(run: Run, prepared: Prepared) -> list[Known]:
