@@ -145,7 +145,7 @@ def test_one_command(folder):
     plan, *runs, status = commands("One command")
     (folder / "runs" / "demo").mkdir(parents=True)
     shutil.copy(ROOT / "runs/demo/run.toml", folder / "runs/demo/run.toml")
-    assert "resample: 256 calls at most" in run(plan, folder)
+    assert "resample: 512 calls at most" in run(plan, folder)
     small = " ".join(f"--set '{setting}'" for setting in SMALL)
     first, again = (run(f"{line} {small}", folder) for line in runs)
     assert "wins are against sft" in first
