@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from batch_server import batches
-from conftest import aif, read_jsonl, write_jsonl
+from conftest import aif, read_jsonl, write_constitution, write_jsonl
 from server import serving
 from typer.testing import CliRunner
 
@@ -49,6 +49,24 @@ def here(job, *more: object) -> int:
 def cost(tmp_path_factory) -> float:
     """What labelling 60 comparisons costs."""
     return 60 * 2 * Price.of(PRICE).cost(245, 1)
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize(("protocol", "calls"), [("pointwise", 3), ("pairwise", 6)])
+def test_the_tokens_of_a_labelling_are_those_of_its_calls(make_job, protocol, calls):
+    """Three comparisons of three responses share their grades."""
+    with serving() as server:
+        job = make_job(1, server.base_url)
+        both = (("x", "y"), ("x", "z"), ("y", "z"))
+        rows = ({"prompt": "?", "response_a": a, "response_b": b} for a, b in both)
+        write_jsonl(job.pairs, rows)
+        write_constitution(job.constitution, {"kind": "Which?"}, kind='grade = "Is it kind?"')
+        assert here(job, "--protocol", protocol) == 0
+        assert server.stats()["requests"] == calls
+        told = state(job)["tokens"]
+        assert {"total_tokens": sum(told.values()), **told} == server.stats()["billed"]
 
 
 # ---- prices
