@@ -31,7 +31,7 @@ from aif.train import checkpoint, scoring
 from aif.train import reward as stage
 from aif.train.model import inner
 from aif.train.preference_losses import OBJECTIVES
-from aif.train.reward import by_prompt, policy_responses, reward
+from aif.train.reward import TOGETHER, by_prompt, policy_responses, reward
 from aif.train.scoring import RewardModel
 from aif.train.trees import TreeLayout
 
@@ -186,11 +186,14 @@ def test_its_configuration_says_how_the_policys_scores_are_normalised(trained):
     assert found["reference"]["n"] == 12
 
 
-def test_all_responses_to_a_prompt_are_scored_in_one_row():
+def test_responses_to_a_prompt_are_scored_together_but_never_many():
     one, two = ([{"role": "user", "content": text}] for text in ("one", "two"))
     rows = [(one, ["a"]), (two, ["b"]), (list(one), ["c", "a"])]
     assert by_prompt(rows) == [(one, ["a", "c", "a"]), (two, ["b"])]
     assert rows[0] == (one, ["a"])
+    many = [(one, [str(n)]) for n in range(2 * TOGETHER + 1)]
+    assert [len(texts) for _, texts in by_prompt(many)] == [TOGETHER, TOGETHER, 1]
+    assert [text for _, texts in by_prompt(many) for text in texts] == [t for _, (t,) in many]
 
 
 def test_what_it_is_normalised_on_is_what_it_learned_from_where_no_response_fits(tmp_path, model):

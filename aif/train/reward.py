@@ -52,6 +52,7 @@ from aif.train.trees import Tree, TreeLayout, tree_digest
 CARD = "reward-card"
 POLICY = "policy"  # the kind of text that is the policy's own
 SAMPLE = 512  # texts of a kind whose scores are looked at
+TOGETHER = 4  # of them in a row: each costs attention to all others, and a row is never cut
 
 
 class Prepared:
@@ -251,12 +252,17 @@ def drawn(rows: list[Asked]) -> list[Asked]:
 
 
 def by_prompt(rows: list[Asked]) -> list[Asked]:
-    """The same with all responses to a prompt in one row, which a model runs it once for."""
+    """The same with the responses to a prompt together, up to TOGETHER in a row, which a model runs
+    the prompt once for."""
     found: dict[str, Asked] = {}
     for prompt, texts in rows:
         _, held = found.setdefault(content_id("prompt", prompt), (prompt, []))
         held += texts
-    return list(found.values())
+    return [
+        (prompt, texts[start : start + TOGETHER])
+        for prompt, texts in found.values()
+        for start in range(0, len(texts), TOGETHER)
+    ]
 
 
 def _curve_point(
