@@ -285,8 +285,8 @@ def _about(one: Judged, tallies: Tallies) -> dict[str, Any]:
         "folder": str(one.run.path),
         "used": {} if one.seat else identity(used),
         "cost": {
-            "calls": tallies.calls,
-            "tokens": dict(tallies.tokens),
+            "calls": tallies.paid.calls,
+            "tokens": dict(tallies.paid.tokens),
             "calls_timed": cost.get("calls"),
             "seconds": cost.get("seconds"),
         },

@@ -22,6 +22,7 @@ from aif.agreement import (
 )
 from aif.choices import Item
 from aif.odds import log_odds
+from aif.paid import Paid
 from aif.records import Label, Verdict, content_id
 from aif.train.card import calibration
 from aif.winrate import Bootstrap, Value, outcome
@@ -62,9 +63,7 @@ class Tallies:
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str | None], Tally] = defaultdict(Tally)
-        self.tokens: Counter[str] = Counter()
-        self.calls = 0
-        self._paid: set[str] = set()
+        self.paid = Paid()
         self._other: dict[tuple[str, str, str], Verdict] = {}  # till the second order comes
 
     def add(self, verdict: Verdict, item: Item) -> None:
@@ -72,10 +71,7 @@ class Tallies:
         tally = self.found[verdict.principle_id, item.subset]
         tally.verdicts += 1
         tally.graded += len(verdict.order) == 1
-        if verdict.id not in self._paid:  # a grade that several pairs share is one call
-            self._paid.add(verdict.id)
-            self.calls += 1
-            self.tokens.update(verdict.usage)
+        self.paid.add(verdict)
         said = outcome(verdict.p_first, 0.0)
         if said is None:
             tally.faults[verdict.fault or "null"] += 1

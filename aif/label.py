@@ -25,10 +25,11 @@ from aif.journal import Journal
 from aif.judge import Judge
 from aif.judging import Work, asks_for, constitution_path
 from aif.llm import open_llm
+from aif.paid import Paid
 from aif.pairs import read_pairs, unique
 from aif.panel import Panel, Saving, Seat, models_of, panel_of, summed, turns
 from aif.progress import Progress
-from aif.records import Comparison, HumanChoice, Verdict, as_row, content_id
+from aif.records import Comparison, HumanChoice, as_row, content_id
 from aif.run import Run
 from aif.settings import LLMSettings
 
@@ -205,8 +206,7 @@ def write_results(run: Run, panel: Panel, journal: Journal) -> dict[str, Any]:
     totals: Counter[str] = Counter()
     faults = Faults()
     null_labels: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    graded: set[bytes] = set()
+    paid = Paid()
     with (
         jsonl.replacing(run.file("verdicts.jsonl")) as verdict_file,
         jsonl.replacing(run.file("labels.jsonl")) as label_file,
@@ -216,8 +216,7 @@ def write_results(run: Run, panel: Panel, journal: Journal) -> dict[str, Any]:
             for verdict, row in verdicts:
                 totals["hard_verdicts"] += row["logprobs"] is None and verdict.fault is None
                 faults.add(row)
-                if not _met_before(verdict, graded):
-                    tokens.update(verdict.usage)
+                paid.add(verdict)
                 verdict_file.write(jsonl.dumps(as_row(verdict)) + "\n")
             if found is None:
                 totals["unfinished"] += 1
@@ -237,21 +236,11 @@ def write_results(run: Run, panel: Panel, journal: Journal) -> dict[str, Any]:
         "first_wins": totals["first_wins"],
         "verdicts": faults.calls,
         "hard_verdicts": totals["hard_verdicts"],
-        "tokens": dict(tokens),
+        "tokens": dict(paid.tokens),
         **({"judges": {n: dict(c) for n, c in by_judge.items()}} if by_judge else {}),
         **({"escalated": saving.summary()} if panel.escalates else {}),
         **faults.summary(),
     }
-
-
-def _met_before(verdict: Verdict, graded: set[bytes]) -> bool:
-    """Whether another comparison shares this grade, whose call was paid once; notes it."""
-    if len(verdict.order) > 1:
-        return False
-    key = bytes.fromhex(verdict.id)
-    met = key in graded
-    graded.add(key)
-    return met
 
 
 def facts(panel: Panel, constitution: Path, data: dict[str, Any]) -> dict[str, Any]:

@@ -242,7 +242,8 @@ def test_a_shared_grade_is_one_call():
     shared = Verdict("v", "c0", "kind", "a", "j", None, 0.5, None, {"prompt_tokens": 7})
     tallies.add(shared, item(0))
     tallies.add(shared, item(1))
-    assert (tallies.calls, tallies.tokens, tallies.of().verdicts) == (1, {"prompt_tokens": 7}, 2)
+    assert (tallies.paid.calls, tallies.paid.tokens) == (1, {"prompt_tokens": 7})
+    assert tallies.of().verdicts == 2
 
 
 def test_by_principle_and_by_subset():

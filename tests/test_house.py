@@ -13,7 +13,7 @@ PACKAGE = ROOT / "aif"
 # Lowest first: a module imports from floors below its own, and from no other.
 FLOORS = [
     "errors records odds price",
-    "jsonl config answers progress digests memory diversity winrate extras visible",
+    "jsonl config answers paid progress digests memory diversity winrate extras visible",
     "constitution journal settings templates parse agreement",
     "run pairs llm pretrained constitution_diff decode",
     "vllm_engine",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aif.errors import InputError
+from aif.paid import Paid
 from aif.records import Comparison, HumanChoice, Label, Message, Verdict
 from aif.report.files import rows
 from aif.run import Run
@@ -76,14 +77,12 @@ def _labels(run: Run) -> Iterator[Label]:
 
 def _read_verdicts(run: Run, judged: Judged) -> None:
     other: dict[tuple[str, str, str], float] = {}  # p_first of one order till the other
-    paid: set[str] = set()
+    paid = Paid()
     for row in rows(run, "verdicts.jsonl", Verdict):
         tally = judged.tallies[row.principle_id]
         tally.verdicts += 1
         judged.sizes[row.comparison_id] += 40 + page_size(row.text or "")
-        if row.id not in paid:  # a grade that several comparisons share was paid once
-            paid.add(row.id)
-            judged.tokens.update(row.usage)
+        paid.add(row)
         if row.fault or row.p_first is None:
             tally.faults[row.fault or "null"] += 1
         elif row.order in PAIRWISE:
@@ -94,6 +93,7 @@ def _read_verdicts(run: Run, judged: Judged) -> None:
                 other[key] = row.p_first
             else:
                 tally.swaps[winner(before) == winner(row.p_first)] += 1
+    judged.tokens = paid.tokens
 
 
 def contents(messages: Iterable[Message]) -> list[str]:
