@@ -1,3 +1,3 @@
-from aif.cli import main
+from aif.cli.verbs import main
 
 main()

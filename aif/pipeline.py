@@ -14,30 +14,31 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
-from aif import digests
-from aif.asking import check_faults
+from aif.config.settings import VLLM, Settings
+from aif.config.templates import BUILTIN
 from aif.errors import InputError, shown
-from aif.memory import give_back_memory
+from aif.llm.dispatch import check_faults
+from aif.models.malloc import give_back_memory
 from aif.progress import Progress
-from aif.records import content_id
 from aif.run import Run
-from aif.settings import VLLM, Settings
-from aif.templates import BUILTIN
+from aif.store import fingerprint
+from aif.store.records import content_id
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A verb of a run: `aif.MODULE.NAME(run, progress)` makes `writes` from `reads`."""
+    """A verb of a run: its function, called with (run, progress), makes `writes` from `reads`."""
 
     name: str
     settings: str  # tables and keys of run.toml
     reads: str  # of the run, where it is there; "*": all that the stages before it write
     writes: str
-    module: str = ""  # where it is not called as the stage is
+    code: str = ""  # MODULE:FUNCTION within aif; "": stages.NAME:NAME
 
     def function(self) -> Callable[[Run, Progress], dict[str, Any]]:
         """The stage's function; its module is imported only now."""
-        return getattr(import_module(f"aif.{self.module or self.name}"), self.name)
+        module, _, name = (self.code or f"stages.{self.name}:{self.name}").partition(":")
+        return getattr(import_module(f"aif.{module}"), name)
 
 
 # fmt: off
@@ -50,8 +51,8 @@ STAGES = (
           "prompts.jsonl responses.jsonl revisions.jsonl", "kept.jsonl"),
     Stage("sft", "policy sft",
           "prompts.jsonl responses.jsonl votes.jsonl revisions.jsonl kept.jsonl",
-          "sft", "train.sft"),
-    Stage("resample", "policy respond", "sft", "resampled.jsonl", "respond"),
+          "sft", "train.sft:sft"),
+    Stage("resample", "policy respond", "sft", "resampled.jsonl", "stages.respond:resample"),
     Stage("compare", "compare", "prompts.jsonl responses.jsonl resampled.jsonl",
           "comparisons.jsonl"),
     Stage("label", "judge panel label revise.constitution", "comparisons.jsonl",
@@ -59,13 +60,13 @@ STAGES = (
     Stage("reward", "policy reward",
           "prompts.jsonl responses.jsonl resampled.jsonl revisions.jsonl labels.jsonl human.jsonl "
           "sft",
-          "reward", "train.reward"),
+          "reward", "train.reward.train:reward"),
     Stage("ppo", "policy judge label revise.constitution reward ppo",
           "prompts.jsonl responses.jsonl votes.jsonl revisions.jsonl kept.jsonl sft reward",
           "ppo"),
     Stage("evaluate", "policy judge label revise.constitution reward ppo.model evaluate", "*",
-          "evaluate.json evaluation.jsonl"),
-    Stage("report", "", "* audit.json", "report.html"),
+          "evaluate.json evaluation.jsonl", "evaluation.evaluate:evaluate"),
+    Stage("report", "", "* audit.json", "report.html", "report:report"),
 )
 # fmt: on
 AGAIN = ("respond", "compare", "label", "reward", "ppo")  # what another iteration does
@@ -196,15 +197,15 @@ def _inputs(step: Step) -> str:
         found[key] = tables[table][name] if name else tables[table]
     names = [*_named(found)]
     files = {name: step.run.file(name) for name in _reads(step) if name not in _writes(step)}
-    templates = [digests.of(path) for path in sorted(BUILTIN.iterdir())]
+    templates = [fingerprint.of(path) for path in sorted(BUILTIN.iterdir())]
     return content_id(
-        metadata.version("aif"), found, templates, [(name, digests.of(name)) for name in names],
-        [(name, digests.of(path)) for name, path in files.items()],
+        metadata.version("aif"), found, templates, [(name, fingerprint.of(name)) for name in names],
+        [(name, fingerprint.of(path)) for name, path in files.items()],
     )  # fmt: skip
 
 
 def _outputs(step: Step) -> list[str | None]:
-    return [digests.of(step.run.file(name)) for name in _writes(step)]
+    return [fingerprint.of(step.run.file(name)) for name in _writes(step)]
 
 
 def _writes(step: Step) -> list[str]:
@@ -236,4 +237,4 @@ def _named(value: Any) -> Iterator[str]:
         value = value.removeprefix(VLLM)
         head, _, tail = value.rpartition(":")
         names = (value, head, f"{head}/{tail}") if head else (value,)
-        yield from (name for name in names if digests.of(name) is not None)
+        yield from (name for name in names if fingerprint.of(name) is not None)

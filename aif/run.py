@@ -23,11 +23,11 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from aif import jsonl
+from aif.config.settings import Settings
 from aif.errors import AifError, InputError, RunBusy, shown
-from aif.journal import Index, Journal
-from aif.records import as_row
-from aif.settings import Settings
+from aif.store import jsonl
+from aif.store.journal import Index, Journal
+from aif.store.records import as_row
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 Row = TypeVar("Row")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from aif.budget import cost_of
-from aif.constitution import Constitution
+from aif.config.price import dollars
+from aif.constitution.file import Constitution
+from aif.llm.budget import cost_of
 from aif.pipeline import STAGES, steps
-from aif.price import dollars
 from aif.run import Run
 
 # What is shown of a stage's summary, where it has it.

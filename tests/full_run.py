@@ -11,12 +11,15 @@ from typing import Any
 
 from conftest import write_constitution, write_jsonl
 
-from aif.combine import label_of
-from aif.config import checked
-from aif.constitution import Constitution, load
-from aif.journal import Journal
-from aif.odds import probability
-from aif.records import (
+from aif.config.settings import Settings
+from aif.config.toml import checked
+from aif.constitution.file import Constitution, load
+from aif.judge.aggregate import label_of
+from aif.run import Run
+from aif.stats.calibration import moments
+from aif.stats.odds import probability
+from aif.store.journal import Journal
+from aif.store.records import (
     Comparison,
     HumanChoice,
     Kept,
@@ -27,9 +30,7 @@ from aif.records import (
     Verdict,
     content_id,
 )
-from aif.run import Run
-from aif.settings import Settings
-from aif.train.card import ScoredPair, moments, report_card
+from aif.train.reward.card import ScoredPair, report_card
 
 WORDS = ("the", "warm", "answer", "listens", "first", "then", "says", "one", "useful", "thing")
 QUESTIONS = {"kind": "Which response is kinder?", "honest": "Which response is more honest?"}

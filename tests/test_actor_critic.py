@@ -32,11 +32,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from aif.train import losses
-from aif.train.actor_critic import ActorCritic, Reference, freeze, merged_weights
+from aif.train import logprobs
 from aif.train.batch import Layout
-from aif.train.experience import micro_batches
-from aif.train.rollout import TransformersRollouts
+from aif.train.ppo.actor_critic import ActorCritic, Reference, freeze, merged_weights
+from aif.train.ppo.experience import micro_batches
+from aif.train.ppo.rollouts import TransformersRollouts
 from aif.train.tokens import Tokens
 
 VOCAB = 64
@@ -179,7 +179,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("chunk", [1, 4, 10_000], ids="chunks of {}".format)
 @pytest.mark.parametrize("kind", ["llama", "soft cap"])
 def test_neither_neighbours_nor_chunks_change_values_or_gradients(kind, chunk, monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * VOCAB * chunk)
+    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * VOCAB * chunk)
     actor, found = ActorCritic(policy_of(kind), critic_of(), 0.7, SHIFT, SCALE), rows()
     want = with_gradients(actor, [told_plainly(actor, row) for row in found])
     for layout in LAYOUTS.values():
@@ -187,7 +187,7 @@ def test_neither_neighbours_nor_chunks_change_values_or_gradients(kind, chunk, m
 
 
 def test_the_head_runs_in_chunks_for_the_tokens_of_responses_alone(monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * VOCAB * 4)
+    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * VOCAB * 4)
     actor, found, sizes = ActorCritic(policy_of(), None, 1.0), rows(), []
     actor.policy.lm_head.register_forward_hook(lambda *call: sizes.append(call[2].shape[0]))
     actor(**inputs(found), entropy=True)

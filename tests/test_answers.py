@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aif import answers
-from aif.answers import final_answer, normalise
+from aif.data import final_answer as answers
+from aif.data.final_answer import final_answer, normalise
 
 STATED = [
     ("The answer is 18.", "18"),

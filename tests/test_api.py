@@ -15,11 +15,11 @@ from contextlib import contextmanager
 import pytest
 from server import hash_of, p_of, serving
 
+from aif.config.settings import LLMSettings
 from aif.errors import InputError, Interrupted, JudgeStopped
-from aif.llm import Ask, crew, open_llm
-from aif.llm.api import ApiLLM
+from aif.llm import Ask, open_llm, pool
+from aif.llm.openai_api import ApiLLM
 from aif.llm.signals import Deferred
-from aif.settings import LLMSettings
 
 KEY = "sk-planted-secret-0123456789"
 
@@ -299,7 +299,7 @@ def test_the_judge_stops_at_once(server, kind, words):
 
 
 def test_nothing_is_tried_again_after_the_stop(server, monkeypatch):
-    monkeypatch.setattr(crew, "GRACE_S", 0.5)
+    monkeypatch.setattr(pool, "GRACE_S", 0.5)
     hang = {"kind": "hang", "match": "question 1"}  # so that the grace is used up
     server.set_faults({"kind": "quota", "match": "question 0"}, hang, {"kind": "500"})
     with pytest.raises(JudgeStopped, match="no quota left"):

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 pytest.importorskip("sklearn")
 pytest.importorskip("krippendorff")
 
-from aif.canaries import KINDS, canaries, flips
-from aif.choices import read_items
-from aif.cli import app
+from aif.auditing.attacks import KINDS, canaries, flips
+from aif.cli.verbs import app
+from aif.data.human import read_items
 from aif.errors import InputError
-from aif.records import Comparison, HumanChoice, Label
-from aif.winrate import Bootstrap
+from aif.stats.winrate import Bootstrap
+from aif.store.records import Comparison, HumanChoice, Label
 
 N = 12
 A, B = {"A": -0.1, "B": -2.3}, {"A": -2.3, "B": -0.1}

@@ -11,13 +11,20 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("krippendorff")
 
-from aif import agreement as stats
-from aif.agreement import agreement, alpha, annotators, at_equal_length, longer_wins, temperature
-from aif.choices import Item
-from aif.judge_card import Judgement, Tallies, judge_card, position, weight
-from aif.odds import probability
-from aif.records import Label, Verdict
-from aif.winrate import Bootstrap
+from aif.auditing.card import Judgement, Tallies, judge_card, position, weight
+from aif.data.human import Item
+from aif.stats import agreement as stats
+from aif.stats.agreement import (
+    agreement,
+    alpha,
+    annotators,
+    at_equal_length,
+    longer_wins,
+    temperature,
+)
+from aif.stats.odds import probability
+from aif.stats.winrate import Bootstrap
+from aif.store.records import Label, Verdict
 
 BOOTSTRAP = Bootstrap(seed=0, resamples=200)
 

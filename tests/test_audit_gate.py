@@ -9,12 +9,13 @@ import pytest
 from conftest import write_constitution, write_jsonl
 from typer.testing import CliRunner
 
-from aif.cli import app
-from aif.config import checked
+from aif.cli.verbs import app
+from aif.config.settings import Settings
+from aif.config.toml import checked
 from aif.errors import AifError, InputError
-from aif.gate import check_audit, identity
 from aif.run import Run
-from aif.settings import Settings
+from aif.store.provenance import identity
+from aif.train.reward.audit_gate import check_audit
 
 USED = {
     "judge": {"model": "openai:j"},

@@ -13,7 +13,7 @@ pytest.importorskip("krippendorff")
 
 from test_report import Parsed, written
 
-from aif.audit import audit
+from aif.auditing.audit import audit
 from aif.errors import InputError
 from aif.progress import Progress
 from aif.report import report

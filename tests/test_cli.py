@@ -17,7 +17,7 @@ import pytest
 from conftest import AIF, aif, write_constitution, write_jsonl
 from typer.testing import CliRunner
 
-from aif.cli import app
+from aif.cli.verbs import app
 from aif.llm import Answer
 from aif.llm.scripted import ScriptedLLM
 
@@ -70,7 +70,7 @@ def sampler(monkeypatch):
             "", texts=(f"text {ask.seed}",), logprobs=dict(LOGPROBS) if ask.options else None
         )
 
-    for module in ("aif.respond", "aif.label"):
+    for module in ("aif.stages.respond", "aif.stages.label"):
         monkeypatch.setattr(f"{module}.open_llm", lambda _: ScriptedLLM(reply))
 
 
@@ -337,7 +337,7 @@ def test_help_names_every_verb_and_exit_code():
 
 HELP = """
 import sys
-from aif.cli import main
+from aif.cli.verbs import main
 sys.argv = ["aif", "--help"]
 try:
     main()

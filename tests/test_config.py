@@ -5,10 +5,10 @@ import tomllib
 
 import pytest
 
-from aif.config import parse_set
+from aif.config.settings import LLMSettings, Settings, load_settings, without_secrets
+from aif.config.toml import parse_set
 from aif.errors import InputError
 from aif.run import Run
-from aif.settings import LLMSettings, Settings, load_settings, without_secrets
 
 
 def settings(tmp_path, toml: str = "", **given):
@@ -26,7 +26,7 @@ def test_defaults_then_file_then_command_line(tmp_path):
 
 
 def test_set_wins_over_a_flag(tmp_path, monkeypatch):
-    from aif.cli import open_run
+    from aif.cli.verbs import open_run
 
     given = {"label.seed": 1, "label.limit": 5}
     found = open_run(tmp_path / "r", given, ["label.seed=2"]).settings.label

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aif.combine import consensus_of
-from aif.odds import log_odds, probability
-from aif.records import Label
+from aif.judge.aggregate import consensus_of
+from aif.stats.odds import log_odds, probability
+from aif.store.records import Label
 
 RULES = ["mean", "majority", "unanimous"]
 ODDS = st.floats(-9, 9)

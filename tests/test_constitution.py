@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from aif import constitution, jsonl
+from aif.constitution import file as constitution
 from aif.errors import InputError
+from aif.store import jsonl
 
 ROOT = Path(__file__).parents[1]
 HEAD = 'name = "x"\n'

@@ -13,7 +13,7 @@ import numpy as np
 from tiny import tiny_model
 from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from aif.decode import GROUP, NOT_A_NUMBER, Drawn, decode, drawn
+from aif.models.decode import GROUP, NOT_A_NUMBER, Drawn, decode, drawn
 
 VOCAB = 64
 SHAPE = {

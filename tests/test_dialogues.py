@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import write_jsonl
 
-from aif.config import checked
+from aif.config.settings import Settings
+from aif.config.toml import checked
+from aif.data.readers import read_dialogues
 from aif.errors import AifError, InputError
-from aif.pairs import read_dialogues
-from aif.records import Kept, Prompt, Response, Revision, Vote
 from aif.run import Run
-from aif.settings import Settings
-from aif.train.dialogues import Example, held_out, read_examples, split
+from aif.store.records import Kept, Prompt, Response, Revision, Vote
+from aif.train.examples import Example, held_out, read_examples, split
 
 HI = [{"role": "user", "content": "Hi"}]
 

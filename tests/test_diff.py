@@ -9,14 +9,14 @@ import tomli_w
 from conftest import read_jsonl, write_constitution, write_jsonl
 from typer.testing import CliRunner
 
-from aif.cli import app
-from aif.constitution import Constitution, Example, Revised
-from aif.constitution_diff import EVERY, WAYS, constitution_diff
-from aif.diff import diff
-from aif.judge import Judge
-from aif.records import Comparison, Label
+from aif.auditing.diff import diff
+from aif.cli.verbs import app
+from aif.config.settings import LabelSettings, LLMSettings, Settings
+from aif.constitution.diff import EVERY, WAYS, constitution_diff
+from aif.constitution.file import Constitution, Example, Revised
+from aif.judge.judge import Judge
 from aif.run import Run
-from aif.settings import LabelSettings, LLMSettings, Settings
+from aif.store.records import Comparison, Label
 
 
 def cli(*arguments: object):

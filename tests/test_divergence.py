@@ -20,10 +20,10 @@ from tiny import quick, save_tiny
 from toy import save_toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aif.config import checked
-from aif.settings import Settings
-from aif.train import divergence
-from aif.train.divergence import Drawn, best_of_bound, log_ratios
+from aif.config.settings import Settings
+from aif.config.toml import checked
+from aif.train.ppo import kl
+from aif.train.ppo.kl import Drawn, best_of_bound, log_ratios
 
 TALK = [{"role": "user", "content": "How are you?"}]
 TEXTS = ["I am well, thank you.", "Fine", "Well enough, and how is your old dog doing these days?"]
@@ -33,7 +33,7 @@ DRAWN = [Drawn(TALK, text, n != 1) for n, text in enumerate(TEXTS)]
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
     with quick(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(divergence, "load_tokenizer", functools.cache(divergence.load_tokenizer))
+        patch.setattr(kl, "load_tokenizer", functools.cache(kl.load_tokenizer))
         yield
 
 
@@ -120,7 +120,7 @@ def test_the_same_weights_are_no_nats_apart(models, tmp_path):
 
 
 def test_a_model_is_never_read_against_itself(models, monkeypatch):
-    monkeypatch.setattr(divergence, "load_model", None)
+    monkeypatch.setattr(kl, "load_model", None)
     assert log_ratios([(models[0], DRAWN)], models[0], settings()) == [[0.0] * 3]
 
 

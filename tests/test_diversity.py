@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aif.diversity import MOST, distinct, self_bleu
+from aif.stats.diversity import MOST, distinct, self_bleu
 
 
 def test_distinct_by_hand():

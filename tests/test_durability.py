@@ -25,11 +25,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server import hash_of, serving
 
-from aif import constitution as constitutions
-from aif.journal import Index
-from aif.judge import Judge
-from aif.pairs import read_pairs
-from aif.settings import LabelSettings, LLMSettings
+from aif.config.settings import LabelSettings, LLMSettings
+from aif.constitution import file as constitutions
+from aif.data.readers import read_pairs
+from aif.judge.judge import Judge
+from aif.store.journal import Index
 
 NO_KILLS = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=none", "true"]
 
@@ -346,7 +346,7 @@ def test_a_second_signal_leaves_at_once(make_job, server):
 
 def driven(job: Job, code: str, **options) -> subprocess.Popen[str]:
     """The command line in a process that first runs some code."""
-    main = f"import sys; {code}; from aif.cli import main; sys.argv[0] = 'aif'; main()"
+    main = f"import sys; {code}; from aif.cli.verbs import main; sys.argv[0] = 'aif'; main()"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", main, *job.arguments()], **pipes | options)
 

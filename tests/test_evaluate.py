@@ -24,19 +24,19 @@ from test_house import LABEL
 from tiny import Said
 from typer.testing import CliRunner
 
-from aif import told_evaluate
-from aif.cli import app
-from aif.config import checked
+from aif.cli import render_evaluate
+from aif.cli.verbs import app
+from aif.config.settings import Settings
+from aif.config.toml import checked
+from aif.data.readers import read_questions
 from aif.errors import JudgeStopped
-from aif.evaluate import evaluate
+from aif.evaluation.evaluate import evaluate
+from aif.evaluation.policies import chosen
 from aif.llm import Answer
 from aif.llm.scripted import ScriptedLLM, words
-from aif.pairs import read_questions
-from aif.policies import chosen
-from aif.records import Prompt
 from aif.run import Run
-from aif.settings import Settings
-from aif.train import checkpoint
+from aif.store import checkpoint
+from aif.store.records import Prompt
 
 POLICY = {
     "name", "model", "responses", "faults", "gold", "score", "kl", "words", "distinct_1",
@@ -629,7 +629,7 @@ def test_a_bound_is_told_as_one_and_small_numbers_have_no_sign():
         "against": "sft", "matches": [], "human": None, "faults": {},
         "policies": [{"name": "best-of-4", "faults": {}, "kl": kl} | figures],
     }  # fmt: skip
-    assert told_evaluate.evaluate(summary)[3] == (
+    assert render_evaluate.evaluate(summary)[3] == (
         "best-of-4       -                -   0.00   <0.6    12     -"
     )
 

@@ -23,15 +23,15 @@ from conftest import read_jsonl, write_jsonl
 from tiny import Said, quick, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from aif.config import checked
+from aif.config.settings import Settings
+from aif.config.toml import checked
 from aif.errors import InputError
-from aif.evaluate import evaluate
-from aif.pretrained import load_tokenizer
+from aif.evaluation.evaluate import evaluate
+from aif.models.load import load_tokenizer
 from aif.run import Run
-from aif.settings import Settings
-from aif.train import checkpoint
-from aif.train.divergence import Drawn, best_of_bound, log_ratios
-from aif.train.scoring import load_ensemble
+from aif.store import checkpoint
+from aif.train.ppo.kl import Drawn, best_of_bound, log_ratios
+from aif.train.reward.model import load_ensemble
 
 PROMPTS = [{"role": "user", "content": f"question {n}"} for n in range(4)]
 

@@ -16,10 +16,10 @@ import numpy as np
 from tiny import tiny_model
 from transformers import LlamaForSequenceClassification
 
-from aif.settings import PPOSettings
-from aif.train.actor_critic import ActorCritic, Reference
+from aif.config.settings import PPOSettings
 from aif.train.batch import Layout
-from aif.train.experience import (
+from aif.train.ppo.actor_critic import ActorCritic, Reference
+from aif.train.ppo.experience import (
     Experience,
     experience,
     micro_batches,
@@ -27,8 +27,8 @@ from aif.train.experience import (
     response_mask,
     tokens_of,
 )
-from aif.train.ppo_math import gae, kl_estimate, leave_one_out, moments_of, whiten
-from aif.train.rollout import Rollout
+from aif.train.ppo.maths import gae, kl_estimate, leave_one_out, moments_of, whiten
+from aif.train.ppo.rollouts import Rollout
 from aif.train.tokens import Tokens
 
 CPU = torch.device("cpu")

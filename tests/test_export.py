@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from conftest import read_jsonl, write_jsonl
 
+from aif.config.settings import Settings
+from aif.data.readers import read_pairs
 from aif.errors import AifError, InputError
-from aif.export import export
-from aif.pairs import read_pairs
-from aif.records import Comparison, Label, as_row
 from aif.run import Run
-from aif.settings import Settings
+from aif.stages.export import export
+from aif.store.records import Comparison, Label, as_row
 
 ASKED = [
     {"role": "user", "content": "Hi"},

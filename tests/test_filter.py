@@ -6,10 +6,10 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 from typer.testing import CliRunner
 
-from aif.cli import app
-from aif.records import Comparison, Prompt, Response, Revision, content_id
+from aif.cli.verbs import app
+from aif.config.settings import Settings
 from aif.run import Run
-from aif.settings import Settings
+from aif.store.records import Comparison, Prompt, Response, Revision, content_id
 
 TALK = [{"role": "user", "content": "Hello."}]
 GRADES = {"worse": -2.0, "middling": 0.0, "better": 2.0}  # log-odds of yes

@@ -7,18 +7,18 @@ import signal
 import pytest
 from conftest import read_jsonl, write_jsonl
 
-from aif import grading
-from aif.config import checked
+from aif.config.settings import Settings
+from aif.config.toml import checked
 from aif.errors import AifError, InputError, Interrupted, JudgeStopped
-from aif.grading import LiveJudge
-from aif.journal import Index
-from aif.label import label
+from aif.judge import live
+from aif.judge.live import LiveJudge
 from aif.llm import Answer
 from aif.llm.scripted import ScriptedLLM, words
-from aif.odds import log_odds
 from aif.progress import Progress
 from aif.run import Run
-from aif.settings import Settings
+from aif.stages.label import label
+from aif.stats.odds import log_odds
+from aif.store.journal import Index
 
 HI = [{"role": "user", "content": "Hi."}]
 BYE = [{"role": "user", "content": "Bye."}]
@@ -47,7 +47,7 @@ class Place:
         self.replies = {"kind": 2.0, "true": -1.0}
         self.model = ScriptedLLM(self.reply)
         self.opened = 0
-        monkeypatch.setattr(grading, "open_llm", self.open)
+        monkeypatch.setattr(live, "open_llm", self.open)
 
     def write(self, principles: str) -> None:
         self.constitution.write_text(f'name = "x"\n{principles}')

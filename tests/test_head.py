@@ -15,15 +15,15 @@ pytest.importorskip("transformers")
 import numpy as np
 from tiny import Said, quick, reward_run, save_tiny
 
-from aif.pretrained import load_reward_model
-from aif.settings import RewardSettings
-from aif.train import head
-from aif.train import reward as stage
-from aif.train.head import FOLDS, PENALTIES, _chunks, _fitted, _penalty, fit_head
-from aif.train.preference_losses import OBJECTIVES
-from aif.train.reward import reward
-from aif.train.scoring import scores_of
-from aif.train.trees import Tree, TreeLayout
+from aif.config.settings import RewardSettings
+from aif.models.load import load_reward_model
+from aif.train.prefix_groups import Tree, TreeLayout
+from aif.train.reward import head
+from aif.train.reward import train as stage
+from aif.train.reward.head import FOLDS, PENALTIES, _chunks, _fitted, _penalty, fit_head
+from aif.train.reward.losses import OBJECTIVES
+from aif.train.reward.model import scores_of
+from aif.train.reward.train import reward
 
 WIDTH = 6
 

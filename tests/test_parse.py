@@ -9,7 +9,7 @@ from bench import llmbar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aif.parse import is_refusal, parse_choice
+from aif.llm.verdict_text import is_refusal, parse_choice
 
 AB, YES_NO = ("A", "B"), ("Yes", "No")
 

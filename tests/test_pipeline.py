@@ -20,12 +20,13 @@ import tomli_w
 from conftest import AIF, ROOT, aif, read_jsonl, write_jsonl
 from tiny import Said, save_tiny
 
-from aif import status, told_run
+from aif import status
+from aif.cli import render_run
+from aif.config.settings import load_settings
 from aif.errors import InputError, TooManyFaults
 from aif.pipeline import STAGES, chosen, run_all, steps
-from aif.plan import plan
+from aif.planning import plan
 from aif.run import Run
-from aif.settings import load_settings
 
 CONSTITUTION = """
 name = "x"
@@ -206,7 +207,7 @@ def test_matches_without_a_result_are_told(place):
     do(place, only="evaluate", **changes)
     run = opened(place)
     assert run.state("evaluate")["matches"][0]["win_rate"]["mean"] is None
-    assert "wins are against sft" in "\n".join(told_run.lines(run, {}))
+    assert "wins are against sft" in "\n".join(render_run.lines(run, {}))
     assert "has no result against sft" in "\n".join(status.lines(status.status(run)))
 
 

@@ -20,9 +20,9 @@ from toy import LENGTH, of_step, save_toy, toy_run, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from aif.errors import AifError, InputError
-from aif.train import checkpoint
-from aif.train.ppo import ppo
-from aif.train.watch import best_step, falls
+from aif.store import checkpoint
+from aif.train.ppo.evaluate import best_step, falls
+from aif.train.ppo.train import ppo
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,7 +144,7 @@ def test_in_its_head_start_only_the_critic_learns(tmp_path, model):
 
 @pytest.mark.parametrize("head", ["reward", "zero"])
 def test_the_critic_begins_on_the_scale_of_the_rewards(tmp_path, model, scorer, head):
-    from aif.train.ppo_setup import Prepared, check_settings, made
+    from aif.train.ppo.setup import Prepared, check_settings, made
 
     run = quick_run(tmp_path / "run", model, reward_model=str(scorer))
     config = json.loads((scorer / "config.json").read_text())
@@ -285,7 +285,7 @@ def test_what_is_best_is_the_first_of_the_highest():
     ],
 )
 def test_what_is_wrong_is_told_before_the_first_step(tmp_path, model, options, told, monkeypatch):
-    monkeypatch.setattr("aif.train.ppo.made", lambda *_: pytest.fail("it goes on"))
+    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it goes on"))
     with pytest.raises(AifError) as error:
         ppo(quick_run(tmp_path / "run", model, **options), Said())
     assert told in str(error.value)
@@ -293,7 +293,7 @@ def test_what_is_wrong_is_told_before_the_first_step(tmp_path, model, options, t
 
 
 def test_a_reward_of_the_wrong_shape_is_told_before_the_first_step(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("aif.train.ppo.made", lambda *_: pytest.fail("it goes on"))
+    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it goes on"))
     for name, told in (("one", "got 1 values, expected 2 numbers"), ("broken", "got nan")):
         with pytest.raises(AifError, match=told):
             ppo(quick_run(tmp_path / name, model, name), Said())
@@ -322,9 +322,9 @@ def test_prompts_that_are_none_are_an_error(tmp_path, model):
 
 def test_numbers_that_are_none_stop_it_by_name(tmp_path, model, monkeypatch):
     """A poisoned advantage in step 2: the step, the prompts and the last checkpoint are named."""
-    from aif.train import ppo_loop
+    from aif.train.ppo import loop
 
-    real, steps = ppo_loop.experience, []
+    real, steps = loop.experience, []
 
     def poisoned(*args, **kwargs):
         found = real(*args, **kwargs)
@@ -333,7 +333,7 @@ def test_numbers_that_are_none_stop_it_by_name(tmp_path, model, monkeypatch):
             found.advantages_BT[1, 0] = math.nan
         return found
 
-    monkeypatch.setattr(ppo_loop, "experience", poisoned)
+    monkeypatch.setattr(loop, "experience", poisoned)
     run = quick_run(tmp_path / "run", model, max_steps=3, save_every=1)
     with pytest.raises(AifError) as error:
         ppo(run, Said())

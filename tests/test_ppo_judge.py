@@ -16,11 +16,11 @@ from conftest import read_jsonl
 from tiny import Said
 from toy import of_step, save_toy, toy_run
 
-from aif import grading
 from aif.errors import InputError, JudgeStopped
+from aif.judge import live
 from aif.llm import Answer
 from aif.llm.scripted import ScriptedLLM, words
-from aif.ppo import ppo
+from aif.stages.ppo import ppo
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ class Counting:
     def __init__(self, monkeypatch):
         self.asked: list[str] = []
         self.gone_after = 10**9
-        monkeypatch.setattr(grading, "open_llm", lambda settings: ScriptedLLM(self.reply))
+        monkeypatch.setattr(live, "open_llm", lambda settings: ScriptedLLM(self.reply))
 
     def reply(self, ask) -> Answer:
         if len(self.asked) >= self.gone_after:

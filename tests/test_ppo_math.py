@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from aif.train.ppo_math import (
+from aif.train.ppo.maths import (
     AdaptiveKL,
     RunningMoments,
     best_of_n_kl,

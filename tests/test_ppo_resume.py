@@ -21,7 +21,7 @@ from tiny import Said, flip
 from toy import save_toy, toy_run
 
 from aif.errors import Interrupted
-from aif.train.ppo import ppo
+from aif.train.ppo.train import ppo
 
 TESTS = Path(__file__).parent
 STEPS = {"max_steps": 6, "batch_size": 8, "save_every": 2, "kl_coef": 0.1, "minibatches": 2}
@@ -150,7 +150,7 @@ def test_with_prompts_run_once_it_goes_on_to_the_same_bits(tmp_path, model):
 
 
 def test_a_finished_run_does_nothing_more(straight, model, monkeypatch):
-    monkeypatch.setattr("aif.train.ppo.made", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it trains"))
     said = Said()
     found = ppo(toy_run(straight, model, **STEPS), said)
     assert said.lines == [f"{straight}/ppo: done already, of the same data, settings and model"]
@@ -158,7 +158,7 @@ def test_a_finished_run_does_nothing_more(straight, model, monkeypatch):
 
 
 def test_how_it_is_computed_is_no_reason_to_train_again(straight, model, monkeypatch):
-    monkeypatch.setattr("aif.train.ppo.made", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it trains"))
     free = {"micro_tokens": 64, "save_every": 1, "keep_checkpoints": 5}
     assert ppo(toy_run(straight, model, **STEPS | free), Said())["steps"] == 6
 

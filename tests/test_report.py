@@ -17,18 +17,18 @@ from full_run import FAULTY, full_run, labelled_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aif.config import checked
+from aif.config.settings import Settings
+from aif.config.toml import checked
+from aif.data.visible import cleaned, visible
 from aif.errors import AifError
 from aif.progress import Progress
-from aif.records import Comparison, HumanChoice, Label, Verdict
 from aif.report import report
 from aif.report.browser import browsed, drawn
-from aif.report.judged import judge_card, survey
+from aif.report.judge_stats import judge_card, survey
 from aif.report.sections import MOST_PRINCIPLES
 from aif.report.tiles import tiles
 from aif.run import Run
-from aif.settings import Settings
-from aif.visible import cleaned, visible
+from aif.store.records import Comparison, HumanChoice, Label, Verdict
 
 PARTS = ("ran", "funnel", "judge", "labels", "reward", "training", "kl", "evaluation", "browse")
 HINTS = ("reward RUN", "sft RUN, aif reward RUN or aif ppo RUN", "ppo RUN", "evaluate RUN")
@@ -299,7 +299,7 @@ def test_tables_and_headings_are_marked_up(full):
 
 ALONE = """
 import sys
-from aif.cli import main
+from aif.cli.verbs import main
 try:
     main()
 except SystemExit as end:

@@ -9,9 +9,9 @@ import pytest
 from conftest import read_jsonl
 from full_run import full_run, labelled_run
 
+from aif.data.visible import visible
 from aif.progress import Progress
 from aif.report import report
-from aif.visible import visible
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -11,18 +11,18 @@ from conftest import AIF, aif, read_jsonl, write_jsonl
 from server import serving
 from typer.testing import CliRunner
 
-from aif import constitution as constitutions
-from aif import revise
-from aif.asking import Faults
-from aif.cli import app
+from aif.cli.verbs import app
+from aif.config.settings import PolicySettings, ReviseSettings, Settings
+from aif.constitution import file as constitutions
 from aif.errors import Interrupted
 from aif.llm import Answer
+from aif.llm.dispatch import Faults
 from aif.llm.scripted import ScriptedLLM, words
 from aif.progress import Progress
-from aif.records import Prompt, Response, content_id
-from aif.reviser import END, Reviser
 from aif.run import Run
-from aif.settings import PolicySettings, ReviseSettings, Settings
+from aif.stages import revise
+from aif.stages.critique import END, Reviser
+from aif.store.records import Prompt, Response, content_id
 
 PRINCIPLES = ("kindness", "honesty", "brevity")
 TALK = [

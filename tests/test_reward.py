@@ -24,16 +24,17 @@ from tiny import Said, preferred, quick, reward_run, save_tiny, tiny_model, writ
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from aif.errors import InputError
-from aif.pretrained import load_reward_model, load_tokenizer
-from aif.records import HumanChoice, Prompt, Response, Verdict
+from aif.models.load import load_reward_model, load_tokenizer
 from aif.run import Run
-from aif.train import checkpoint, scoring
-from aif.train import reward as stage
+from aif.store import checkpoint
+from aif.store.records import HumanChoice, Prompt, Response, Verdict
 from aif.train.model import inner
-from aif.train.preference_losses import OBJECTIVES
-from aif.train.reward import TOGETHER, by_prompt, policy_responses, reward
-from aif.train.scoring import RewardModel
-from aif.train.trees import TreeLayout
+from aif.train.prefix_groups import TreeLayout
+from aif.train.reward import model as scoring
+from aif.train.reward import train as stage
+from aif.train.reward.losses import OBJECTIVES
+from aif.train.reward.model import RewardModel
+from aif.train.reward.train import TOGETHER, by_prompt, policy_responses, reward
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

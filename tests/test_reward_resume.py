@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from tiny import Said, flip, preferred, quick, reward_run, save_tiny
 
 from aif.errors import Interrupted
-from aif.records import Comparison
-from aif.train import checkpoint
-from aif.train import reward as stage
-from aif.train.reward import reward
+from aif.store import checkpoint
+from aif.store.records import Comparison
+from aif.train.reward import train as stage
+from aif.train.reward.train import reward
 
 TESTS = Path(__file__).parent
 STRAIGHT = {"epochs": 2.0, "eval_every": 3, "save_every": 2}  # eight steps in all

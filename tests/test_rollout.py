@@ -13,10 +13,10 @@ import numpy as np
 from tiny import tiny_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from aif.decode import DROP, GROUP
 from aif.errors import AifError
-from aif.train import rollout
-from aif.train.rollout import Rollout, TransformersRollouts
+from aif.models.decode import DROP, GROUP
+from aif.train.ppo import rollouts as rollout
+from aif.train.ppo.rollouts import Rollout, TransformersRollouts
 
 VOCAB = 64
 SHAPE = {

@@ -25,14 +25,14 @@ from tiny import Said, preferred, quick, reward_run, save_tiny, tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from aif.cli import app
+from aif.cli.verbs import app
 from aif.errors import AifError, InputError, Interrupted
 from aif.run import Run
-from aif.train import reward as stage
-from aif.train import scoring
-from aif.train.branches import shares
-from aif.train.reward import load_ensemble, reward
-from aif.train.scoring import RewardModel
+from aif.train.prefix_mask import shares
+from aif.train.reward import model as scoring
+from aif.train.reward import train as stage
+from aif.train.reward.model import RewardModel
+from aif.train.reward.train import load_ensemble, reward
 
 ASKED = [([{"role": "user", "content": f"question {n}"}], ["good answer", "bad"]) for n in range(5)]
 

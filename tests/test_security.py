@@ -14,13 +14,13 @@ from conftest import ROOT, aif, read_jsonl, write_constitution, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aif.constitution import Constitution
+from aif.config.settings import LabelSettings, LLMSettings, Settings
+from aif.constitution.file import Constitution
 from aif.errors import InputError
-from aif.judge import Judge, delimiter
+from aif.judge.judge import Judge, delimiter
 from aif.llm.scripted import words
-from aif.records import Comparison
 from aif.run import Run
-from aif.settings import LabelSettings, LLMSettings, Settings
+from aif.store.records import Comparison
 
 KEY, PASSWORD, TOKEN = "sk-planted-0123456789abcdef", "hunter2-planted", "query-planted-77"
 SECRETS = [KEY, PASSWORD, TOKEN, base64.b64encode(f"alice:{PASSWORD}".encode()).decode()]

@@ -27,11 +27,12 @@ from safetensors.torch import load_file
 from tiny import Said, demonstrations, flip, save_tiny, tiny_model, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aif.config.settings import LLMSettings
 from aif.errors import AifError, InputError, Interrupted
 from aif.llm import Ask, open_llm
 from aif.progress import Progress
-from aif.settings import LLMSettings
-from aif.train import checkpoint, trainer
+from aif.store import checkpoint
+from aif.train import trainer
 from aif.train.sft import sft
 
 TESTS = Path(__file__).parent
@@ -334,8 +335,8 @@ def test_perplexity_on_plain_texts_is_what_a_direct_computation_gives(tmp_path, 
         tmp_path / "run", model, {path: 1.0}, objective="lm", max_tokens=64, eval_fraction=0.3
     )
     found = sft(run, Said())
-    from aif.pretrained import load_tokenizer
-    from aif.train.dialogues import read_examples, split
+    from aif.models.load import load_tokenizer
+    from aif.train.examples import read_examples, split
     from aif.train.tokens import blocks
 
     _, held_out = split(read_examples(run).rows, run.settings.sft)
@@ -405,8 +406,8 @@ def test_the_first_loss_is_that_of_trl(tmp_path, data):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    from aif.pretrained import load_tokenizer
-    from aif.train.dialogues import read_examples
+    from aif.models.load import load_tokenizer
+    from aif.train.examples import read_examples
 
     model = save_tiny(tmp_path / "tiny", attention_dropout=0.0)
     run = tiny_run(

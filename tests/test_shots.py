@@ -3,14 +3,14 @@
 import pytest
 from conftest import read_jsonl, write_jsonl
 
-from aif import respond as stage
+from aif.config.settings import load_settings
 from aif.errors import InputError
 from aif.llm import Answer
 from aif.llm.scripted import ScriptedLLM
 from aif.progress import Progress
-from aif.records import content_id
 from aif.run import Run
-from aif.settings import load_settings
+from aif.stages import respond as stage
+from aif.store.records import content_id
 
 HI = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be brief."}

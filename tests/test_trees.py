@@ -27,13 +27,13 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
+from aif.config.settings import RewardSettings
 from aif.errors import InputError
-from aif.settings import RewardSettings
-from aif.train.branches import PAD, branch_mask, shares
-from aif.train.preference_losses import OBJECTIVES, Pairs
-from aif.train.scoring import forward_is_loss, forward_is_own, scores_of
+from aif.train.prefix_groups import Tree, TreeLayout, tree_digest
+from aif.train.prefix_mask import PAD, branch_mask, shares
+from aif.train.reward.losses import OBJECTIVES, Pairs
+from aif.train.reward.model import forward_is_loss, forward_is_own, scores_of
 from aif.train.tokens import Tokens
-from aif.train.trees import Tree, TreeLayout, tree_digest
 
 KINDS = {
     "llama": (LlamaConfig, LlamaForSequenceClassification, {}),

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from conftest import ROOT, aif
 
-from aif.pretrained import bundled_folder, ends_of, load_model, load_tokenizer
-from aif.train.actor_critic import merged_weights
-from aif.train.vllm_rollouts import VLLMRollouts
+from aif.models.load import bundled_folder, ends_of, load_model, load_tokenizer
+from aif.train.ppo.actor_critic import merged_weights
+from aif.train.ppo.vllm_rollouts import VLLMRollouts
 
 TEMPERATURE = 0.7
 ASKED = ["Name a fruit.", "How are you today?", "Tell me a story about a very old house."]

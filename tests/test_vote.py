@@ -6,13 +6,13 @@ import json
 import pytest
 from conftest import read_jsonl, write_jsonl
 
-from aif import answers
+from aif.config.settings import load_settings
+from aif.data import final_answer
 from aif.errors import InputError
 from aif.progress import Progress
-from aif.records import FAULTS, Prompt, as_row
 from aif.run import Run
-from aif.settings import load_settings
-from aif.vote import vote
+from aif.stages.vote import vote
+from aif.store.records import FAULTS, Prompt, as_row
 
 PROMPT = Prompt.of([{"role": "user", "content": "9 * 2?"}])
 OTHER = Prompt.of([{"role": "user", "content": "1 + 1?"}])
@@ -173,7 +173,7 @@ def test_a_bad_pattern_is_one_line(poll, pattern):
 
 
 def test_a_pattern_without_end_is_one_line_too(poll, monkeypatch):
-    monkeypatch.setattr(answers, "PATTERN_S", 0.1)
+    monkeypatch.setattr(final_answer, "PATTERN_S", 0.1)
     with pytest.raises(InputError, match=r"vote: answer: got over .* for response 0000"):
         poll.vote("a" * 60 + "b", vote__answer="((?:a+)+)$")
 

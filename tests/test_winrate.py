@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 
 import numpy as np
 
-from aif.winrate import (
+from aif.stats.winrate import (
     ELO,
     LEAST,
     Bootstrap,

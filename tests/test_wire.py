@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aif.llm import Ask, wire
-from aif.records import FAULTS, LONE_SURROGATE
+from aif.llm import Ask, openai_format
+from aif.store.records import FAULTS, LONE_SURROGATE
 
 CHAT = Ask("k", messages=[{"role": "user", "content": "hi"}], options=("A", "B"))
 TEXT = Ask("k", text="hi", options=("Yes", "No"))
@@ -28,11 +28,11 @@ def chat_reply(top: dict[str, float] | None = None, **message: object) -> dict:
 
 
 def read(ask: Ask, reply: object, model: str | None = None):
-    return wire.read(ask, json.dumps(reply).encode(), model=model, logprobs=True)
+    return openai_format.read(ask, json.dumps(reply).encode(), model=model, logprobs=True)
 
 
 def test_chat_asks_for_twenty_logprobs_and_text_for_five():
-    assert wire.body(CHAT, "m", logprobs=True) == {
+    assert openai_format.body(CHAT, "m", logprobs=True) == {
         "model": "m",
         "messages": CHAT.messages,
         "max_tokens": 1,
@@ -40,19 +40,24 @@ def test_chat_asks_for_twenty_logprobs_and_text_for_five():
         "logprobs": True,
         "top_logprobs": 20,
     }
-    sent = wire.body(TEXT, "m", logprobs=True)
+    sent = openai_format.body(TEXT, "m", logprobs=True)
     assert (sent["prompt"], sent["logprobs"]) == ("hi", 5)
-    assert (wire.path(CHAT), wire.path(TEXT)) == ("/chat/completions", "/completions")
+    assert (openai_format.path(CHAT), openai_format.path(TEXT)) == (
+        "/chat/completions",
+        "/completions",
+    )
 
 
 def test_logprobs_are_not_asked_for_without_options_or_when_switched_off():
-    assert "logprobs" not in wire.body(CHAT, "m", logprobs=False)
-    assert "logprobs" not in wire.body(Ask("k", text="hi"), "m", logprobs=True)
+    assert "logprobs" not in openai_format.body(CHAT, "m", logprobs=False)
+    assert "logprobs" not in openai_format.body(Ask("k", text="hi"), "m", logprobs=True)
 
 
 def test_stop_strings_are_sent():
-    assert wire.body(Ask("k", text="hi", stop=("\n###",)), "m", logprobs=True)["stop"] == ["\n###"]
-    assert "stop" not in wire.body(Ask("k", text="hi"), "m", logprobs=True)
+    assert openai_format.body(Ask("k", text="hi", stop=("\n###",)), "m", logprobs=True)["stop"] == [
+        "\n###"
+    ]
+    assert "stop" not in openai_format.body(Ask("k", text="hi"), "m", logprobs=True)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,9 @@ def test_stop_strings_are_sent():
 def test_a_server_that_does_not_heed_a_stop_string_is_cut(said, finish, texts, finished):
     choices = [{"index": n, "text": t, "finish_reason": finish} for n, t in enumerate(said)]
     ask = Ask("k", text="hi", samples=len(said), stop=("never", "\n###"))
-    answer = wire.read(ask, json.dumps({"choices": choices}).encode(), model=None, logprobs=False)
+    answer = openai_format.read(
+        ask, json.dumps({"choices": choices}).encode(), model=None, logprobs=False
+    )
     assert (answer.texts, answer.finish) == (texts, finished)
 
 
@@ -75,14 +82,14 @@ def test_a_server_that_does_not_heed_a_stop_string_is_cut(said, finish, texts, f
 )
 def test_a_seed_goes_with_a_temperature_only(temperature, seed, sent):
     ask = Ask("k", text="hi", temperature=temperature, seed=seed, samples=3)
-    body = wire.body(ask, "m", logprobs=True)
+    body = openai_format.body(ask, "m", logprobs=True)
     assert body.get("seed") == sent
     assert body["n"] == 3
 
 
 @given(st.text(st.characters(exclude_categories=[]), min_size=1))
 def test_any_text_can_be_sent(text):
-    sent = json.loads(wire.encode({"prompt": text}).decode("utf-8"))["prompt"]
+    sent = json.loads(openai_format.encode({"prompt": text}).decode("utf-8"))["prompt"]
     assert sent == LONE_SURROGATE.sub("\ufffd", text)
 
 
@@ -176,7 +183,7 @@ def test_an_error_beside_choices_is_malformed(error):
     ],
 )
 def test_which_model_may_answer(asked, echoed, same):
-    assert wire.same_model(asked, echoed) is same
+    assert openai_format.same_model(asked, echoed) is same
     answer = read(CHAT, chat_reply() | {"model": echoed}, model=asked)
     assert (answer.fault is None) is same
     assert same or (answer.fault, answer.texts) == ("wrong_model", ())
@@ -230,12 +237,12 @@ def planted(reply: dict, place: tuple, junk: object) -> object:
 @given(st.sampled_from(PLACES), JSON)
 def test_junk_anywhere_is_an_answer_or_a_known_fault(place, junk):
     reply = planted(chat_reply({"A": -0.1, "B": -3.0}), place, junk)
-    check_sound(wire.read(CHAT, json.dumps(reply).encode(), model="m", logprobs=True))
+    check_sound(openai_format.read(CHAT, json.dumps(reply).encode(), model="m", logprobs=True))
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_known_fault(raw):
-    answer = wire.read(CHAT, raw, model="m", logprobs=True)
+    answer = openai_format.read(CHAT, raw, model="m", logprobs=True)
     check_sound(answer)
     assert answer.fault == "malformed"
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from aif.config import checked
+from aif.config.settings import Settings
+from aif.config.toml import checked
 from aif.progress import Progress
-from aif.records import Comparison, HumanChoice, Label, Prompt, Response, Revision
 from aif.run import Run
-from aif.settings import Settings
+from aif.store.records import Comparison, HumanChoice, Label, Prompt, Response, Revision
 
 WIDTH = 16
 
@@ -47,7 +47,7 @@ def tiny_model(**changes: Any):
 
 def save_tiny(folder: Path, **changes: Any) -> Path:
     """`tiny_model` as a folder, with the bundled model's tokenizer."""
-    from aif.pretrained import load_tokenizer
+    from aif.models.load import load_tokenizer
 
     tiny_model(**changes).save_pretrained(folder)
     load_tokenizer("smollm2-135m")[0].save_pretrained(folder)
@@ -142,14 +142,14 @@ def quick() -> Iterator[None]:
     not looked for among all that is imported."""
     import torch
 
-    from aif.pretrained import load_tokenizer
+    from aif.models.load import load_tokenizer
 
     threads, once = torch.get_num_threads(), functools.cache(load_tokenizer)
     torch.set_num_threads(1)
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aif.train.reward.load_tokenizer", once)
-        patch.setattr("aif.train.scoring.load_tokenizer", once)
+        patch.setattr("aif.train.reward.train.load_tokenizer", once)
+        patch.setattr("aif.train.reward.model.load_tokenizer", once)
         yield
     gc.unfreeze()
     torch.set_num_threads(threads)

@@ -7,9 +7,9 @@ from typing import Any
 
 from conftest import read_jsonl, write_jsonl
 
-from aif.config import checked
+from aif.config.settings import Settings
+from aif.config.toml import checked
 from aif.run import Run
-from aif.settings import Settings
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklm"]
 LENGTH = 8

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
+from aif.config.settings import BUNDLED, LLMSettings
+from aif.dependencies import require
 from aif.errors import AifError, InputError
-from aif.extras import require
-from aif.records import Message
-from aif.settings import BUNDLED, LLMSettings
+from aif.store.records import Message
 
 # Enough to read options such as 1 and 10: a blank and two digits, for tokenizers that write them
 # apart, and what tells that no digit follows.
@@ -143,7 +143,7 @@ def open_llm(settings: LLMSettings) -> LLM:
     """
     kind, _, name = settings.model.partition(":")
     if kind == "openai" and name:
-        from aif.llm.api import ApiLLM
+        from aif.llm.openai_api import ApiLLM
 
         return ApiLLM(settings, name)
     if kind == "openai-batch" and name:

@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from aif.config.settings import LLMSettings
 from aif.errors import AifError, Interrupted, JudgeStopped
-from aif.llm import Answer, Ask, Caller, wire
-from aif.llm.api import Failure
+from aif.llm import Answer, Ask, Caller, openai_format
 from aif.llm.batch_client import BatchClient, Missing, Refused
-from aif.llm.ledger import Ledger, Submission
-from aif.settings import LLMSettings
+from aif.llm.openai_api import Failure
+from aif.llm.submissions import Ledger, Submission
 
 FIRST_WAIT_S = 1.0  # between two looks; grows up to `poll_s`
 GROWTH = 1.5
@@ -174,7 +174,7 @@ class _Pass:
                 "Without that file its requests are made anew"
             ) from None
         if not isinstance(seen, Failure) and seen.get("status") != submission.status:
-            submission.status = wire.plain(str(seen.get("status")), 40)
+            submission.status = openai_format.plain(str(seen.get("status")), 40)
             self._caller.say(f"{submission.batch}: {submission.status}")
         return seen
 
@@ -214,8 +214,8 @@ class _Pass:
             ignored["files gone"] += bool(file) and not content
             for line in filter(bytes.strip, content.split(b"\n")):
                 try:
-                    key = wire.parse(line).get("custom_id")
-                except wire.NotACompletion:
+                    key = openai_format.parse(line).get("custom_id")
+                except openai_format.NotACompletion:
                     ignored["rows unreadable"] += 1
                     continue
                 if not isinstance(key, str) or key not in keys:

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import httpx2
 
 from aif.errors import Interrupted, JudgeStopped
-from aif.llm import Answer, Ask, wire
-from aif.llm.api import ApiLLM, Failure
-from aif.llm.ledger import Submission
-from aif.llm.pace import wait_s
+from aif.llm import Answer, Ask, openai_format
+from aif.llm.openai_api import ApiLLM, Failure
+from aif.llm.rate_limit import wait_s
 from aif.llm.signals import Deferred
+from aif.llm.submissions import Submission
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class BatchClient(ApiLLM):
 
     def request(self, make: Callable[[], Awaitable[Any]], seconds: float = 0.0) -> dict[str, Any]:
         """The JSON object that the server answers; JudgeStopped when there is none to be had."""
-        return wire.parse(self._patiently(make, seconds, wire.parse))
+        return openai_format.parse(self._patiently(make, seconds, openai_format.parse))
 
     def download(self, file: str) -> bytes:
         """The content of a file, b"" where the server has it no more."""
@@ -88,7 +88,7 @@ class BatchClient(ApiLLM):
         self,
         make: Callable[[], Awaitable[Any]],
         seconds: float = 0.0,
-        check: Callable[[bytes], object] = wire.parse,
+        check: Callable[[bytes], object] = openai_format.parse,
     ) -> bytes | Failure:
         """The body of one request that may take `seconds` more than a call to a model."""
         response = self._run(self._sent(_plain(make()), self._settings.timeout_s + seconds))
@@ -97,12 +97,12 @@ class BatchClient(ApiLLM):
         if response.is_success:
             try:
                 check(response.content)
-            except wire.NotACompletion:
-                said = wire.start_of(self._address.redact(response.content))
+            except openai_format.NotACompletion:
+                said = openai_format.start_of(self._address.redact(response.content))
                 return Failure("malformed", f"no JSON object: {said}", {})
             return response.content
         if response.status_code in (404, 405):
-            said = wire.start_of(self._address.redact(response.content))
+            said = openai_format.start_of(self._address.redact(response.content))
             detail = f"HTTP {response.status_code}: {said}"
             raise Missing(str(self._stopped("no such thing", detail)))
         refused = self._refused(Ask(""), response)
@@ -144,8 +144,10 @@ class BatchClient(ApiLLM):
         """Asks as files of requests, each as full as it may be."""
         file = Requests()
         for ask in asks:
-            endpoint = "/v1" + wire.path(ask)
-            sent = wire.encode(wire.body(ask, self._name, logprobs=self._settings.logprobs))
+            endpoint = "/v1" + openai_format.path(ask)
+            sent = openai_format.encode(
+                openai_format.body(ask, self._name, logprobs=self._settings.logprobs)
+            )
             row = {"custom_id": ask.key, "method": "POST", "url": endpoint}
             line = json.dumps(row).encode()[:-1] + b', "body": ' + sent + b"}\n"
             full = len(file.keys) == MAX_REQUESTS or len(file.content) + len(line) > MAX_BYTES
@@ -190,7 +192,7 @@ class BatchClient(ApiLLM):
             except JudgeStopped as error:
                 raise Refused(str(error)) from None
             if isinstance(outcome, bytes):
-                return self._id_in(wire.parse(outcome))
+                return self._id_in(openai_format.parse(outcome))
             self.sleep(wait_s(outcome.headers, failures, self._settings.max_wait_s))
             # Only the answer may have been lost.
             if batch := self.find({submission.tag}).get(submission.tag):
@@ -217,7 +219,7 @@ class BatchClient(ApiLLM):
         """A batch as it now is, or why this one look did not show it."""
         batches = self._client.batches.with_raw_response
         found = self.once(lambda: batches.retrieve(submission.batch))
-        return found if isinstance(found, Failure) else wire.parse(found)
+        return found if isinstance(found, Failure) else openai_format.parse(found)
 
     def look(self, submission: Submission) -> dict[str, Any]:
         """A batch as it now is."""
@@ -232,12 +234,14 @@ class BatchClient(ApiLLM):
     def _id_in(self, found: dict[str, Any]) -> str:
         if isinstance(found.get("id"), str) and found["id"]:
             return found["id"]
-        raise self._stopped("an answer without an id", wire.start_of(json.dumps(found).encode()))
+        raise self._stopped(
+            "an answer without an id", openai_format.start_of(json.dumps(found).encode())
+        )
 
     def errors(self, seen: dict[str, Any]) -> tuple[set[str], str]:
         """Codes of what is wrong with a whole batch, and the first of it in words."""
         data = (seen.get("errors") or {}).get("data") or []
-        read = [wire.error_in(error) for error in data if isinstance(error, dict)]
+        read = [openai_format.error_in(error) for error in data if isinstance(error, dict)]
         if not read:
             return set(), "no reason given"
         line = data[0].get("line")
@@ -248,7 +252,7 @@ class BatchClient(ApiLLM):
 
     def outcome(self, ask: Ask, line: bytes) -> Answer | Failure:
         """What a row of an output or error file says about its ask."""
-        row = wire.parse(line)
+        row = openai_format.parse(line)
         response = row.get("response")
         if isinstance(response, dict) and type(status := response.get("status_code")) is int:
             try:
@@ -258,7 +262,7 @@ class BatchClient(ApiLLM):
             if status == 200:
                 return self._answered(ask, body)
             return self._refused(ask, httpx2.Response(status, content=body))
-        code, message = wire.error_in(wire.parse(self._address.redact(line)))
+        code, message = openai_format.error_in(openai_format.parse(self._address.redact(line)))
         fault = "timeout" if code == "batch_expired" else "backend"
         return Failure(fault, f"{code}: {message}".strip(": ") or "a row without a response", {})
 
@@ -266,7 +270,7 @@ class BatchClient(ApiLLM):
 def _first_row(content: bytes) -> None:
     """Raise NotACompletion where this is not the file, but a proxy's page in its place."""
     if content:
-        wire.parse(content.partition(b"\n")[0])
+        openai_format.parse(content.partition(b"\n")[0])
 
 
 async def _plain(request: Awaitable[Any]) -> httpx2.Response:

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from aif.config.settings import LLMSettings
 from aif.errors import InputError, shown
 from aif.llm import LLM, SPELLED_TOKENS, Answer, Ask, ended
-from aif.llm.generate import ROWS_CPU, Draw, Drawn, generate
-from aif.llm.options import IMPOSSIBLE, begun
-from aif.llm.score import PrefixScorer
-from aif.parse import is_refusal, parse_verdict
-from aif.pretrained import ends_of, load_model, load_tokenizer
-from aif.records import content_id
-from aif.settings import LLMSettings
+from aif.llm.option_logprobs import IMPOSSIBLE, begun
+from aif.llm.prefix_scorer import PrefixScorer
+from aif.llm.sampler import ROWS_CPU, Draw, Drawn, generate
+from aif.llm.verdict_text import is_refusal, parse_verdict
+from aif.models.load import ends_of, load_model, load_tokenizer
+from aif.store.records import content_id
 
 LOOK_AHEAD = 512  # asks sorted together, so that what they share stands side by side
 LED = 8  # tokens that a lead to the verdict may take

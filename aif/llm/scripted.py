@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from aif import jsonl
 from aif.errors import InputError, shown
 from aif.llm import Answer, Ask, ended
+from aif.store import jsonl
 
 Reply = Callable[[Ask], Answer]
 

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from aif import vllm_engine
+from aif.config.settings import LLMSettings
 from aif.errors import AifError, InputError, JudgeStopped, shown
 from aif.llm import Answer, Ask, ended
 from aif.llm.local import LocalLLM, Refused, Row
-from aif.llm.options import BARE, Tokens, begun, read_options
-from aif.pretrained import torch_dtype, usable_device
-from aif.records import content_id
-from aif.settings import LLMSettings
+from aif.llm.option_logprobs import BARE, Tokens, begun, read_options
+from aif.models import vllm_engine
+from aif.models.load import torch_dtype, usable_device
+from aif.store.records import content_id
 
 MOST_IDS = 128  # whose log-probabilities vLLM tells of one token (MAX_LOGPROB_TOKEN_IDS there)
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from aif import jsonl
+from aif.dependencies import require
 from aif.errors import AifError
-from aif.extras import require
 from aif.progress import Progress
 from aif.report import sections
 from aif.report.audit import audited
 from aif.report.browser import browsed
-from aif.report.facts import funnel, what_ran
-from aif.report.files import Evaluation, TrainState, state
-from aif.report.judged import survey
+from aif.report.judge_stats import survey
+from aif.report.overview import funnel, what_ran
 from aif.report.page import rendered
+from aif.report.schema import Evaluation, TrainState, state
 from aif.report.tiles import tiles
 from aif.run import Run
+from aif.store import jsonl
 
 FILE = "report.html"
 BUDGET = 20_000_000  # bytes of texts on the page, about

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from aif.report import charts
 from aif.report.charts import SERIES, Chart, Dot
-from aif.report.facts import named
-from aif.report.files import Calibration, Estimate, Loose, state
+from aif.report.overview import named
+from aif.report.schema import Calibration, Estimate, Loose, state
 from aif.run import Run
 
 KINDS = ("identical", "empty", "order", "colon", "thought", "solution")

@@ -11,10 +11,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from aif.records import Comparison, Kept, Message, Prompt, Response, Revision, Verdict, content_id
-from aif.report.files import Evaluated, Sample, rows
-from aif.report.judged import Judged, page_size
+from aif.report.judge_stats import Judged, page_size
+from aif.report.schema import Evaluated, Sample, rows
 from aif.run import Run
+from aif.store.records import (
+    Comparison,
+    Kept,
+    Message,
+    Prompt,
+    Response,
+    Revision,
+    Verdict,
+    content_id,
+)
 
 KINDS = ("comparisons", "revisions", "answers")
 Key = tuple[str, str]  # (kind, id)

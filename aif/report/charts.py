@@ -14,8 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from aif.data.visible import visible
 from aif.report.svg import COLOUR, inline
-from aif.visible import visible
 
 WIDTH, HEIGHT = 340, 190  # of a chart, in CSS pixels
 SERIES = ("c1", "c2", "c3", "c4", "c5")

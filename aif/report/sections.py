@@ -12,8 +12,9 @@ from typing import Any
 
 from aif.report import charts
 from aif.report.charts import Chart, Dot, Place
-from aif.report.facts import named
-from aif.report.files import (
+from aif.report.judge_stats import Judged, human_longer, judge_card
+from aif.report.overview import named
+from aif.report.schema import (
     Calibration,
     CardPart,
     Estimate,
@@ -28,7 +29,6 @@ from aif.report.files import (
     rows,
     state,
 )
-from aif.report.judged import Judged, human_longer, judge_card
 from aif.run import Run
 
 MOST_PRINCIPLES = 12  # that are drawn; the tables have all

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from aif.visible import visible
+from aif.data.visible import visible
 
 ROLES = ("ink", "muted", "rule", "paper", "soft", "c1", "c2", "c3", "c4", "c5")
 COLOUR = {role: f"#0000{number:02x}" for number, role in enumerate(ROLES, 1)}

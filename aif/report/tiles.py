@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from aif.report.files import Evaluation, Policy
 from aif.report.page import count, figure, share
+from aif.report.schema import Evaluation, Policy
 from aif.report.sections import Measured, mean_of
 
 MOST = 5

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from aif import jsonl
 from aif.run import Run
+from aif.store import jsonl
 
 FILE = "metrics.jsonl"
 EVERY_S = 10.0

@@ -11,11 +11,11 @@ import torch
 import transformers
 from transformers.utils import is_flash_attn_2_available
 
-from aif import digests
+from aif.config.settings import BUNDLED, LoraSettings, SFTSettings, TrainSettings
 from aif.errors import InputError, shown
-from aif.pretrained import bundled_folder, load_model, torch_dtype, usable_device
-from aif.settings import BUNDLED, LoraSettings, SFTSettings, TrainSettings
-from aif.train.checkpoint import seal
+from aif.models.load import bundled_folder, load_model, torch_dtype, usable_device
+from aif.store import fingerprint
+from aif.store.checkpoint import seal
 
 Loader = Callable[[str, str, str], Any]  # (name, dtype, device) -> model
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -109,7 +109,7 @@ def micro_batch(model: Any, settings: TrainSettings) -> tuple[int, int]:
 
 def identity(name: str) -> Any:
     """What a model is, beyond its name: its files' digest, or a hub id's commit."""
-    found = digests.of_model(str(bundled_folder()) if name == BUNDLED else name)
+    found = fingerprint.of_model(str(bundled_folder()) if name == BUNDLED else name)
     return found or (name, transformers.AutoConfig.from_pretrained(name)._commit_hash)
 
 

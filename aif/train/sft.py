@@ -16,14 +16,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from aif.config.settings import SFTSettings
 from aif.errors import AifError
-from aif.pretrained import load_tokenizer
+from aif.models.load import load_tokenizer
 from aif.progress import Progress
 from aif.run import Run
-from aif.settings import SFTSettings
 from aif.train.batch import Layout, Step, Steps
-from aif.train.dialogues import Example, read_examples, split
-from aif.train.losses import forward_is_nll, forward_is_own
+from aif.train.distributed import leaving_together
+from aif.train.examples import Example, read_examples, split
+from aif.train.logprobs import forward_is_nll, forward_is_own
 from aif.train.metrics import Metrics
 from aif.train.model import (
     generation_ends,
@@ -33,8 +34,7 @@ from aif.train.model import (
     packs,
     save,
 )
-from aif.train.stage import check_start, digest_of, done_before, training_in
-from aif.train.together import leaving_together
+from aif.train.resume import check_start, digest_of, done_before, training_in
 from aif.train.tokens import Tally, Tokeniser, Tokens, blocks, digest
 from aif.train.trainer import Trained, Training, train
 

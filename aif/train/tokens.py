@@ -21,8 +21,8 @@ import numpy as np
 from jinja2 import TemplateError
 
 from aif.errors import InputError, shown
-from aif.records import LONE_SURROGATE, Message
-from aif.train.dialogues import Example
+from aif.store.records import LONE_SURROGATE, Message
+from aif.train.examples import Example
 
 CHUNK = 256  # examples given to the tokenizer at once, which works on them in parallel
 

@@ -22,16 +22,16 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from aif.config.settings import TrainSettings
 from aif.errors import AifError, Interrupted
-from aif.pretrained import torch_dtype, usable_device
+from aif.models.load import torch_dtype, usable_device
 from aif.progress import Progress
-from aif.settings import TrainSettings
-from aif.train import checkpoint
+from aif.store import checkpoint
 from aif.train.batch import Step, Steps
+from aif.train.distributed import any_of_them, by_the_first
 from aif.train.metrics import Metrics
 from aif.train.model import learning_rate
-from aif.train.stage import SCHEDULES
-from aif.train.together import any_of_them, by_the_first
+from aif.train.resume import SCHEDULES
 
 SAVE_EVERY_S = 600.0
 

@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aif import jsonl
-from aif.console import open_run
-from aif.constitution import Constitution
-from aif.journal import Journal, Reader
-from aif.judge import Judge
-from aif.judging import constitution_path
-from aif.label import STAGE, comparisons
-from aif.pairs import pairs_of
-from aif.panel import Panel, Saving, Seat, panel_of
-from aif.records import Comparison
-from aif.settings import LabelSettings, LLMSettings
+from aif.cli.options import open_run
+from aif.config.settings import LabelSettings, LLMSettings
+from aif.constitution.file import Constitution
+from aif.data.readers import pairs_of
+from aif.judge.calls import constitution_path
+from aif.judge.judge import Judge
+from aif.judge.panel import Panel, Saving, Seat, panel_of
+from aif.stages.label import STAGE, comparisons
+from aif.store import jsonl
+from aif.store.journal import Journal, Reader
+from aif.store.records import Comparison
 
 THRESHOLDS = [n / 20 for n in range(21)]
 KEEP = 0.99

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aif import jsonl, told_audit
-from aif.audit import audit
-from aif.config import checked
+from aif.auditing.audit import audit
+from aif.cli import render_audit
+from aif.config.settings import Settings
+from aif.config.toml import checked
 from aif.progress import Progress
 from aif.run import Run
-from aif.settings import Settings
+from aif.store import jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the authors' own verdicts come to, in percent: a missing one is not the same.
@@ -145,7 +146,7 @@ def ask(given: argparse.Namespace) -> dict[str, Any]:
         }
         found[name] = audited(folder, given.data / file, [given.ask], **tables)
         if not given.json:
-            print(f"\n== {name}", *told_audit.audit(found[name]), sep="\n", flush=True)
+            print(f"\n== {name}", *render_audit.audit(found[name]), sep="\n", flush=True)
     return found
 
 

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from server import serving
 
-from aif import constitution as constitutions
-from aif.journal import encode
-from aif.judge import Judge
-from aif.pairs import read_pairs
-from aif.settings import LabelSettings, LLMSettings
+from aif.config.settings import LabelSettings, LLMSettings
+from aif.constitution import file as constitutions
+from aif.data.readers import read_pairs
+from aif.judge.judge import Judge
+from aif.store.journal import encode
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "openai:test-model"

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aif import jsonl
-from aif.combine import label_of
-from aif.constitution import Constitution
-from aif.pairs import pairs_of
-from aif.parse import parse_choice
-from aif.records import Comparison, Label, Verdict
+from aif.constitution.file import Constitution
+from aif.data.readers import pairs_of
+from aif.judge.aggregate import label_of
+from aif.llm.verdict_text import parse_choice
+from aif.store import jsonl
+from aif.store.records import Comparison, Label, Verdict
 
 CONSTITUTION = Constitution.model_validate(
     {"name": "llmbar", "principle": [{"id": "better", "compare": "Which output is better?"}]}

@@ -17,9 +17,9 @@ import time
 
 import torch
 
+from aif.config.settings import LLMSettings
 from aif.llm.local import LocalLLM
-from aif.llm.score import PrefixScorer
-from aif.settings import LLMSettings
+from aif.llm.prefix_scorer import PrefixScorer
 
 
 def work(pairs: int, static: int, vocabulary: int) -> list[tuple[int, ...]]:

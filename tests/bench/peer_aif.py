@@ -11,9 +11,10 @@ from peer_clock import MAX_TOKENS, MODEL, measure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import aif.llm.api
-from aif.cli import open_run
-from aif.label import label
+
+from aif.cli.verbs import open_run
 from aif.progress import Progress
+from aif.stages.label import label
 
 
 def run_aif(

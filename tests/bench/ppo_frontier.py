@@ -24,17 +24,17 @@ import numpy as np
 import torch
 from ppo_speed import ROOT, made, run
 
-from aif.config import checked
-from aif.pairs import read_prompts
-from aif.pretrained import load_model, load_tokenizer
-from aif.settings import RewardSettings, Settings
-from aif.train.divergence import response_logprobs
-from aif.train.experience import tokens_of
-from aif.train.ppo_loop import seed_of, texts_of
-from aif.train.rollout import TransformersRollouts
-from aif.train.scoring import RewardModel
+from aif.config.settings import RewardSettings, Settings
+from aif.config.toml import checked
+from aif.data.readers import read_prompts
+from aif.models.load import load_model, load_tokenizer
+from aif.stats.winrate import Bootstrap
+from aif.train.ppo.experience import tokens_of
+from aif.train.ppo.kl import response_logprobs
+from aif.train.ppo.loop import seed_of, texts_of
+from aif.train.ppo.rollouts import TransformersRollouts
+from aif.train.reward.model import RewardModel
 from aif.train.tokens import Tokeniser
-from aif.winrate import Bootstrap
 
 NAMES = ("aif", "trl tuned")
 BOOTSTRAP = Bootstrap(0, 10_000)

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from aif.pretrained import torch_dtype, usable_device
-from aif.settings import PPOSettings
-from aif.train.actor_critic import ActorCritic, Reference
+from aif.config.settings import PPOSettings
+from aif.models.load import torch_dtype, usable_device
 from aif.train.batch import Layout
-from aif.train.experience import experience, read, tokens_of
-from aif.train.learner import Learner
 from aif.train.model import inner, load_for_training, micro_batch, without_dropout
-from aif.train.rollout import Rollout
+from aif.train.ppo.actor_critic import ActorCritic, Reference
+from aif.train.ppo.experience import experience, read, tokens_of
+from aif.train.ppo.rollouts import Rollout
+from aif.train.ppo.update import Learner
+from aif.train.prefix_groups import SharingLayout
 from aif.train.tokens import Tokens
-from aif.train.trees import SharingLayout
 
 
 def main() -> None:

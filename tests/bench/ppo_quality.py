@@ -20,13 +20,13 @@ from typing import Any
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from aif.config import checked
-from aif.console import parse_source
-from aif.ppo import ppo
+from aif.cli.options import parse_source
+from aif.config.settings import Settings
+from aif.config.toml import checked
 from aif.progress import Progress
 from aif.run import Run
-from aif.settings import Settings
-from aif.winrate import Bootstrap
+from aif.stages.ppo import ppo
+from aif.stats.winrate import Bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
 

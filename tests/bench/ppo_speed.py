@@ -49,8 +49,8 @@ def made(args: argparse.Namespace) -> dict[str, Any]:
     """The job that both are given."""
     import torch
 
-    from aif.pairs import read_prompts
-    from aif.pretrained import bundled_folder, load_tokenizer, torch_dtype, usable_device
+    from aif.data.readers import read_prompts
+    from aif.models.load import bundled_folder, load_tokenizer, torch_dtype, usable_device
     from aif.train.tokens import Tokeniser
 
     folder = str(bundled_folder()) if args.model == "smollm2-135m" else args.model
@@ -79,10 +79,10 @@ def made(args: argparse.Namespace) -> dict[str, Any]:
 
 def own(job: dict[str, Any]) -> None:
     """One run of aif: a line of JSON a step."""
-    from aif.config import checked
+    from aif.config.settings import Settings
+    from aif.config.toml import checked
     from aif.run import Run
-    from aif.settings import Settings
-    from aif.train.ppo_setup import Prepared, check_settings, made
+    from aif.train.ppo.setup import Prepared, check_settings, made
 
     same = ("response_tokens", "temperature", "kl_coef", "missing_eos_penalty", "learning_rate")
     table = {name: job[name] for name in same} | {

@@ -62,11 +62,11 @@ def measured(args: argparse.Namespace, length: int, share: bool) -> dict[str, fl
     """Seconds and megabytes of the second of two steps."""
     import torch
 
-    from aif.pretrained import load_reward_model, torch_dtype
-    from aif.settings import RewardSettings
-    from aif.train.preference_losses import Pairs
-    from aif.train.scoring import forward_is_loss
-    from aif.train.trees import Tree, TreeLayout
+    from aif.config.settings import RewardSettings
+    from aif.models.load import load_reward_model, torch_dtype
+    from aif.train.prefix_groups import Tree, TreeLayout
+    from aif.train.reward.losses import Pairs
+    from aif.train.reward.model import forward_is_loss
 
     model = load_reward_model(args.model, "float32", args.device, new_head=0).train()
     objective = Pairs(RewardSettings())

@@ -22,16 +22,16 @@ import numpy as np
 from scipy.stats import bootstrap
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from aif.config import parse_set
-from aif.filter import filter as keep
-from aif.judging import judge_of
+from aif.config.settings import load_settings
+from aif.config.toml import parse_set
+from aif.judge.calls import judge_of
 from aif.llm import open_llm
 from aif.progress import Progress
-from aif.records import Comparison, Kept, Message, Prompt, Response, Revision
-from aif.respond import respond
-from aif.revise import revise
 from aif.run import Run
-from aif.settings import load_settings
+from aif.stages.filter import filter as keep
+from aif.stages.respond import respond
+from aif.stages.revise import revise
+from aif.store.records import Comparison, Kept, Message, Prompt, Response, Revision
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,13 +15,13 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 
-from aif.compare import compare
-from aif.label import label
+from aif.config.settings import load_settings
 from aif.progress import Progress
-from aif.respond import respond
 from aif.run import Run
-from aif.settings import load_settings
-from aif.train.reward import reward
+from aif.stages.compare import compare
+from aif.stages.label import label
+from aif.stages.respond import respond
+from aif.train.reward.train import reward
 
 ROOT = Path(__file__).resolve().parents[2]
 

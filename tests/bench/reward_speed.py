@@ -31,21 +31,21 @@ from datasets import Dataset
 from training import Clock, Contenders, compare, quiet
 from trl import RewardConfig, RewardTrainer
 
-from aif.pairs import read_pairs
-from aif.pretrained import load_reward_model, load_tokenizer, torch_dtype, usable_device
+from aif.config.settings import RewardSettings, Settings
+from aif.data.readers import read_pairs
+from aif.models.load import load_reward_model, load_tokenizer, torch_dtype, usable_device
 from aif.progress import Progress
 from aif.run import Run
-from aif.settings import RewardSettings, Settings
 from aif.train.batch import Steps
 from aif.train.metrics import Metrics
 from aif.train.model import load_for_training, micro_batch, without_dropout
-from aif.train.preference_losses import OBJECTIVES
-from aif.train.preferences import Group, Preference
-from aif.train.reward import trees
-from aif.train.scoring import forward_is_loss, scores_of
+from aif.train.prefix_groups import TreeLayout
+from aif.train.reward.data import Group, Preference
+from aif.train.reward.losses import OBJECTIVES
+from aif.train.reward.model import forward_is_loss, scores_of
+from aif.train.reward.train import trees
 from aif.train.tokens import Tokeniser
 from aif.train.trainer import StepTrainer, Training
-from aif.train.trees import TreeLayout
 
 MAX_TOKENS = 1024
 HH = "hh/harmless_base.jsonl"

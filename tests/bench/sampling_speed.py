@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from aif.llm.generate import ROWS, Draw, generate
-from aif.pairs import read_questions
-from aif.pretrained import ends_of, load_model, load_tokenizer
+from aif.data.readers import read_questions
+from aif.llm.sampler import ROWS, Draw, generate
+from aif.models.load import ends_of, load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE = 0.7

@@ -31,14 +31,14 @@ from datasets import Dataset
 from training import Clock, Contenders, compare, quiet
 from trl import SFTConfig, SFTTrainer
 
-from aif.pairs import read_dialogues
-from aif.pretrained import load_model, load_tokenizer, torch_dtype, usable_device
+from aif.config.settings import Settings, SFTSettings
+from aif.data.readers import read_dialogues
+from aif.models.load import load_model, load_tokenizer, torch_dtype, usable_device
 from aif.progress import Progress
 from aif.run import Run
-from aif.settings import Settings, SFTSettings
 from aif.train.batch import Layout, Steps
-from aif.train.dialogues import Example
-from aif.train.losses import forward_is_nll
+from aif.train.examples import Example
+from aif.train.logprobs import forward_is_nll
 from aif.train.metrics import Metrics
 from aif.train.model import load_for_training, micro_batch, packs
 from aif.train.tokens import Tokeniser

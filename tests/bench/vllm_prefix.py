@@ -18,11 +18,11 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from aif import constitution as constitutions
-from aif.judge import Judge
+from aif.config.settings import LabelSettings, LLMSettings
+from aif.constitution import file as constitutions
+from aif.data.readers import read_pairs
+from aif.judge.judge import Judge
 from aif.llm.vllm import VLLM
-from aif.pairs import read_pairs
-from aif.settings import LabelSettings, LLMSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PREAMBLE = (

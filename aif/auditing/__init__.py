@@ -1,0 +1,1 @@
+"""Judges held against people, and labellings against each other."""

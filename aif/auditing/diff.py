@@ -1,0 +1,309 @@
+"""Which labels flipped between two labellings of the same comparisons, and under which principles.
+
+    aif diff runs/first runs/second           two runs
+    aif diff runs/first --constitution FILE   a run, and what its paid answers come to under FILE
+
+Comparisons are joined by their ids, which are of their texts, and where a pair stands the other way
+round in the other run its label is turned. Nothing is asked, and no run is held: either of them may
+be being written. Each row of diff.jsonl is a flip, those that moved farthest first:
+
+    {"comparison_id": "9f0c...", "moved": 0.51, "prompt": [...], "first": "...", "second": "...",
+     "a": {"p_first": 0.31, "by_principle": {"kindness": 0.2}, "verdicts": [...]}, "b": {...}}
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aif.dependencies import require
+from aif.errors import AifError, InputError
+from aif.judge.calls import constitution_path
+from aif.judge.panel import panel_of
+from aif.judge.provenance import changes, facts
+from aif.run import Run
+from aif.stages.label import STAGE, comparisons
+from aif.stats.winrate import wilson
+from aif.store import jsonl
+from aif.store.journal import Reader
+from aif.store.records import TURNED, Comparison, Label, Verdict
+
+FILE = "diff.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """Labels and the verdicts they are made of, read anew at each call."""
+
+    name: str
+    run: Run  # whose comparisons.jsonl they are of
+    used: dict[str, Any]  # as `label.facts`; {} where it is not known
+    labels: Callable[[], Iterator[Label]]
+    verdicts: Callable[[set[str]], Iterator[Verdict]]  # on the comparisons of these ids
+    notes: tuple[str, ...] = ()
+
+
+class Flip(NamedTuple):
+    """Two labels of one comparison that name different winners, seen from B's pair."""
+
+    moved: float
+    a: Label
+    b: Label
+    id_a: str
+
+
+@dataclass
+class Tally:
+    """How two labellings' probabilities for the first response lie to each other."""
+
+    sides: Counter[tuple[int, int]] = field(default_factory=Counter)
+    moved: float = 0.0
+
+    def add(self, p_a: float, p_b: float) -> None:
+        self.sides[side(p_a), side(p_b)] += 1
+        self.moved += abs(p_a - p_b)
+
+    def figures(self) -> dict[str, Any]:
+        """Agreement is on the side of 0.5; one even label against one that is not agrees by half.
+
+        The 95 % interval is Wilson's; it takes comparisons for independent, which those of one
+        prompt are not quite. Kappa (Cohen 1960) has the same halves as linear weights (Cohen 1968);
+        it is null where both say the same of all, since chance would then agree as well.
+        """
+        from sklearn.metrics import cohen_kappa_score
+
+        n = self.sides.total()
+        found = {"n": n, "flips": sum(self.sides[pair] for pair in ((1, -1), (-1, 1)))}
+        if not n:
+            return found | dict.fromkeys(("agreement", "interval", "kappa", "moved"))
+        agree = sum(times * (1 - abs(a - b) / 2) for (a, b), times in self.sides.items())
+        a, b = zip(*self.sides, strict=True)
+        kappa = None
+        if len({*a, *b}) > 1:
+            weights = list(self.sides.values())
+            kappa = float(
+                cohen_kappa_score(a, b, labels=[-1, 0, 1], weights="linear", sample_weight=weights)
+            )
+        return found | {
+            "agreement": agree / n,
+            "interval": list(wilson(agree, n)),
+            "kappa": kappa,
+            "moved": self.moved / n,  # mean absolute difference of p_first
+        }
+
+
+def side(p_first: float) -> int:
+    """1: the first response wins, -1: the second, 0: neither."""
+    return (p_first > 0.5) - (p_first < 0.5)
+
+
+def diff(run: Run, other: Run | None, to: Path | None = None, show: int = 5) -> dict[str, Any]:
+    """Hold the labels of `run` (A) against those of `other` (B), or, where there is no other,
+    against what the settings of `run` make of the answers in its journal.
+
+    Writes the flips to `to` (default: diff.jsonl in B's run) and returns the figures with the first
+    `show` flips. Raises InputError or AifError, one line, where there is nothing to compare.
+    """
+    require("diff", "scipy", "sklearn")
+    if other and run.path.resolve() == other.path.resolve():
+        raise InputError("diff", "RUN_B", got=f"{other.path} twice", expected="another run")
+    target = to or (other or run).file(FILE)
+    a = _written(run)
+    with _second(run, other) as b:
+        turned, counts = _joined(a, b)
+        summary, flips = _compared(a, b, turned)
+        flips.sort(key=lambda flip: -flip.moved)  # a stable sort: else in B's order
+        rows = _rows(a, b, flips)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AifError(f"{target}: could not be written: {error.strerror}") from error
+    jsonl.write(target, rows)
+    known = a.used and b.used
+    return {
+        "a": a.name,
+        "b": b.name,
+        "differences": changes(a.used, b.used) if known else None,
+        "notes": [*a.notes, *b.notes],
+        "comparisons": counts,
+        **summary,
+        "file": str(target),
+        "largest": rows[:show],
+    }
+
+
+def _written(run: Run) -> Labelling:
+    """The labelling that a run's files have."""
+    if not run.file("labels.jsonl").exists():
+        raise AifError(f"{run.path}: no labels yet; `aif label --out {run.path}` makes them")
+    used, notes = run.state(STAGE), ()
+    if used.get("in_progress"):  # label.json is of what is to come, labels.jsonl of what was before
+        used = {}
+        notes = (f"{run.path}: labelling goes on or was cut off; its labels are of before",)
+    return Labelling(
+        name=str(run.path),
+        run=run,
+        used=used if "constitution" in used else {},
+        labels=lambda: run.read("labels.jsonl", Label),
+        verdicts=lambda ids: (
+            verdict
+            for verdict in run.read("verdicts.jsonl", Verdict)
+            if verdict.comparison_id in ids
+        ),
+        notes=notes,
+    )
+
+
+def _second(run: Run, other: Run | None) -> AbstractContextManager[Labelling]:
+    return nullcontext(_written(other)) if other else _from_answers(run)
+
+
+@contextmanager
+def _from_answers(run: Run) -> Iterator[Labelling]:
+    """The labelling that the settings make of the answers that a run has, without any call."""
+    path = constitution_path(run)
+    panel = panel_of(run, path)
+    with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:
+
+        def found() -> Iterator[tuple[Comparison, list[Verdict], Label | None]]:
+            for comparison in comparisons(run):
+                pairs, label = panel.judged(comparison, journal)
+                yield comparison, [verdict for verdict, _ in pairs], label
+
+        yield Labelling(
+            name=f"{path}, by {', '.join(seat.name for seat in panel.seats)}",
+            run=run,
+            used=facts(panel, path, {}),
+            labels=lambda: (label for _, _, label in found() if label),
+            verdicts=lambda ids: (
+                verdict
+                for comparison, verdicts, _ in found()
+                if comparison.id in ids
+                for verdict in verdicts
+            ),
+        )
+
+
+def _joined(a: Labelling, b: Labelling) -> tuple[dict[str, str], dict[str, int]]:
+    """({id in B: id in A} of pairs that stand the other way round, how many are in which)."""
+    ids_a, ids_b = ({row.id for row in _comparisons(one.run)} for one in (a, b))
+    both = len(ids_a & ids_b)
+    turned = {}
+    for row in _comparisons(b.run) if both < len(ids_b) else ():
+        if row.id not in ids_a:
+            id_a = Comparison.of(row.prompt, row.second, row.first).id
+            if id_a in ids_a and id_a not in ids_b:  # else B has the pair both ways
+                turned[row.id] = id_a
+    both += len(turned)
+    if not both:
+        raise AifError(f"{a.name} and {b.name}: no comparison is in both")
+    counts = {"both": both, "turned": len(turned)}
+    return turned, counts | {"only_a": len(ids_a) - both, "only_b": len(ids_b) - both}
+
+
+def _comparisons(run: Run) -> Iterator[Comparison]:
+    return run.read("comparisons.jsonl", Comparison)
+
+
+def _compared(
+    a: Labelling, b: Labelling, turned: dict[str, str]
+) -> tuple[dict[str, Any], list[Flip]]:
+    """The figures of the labels of what is in both, and the labels that flipped."""
+    before = {label.comparison_id: label for label in a.labels()}
+    every, by_principle, flips = Tally(), defaultdict(Tally), []
+    gained, lost, labels = Counter(), Counter(), Counter()
+    for now in b.labels():
+        labels["b"] += 1
+        id_a = turned.get(now.comparison_id, now.comparison_id)
+        if (was := before.get(id_a)) is None:
+            continue
+        labels["both"] += 1
+        if id_a != now.comparison_id:
+            was = _turned(was)
+        for name in was.by_principle.keys() & now.by_principle.keys():
+            p_a, p_b = was.by_principle[name], now.by_principle[name]
+            if p_a is not None and p_b is not None:
+                by_principle[name].add(p_a, p_b)
+        if was.p_first is None and now.p_first is None:
+            labels["null_in_both"] += 1
+        elif now.p_first is None:
+            gained[now.fault] += 1
+        elif was.p_first is None:
+            lost[was.fault] += 1
+        else:
+            every.add(was.p_first, now.p_first)
+            if side(was.p_first) * side(now.p_first) < 0:
+                flips.append(Flip(abs(was.p_first - now.p_first), was, now, id_a))
+    if not labels["both"]:
+        raise AifError(
+            f"{a.name} and {b.name}: no comparison has a label in both, "
+            "as calls are missing; `aif plan` says which"
+        )
+    summary = {
+        "labels": {"a": len(before), "b": labels["b"], "both": labels["both"]},
+        "nulls": {"both": labels["null_in_both"], "gained": dict(gained), "lost": dict(lost)},
+        "all": every.figures(),
+        "by_principle": {name: by_principle[name].figures() for name in sorted(by_principle)},
+    }
+    return summary, flips
+
+
+def _turned(label: Label) -> Label:
+    """The label of the same pair with the other response first."""
+    turned = {n: None if p is None else 1 - p for n, p in label.by_principle.items()}
+    p_first = None if label.p_first is None else 1 - label.p_first
+    rest = (label.fault, label.n_verdicts, label.order_agreement)
+    return Label(label.comparison_id, p_first, *rest, turned)
+
+
+def _rows(a: Labelling, b: Labelling, flips: Iterable[Flip]) -> list[dict[str, Any]]:
+    """A row a flip, with the texts and the verdicts of both labellings."""
+    flips = list(flips)
+    wanted = {flip.b.comparison_id for flip in flips}
+    texts = {row.id: row for row in _comparisons(b.run) if row.id in wanted}
+    if len(texts) < len(wanted):
+        raise AifError(f"{b.run.path}: its comparisons have just changed; try again")
+    said_a = _verdicts(a, {flip.id_a for flip in flips})
+    said_b = _verdicts(b, wanted)
+    rows = []
+    for flip in flips:
+        row = texts[flip.b.comparison_id]
+        was = said_a[flip.id_a]
+        rows.append(
+            {
+                "comparison_id": row.id,
+                "moved": flip.moved,
+                "prompt": row.prompt,
+                "first": row.first,
+                "second": row.second,
+                "a": _half(flip.a, was if flip.id_a == row.id else map(_turned_verdict, was)),
+                "b": _half(flip.b, said_b[row.id]),
+            }
+        )
+    return rows
+
+
+def _verdicts(labelling: Labelling, ids: set[str]) -> dict[str, list[dict[str, Any]]]:
+    """What is shown of the verdicts on some comparisons, by comparison."""
+    found = defaultdict(list)
+    for verdict in labelling.verdicts(ids) if ids else ():
+        keys = ("principle_id", "order", "judge", "text", "p_first", "fault")
+        found[verdict.comparison_id].append({key: getattr(verdict, key) for key in keys})
+    return found
+
+
+def _turned_verdict(said: dict[str, Any]) -> dict[str, Any]:
+    p_first = None if said["p_first"] is None else 1 - said["p_first"]
+    return said | {"order": said["order"].translate(TURNED), "p_first": p_first}
+
+
+def _half(label: Label, verdicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "p_first": label.p_first,
+        "by_principle": label.by_principle,
+        "verdicts": list(verdicts),
+    }

@@ -1,0 +1,1 @@
+"""The command line: a verb, its options, and what it prints."""

@@ -1,0 +1,1 @@
+"""Settings, the files they are read from, templates and prices."""

@@ -1,0 +1,1 @@
+"""The constitution: the file that people edit, and what an edit changes."""

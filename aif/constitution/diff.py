@@ -1,0 +1,89 @@
+"""What an edit to a constitution changed, and which calls it costs, without a run to look at.
+
+A call depends on the preamble and on `Principle.digest`, not on ids, weights or rules, so what is
+asked again follows from these, protocol by protocol; where principles are sampled, from the draws
+as well. It holds for a labelling that is complete under the first file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aif.constitution.file import Constitution, Principle
+
+HEAD = tuple(key for key in Constitution.model_fields if key != "principle")
+# How principles may be put: name -> (protocol, form). Of `reasoned` the same holds as of pairwise,
+# of `rating` as of pointwise: they put the same questions.
+WAYS = {
+    "pairwise": ("pairwise", "chat"),
+    "pointwise, as chat": ("pointwise", "chat"),
+    "pointwise, as text": ("pointwise", "text"),
+}
+EVERY, DRAWN = "every comparison", "comparisons that draw it"
+MOVED, REST = "comparisons that draw it only now", "comparisons that had not drawn it"
+
+
+def constitution_diff(a: Constitution, b: Constitution) -> dict[str, Any]:
+    """{"changed": {key: [old, new]}, "principles": [...], "asks_again": {way: {id: which}}}.
+
+    A way is null in `asks_again` where `b` lacks a question that it puts.
+    """
+    before, now = ({p.id: p for p in one.principle} for one in (a, b))
+    principles = []
+    for name in before | now:
+        if name not in before or name not in now:
+            principles.append({"id": name, "is": "new" if name in now else "gone", "changed": {}})
+        elif moved := _changed(before[name], now[name], tuple(Principle.model_fields)):
+            principles.append({"id": name, "is": "edited", "changed": moved})
+    order = [name for name in before if name in now] != [name for name in now if name in before]
+    return {
+        "changed": _changed(a, b, HEAD),
+        "principles": principles,
+        "reordered": order,
+        "asks_again": {name: _asks_again(a, b, *way) for name, way in WAYS.items()},
+        "revise": _revise(a, b),
+    }
+
+
+def _revise(a: Constitution, b: Constitution) -> dict[str, Any]:
+    """{"edited": ids of what a reviser is told otherwise, "draws_move": whether rounds may draw
+    another principle}: a chain is asked again from the first round on that either of them is in."""
+    before, now = ({p.id: p for p in one.principle if p.critique or p.revision} for one in (a, b))
+    told = [(p.critique, p.revision, p.revised) for p in before.values()]
+    edited = [n for n, p in now.items() if (p.critique, p.revision, p.revised) not in told]
+    drawn, draws = ({name: p.weight for name, p in one.items()} for one in (before, now))
+    return {"edited": edited, "draws_move": drawn != draws}
+
+
+def _changed(a: Any, b: Any, keys: tuple[str, ...]) -> dict[str, list[Any]]:
+    old, new = a.model_dump(), b.model_dump()
+    return {key: [old[key], new[key]] for key in keys if old[key] != new[key]}
+
+
+def _asks_again(a: Constitution, b: Constitution, protocol: str, form: str) -> dict | None:
+    """Which principles of `b` are asked, and for which comparisons, that `a` did not ask."""
+    if not all(principle.question(protocol) for principle in b.principle):
+        return None
+    same = a.preamble == b.preamble
+    asked = {p.digest(protocol, form) for p in a.principle if p.question(protocol)} if same else ()
+    found = {}
+    for principle in b.principle:
+        if principle.digest(protocol, form) not in asked:
+            found[principle.id] = EVERY if b.principles == "all" else DRAWN
+        elif a.principles == "sample" and b.principles == "all":
+            found[principle.id] = REST
+        elif a.principles == b.principles == "sample" and _draws_more(principle, a, b):
+            found[principle.id] = MOVED
+    return found
+
+
+def _draws_more(principle: Principle, a: Constitution, b: Constitution) -> bool:
+    """Whether a principle wins draws that it lost: its weight grew, or another's fell.
+
+    `Constitution.drawn` is a race in which each has a clock of its own, by its id.
+    """
+    before, now = ({p.id: p.weight for p in one.principle} for one in (a, b))
+    others = (name for name in before if name != principle.id)
+    return principle.weight > before.get(principle.id, 0) or any(
+        now.get(name, 0) < before[name] for name in others
+    )

@@ -1,0 +1,1 @@
+"""What comes in: rows of pairs and prompts, people's choices, final answers."""

@@ -1,0 +1,159 @@
+"""What people chose between two responses, with all that a row says besides for an audit.
+
+    {"prompt": "...", "chosen": "...", "rejected": "...", "subset": "harmless"}
+    {"prompt": "...", "response_a": "...", "response_b": "...", "label": "a", "gpt-4": "b",
+     "model_a": "llama-7b", "model_b": "bloom-7b"}
+    {"instruction": "...", "response1": "...", "response2": "...", "annotators": [1, 1, 0]}
+
+A choice is 1, "a", "A", "first" or "model_a" for the first response, 2, "b", "B", "second" or
+"model_b" for the second, 0 or "tie" for neither. It may stand in `label`, `winner` or `preference`,
+several people's in `annotators`; `chosen` and `rejected`, `scores` and `ranks` are choices too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from aif.data.readers import pairs_of, read_rows
+from aif.errors import InputError, shown
+from aif.run import Run
+from aif.store.records import TURNED, Comparison, HumanChoice
+
+FIRST, SECOND, TIE = 1.0, 0.0, 0.5
+CHOICES = {
+    FIRST: (1, "1", "a", "A", "first", "model_a"),
+    SECOND: (2, "2", "b", "B", "second", "model_b"),
+    TIE: (0, "0", "tie", "Tie", "both", "neither", "tie (bothbad)"),
+}
+_SAID = {name: choice for choice, names in CHOICES.items() for name in names}
+COLUMNS = ("label", "winner", "preference")
+MODELS = (("model_a", "model_b"), ("chosen_model", "rejected_model"))
+Recorded = dict[str, float | None]  # order ("ab", "ba", or "" where it is not known) -> choice
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A row of pairs, without its texts."""
+
+    comparison_id: str
+    prompt_id: str
+    more_words: int  # of the first response than of the second
+    choices: tuple[float, ...]  # a person each: FIRST, SECOND or TIE
+    subset: str | None = None
+    models: tuple[str, str] | None = None  # that wrote the first and the second
+    recorded: dict[str, Recorded] = field(default_factory=dict)  # by column
+
+    @property
+    def people(self) -> float | None:
+        """What more people chose than anything else; None where there is no such choice."""
+        ranked = Counter(self.choices).most_common(2)
+        if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
+            return None
+        return ranked[0][0]
+
+
+def read_items(source: str, limit: int | None, columns: Sequence[str]) -> Iterator[Item]:
+    """The items of a file of pairs; `columns` are those of recorded judges.
+
+    Raises InputError for a row that is no pair, has no column of that name, or a choice in it that
+    is none.
+    """
+    found = (
+        _item(row, place, pair.comparison, pair.human, columns)
+        for place, row in read_rows(source)
+        for pair in pairs_of(row, place)
+    )
+    return islice(found, limit)
+
+
+def items_of(run: Run) -> Iterator[Item]:
+    """The comparisons of a run, with what people chose where it has that."""
+    chosen: dict[str, tuple[float, ...]] = {}
+    if run.file("human.jsonl").exists():
+        for row in run.read("human.jsonl", HumanChoice):
+            chosen[row.comparison_id] = (*chosen.get(row.comparison_id, ()), _side(row.p_first))
+    for row in run.read("comparisons.jsonl", Comparison):
+        yield Item(row.id, row.prompt_id, _more_words(row), chosen.get(row.id, ()))
+
+
+def _item(
+    row: dict[str, Any],
+    place: str,
+    comparison: Comparison,
+    human: HumanChoice | None,
+    columns: Sequence[str],
+) -> Item:
+    # Chosen and rejected were put in an order of their own; in the row the chosen one is the first.
+    turned = human is not None and human.p_first == SECOND and "chosen" in row
+    choices = _choices(row, place)
+    if choices and turned:
+        choices = [1 - choice for choice in choices]
+    elif human and not choices:
+        choices = [_side(human.p_first)]
+    subset = row.get("subset")
+    return Item(
+        comparison.id,
+        comparison.prompt_id,
+        _more_words(comparison),
+        tuple(choices),
+        None if subset is None else str(subset),
+        _models(row, turned),
+        {column: _recorded(row, place, column, turned) for column in columns},
+    )
+
+
+def _choices(row: dict[str, Any], place: str) -> list[float]:
+    """What the row's own columns say that people chose."""
+    if "annotators" not in row:
+        found = [key for key in COLUMNS if row.get(key) is not None]
+        return [_choice(row[key], place, key) for key in found[:1]]
+    said = row["annotators"]
+    if not isinstance(said, list):
+        raise InputError(place, "annotators", got=shown(said), expected="a list of choices")
+    return [_choice(one, place, "annotators") for one in said]
+
+
+def _more_words(row: Comparison) -> int:
+    return len(row.first.split()) - len(row.second.split())
+
+
+def _side(p_first: float) -> float:
+    return FIRST if p_first > 0.5 else SECOND if p_first < 0.5 else TIE
+
+
+def _choice(value: Any, place: str, key: str) -> float:
+    if isinstance(value, str | int) and not isinstance(value, bool) and value in _SAID:
+        return _SAID[value]
+    raise InputError(
+        place, key, got=shown(value), expected="1, 2, 0, 'a', 'b', 'tie', 'model_a' or 'model_b'"
+    )
+
+
+def _models(row: dict[str, Any], turned: bool) -> tuple[str, str] | None:
+    for first, second in MODELS:
+        if isinstance(row.get(first), str) and isinstance(row.get(second), str):
+            return (row[second], row[first]) if turned else (row[first], row[second])
+    return None
+
+
+def _recorded(row: dict[str, Any], place: str, column: str, turned: bool) -> Recorded:
+    """What a judge's column says: a choice, or one for each order of showing; null is none."""
+    if column not in row:
+        raise InputError(
+            place, column, got="nothing", expected="a recorded verdict, null where there was none"
+        )
+    said = row[column] if isinstance(row[column], dict) else {"": row[column]}
+    if not said.keys() <= {"", "ab", "ba"}:
+        raise InputError(place, column, got=shown(said), expected="a choice, or ab and ba of them")
+    found = {
+        order: None if one is None else _choice(one, place, column) for order, one in said.items()
+    }
+    if not turned:
+        return found
+    return {
+        order.translate(TURNED): None if one is None else 1 - one for order, one in found.items()
+    }

@@ -1,0 +1,1 @@
+"""Policies against each other on prompts that they have not learned from."""

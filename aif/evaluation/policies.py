@@ -1,0 +1,114 @@
+"""Policies by name, as `aif evaluate` is told them.
+
+base            what the run samples from (policy.model)
+sft  ppo        what was trained in the run; 2/ppo: in the second of several turns
+best-of-4       of 4 responses of what PPO started from, the one that the reward model prefers
+reference       the responses that the prompts' own file has
+runs/other:ppo  another run's
+...             any model, as `aif respond --policy` takes it
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from aif.config.settings import load_settings
+from aif.errors import InputError, shown
+from aif.run import Run
+from aif.store.checkpoint import sealed
+
+NAMES = "base, sft, ppo, 2/ppo, best-of-4, reference, runs/other:ppo or a model"
+REFERENCE = "reference"
+BEST_OF = "best-of-4"  # where there is a reward model, one of those that nobody has to name
+_TRAINED = r"(?:\d+/)?(?:sft|ppo)"
+_BEST_OF = re.compile(r"best-of-(\d+)")
+_OF_ANOTHER = re.compile(rf"(.+):(base|{_TRAINED})")
+MOST = 1000  # responses a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One of those that are compared."""
+
+    name: str
+    model: str  # as `aif respond --policy` takes it; of `reference` the file
+    best_of: int = 1
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a model in this process, whose weights can be read."""
+        return self.name != REFERENCE and ":" not in self.model
+
+
+def chosen(run: Run) -> tuple[list[Policy], Policy]:
+    """(the policies that are compared, the one that the others are held against, which is among
+    them). Raises InputError for a name that is none and for a policy that is not there."""
+    settings = run.settings.evaluate
+    against = settings.against or ("sft" if _made(run.file("sft")) else "base")
+    names = settings.policies or _every(run)
+    names = names if against in names else [against, *names]
+    policies = [named(run, name) for name in dict.fromkeys(names)]
+    return policies, next(policy for policy in policies if policy.name == against)
+
+
+def start_of(run: Run) -> str:
+    """The model that PPO started from, or would."""
+    told = run.state("ppo").get("from") or run.settings.ppo.model
+    tuned = run.file("sft")
+    return told or (str(tuned) if _made(tuned) else run.settings.policy.weights)
+
+
+def named(run: Run, name: str) -> Policy:
+    """The policy of that name."""
+    if name == "base":
+        return Policy(name, run.settings.policy.model)
+    if name == REFERENCE:
+        if not run.settings.evaluate.prompts:
+            raise _wrong(f"{name}, without a file", "--prompts FILE, whose responses it is")
+        return Policy(name, run.settings.evaluate.prompts)
+    if re.fullmatch(_TRAINED, name):
+        return Policy(name, _trained(run.path, name))
+    if match := _BEST_OF.fullmatch(name):
+        if not 2 <= int(match[1]) <= MOST:
+            raise _wrong(name, f"best-of-2 to best-of-{MOST}")
+        if not _made(run.file("reward")):
+            raise _wrong(f"{name}, without {run.path}/reward", "`aif reward` before it")
+        return Policy(name, start_of(run), int(match[1]))
+    if match := _OF_ANOTHER.fullmatch(name):
+        folder = Path(match[1])
+        if folder.is_dir() and match[2] == "base":
+            return Policy(name, load_settings(folder / "run.toml", {}).policy.model)
+        if folder.is_dir():
+            return Policy(name, _trained(folder, match[2]))
+        if match[1] not in ("openai", "openai-batch", "scripted", "vllm"):
+            raise _wrong(name, f"a run folder before the colon, and {shown(match[1])} is none")
+    return Policy(name, name)
+
+
+def _every(run: Run) -> list[str]:
+    """All that the run has, in the order in which they came to be."""
+    turns = {int(path.parent.name): path for path in run.path.glob("[0-9]*/ppo")
+             if path.parent.name.isdigit() and _made(path)}  # fmt: skip
+    names = ["base", "sft"] if _made(run.file("sft")) else ["base"]
+    names += [BEST_OF] if _made(run.file("reward")) else []
+    names += ["ppo"] if _made(run.file("ppo")) else []
+    return names + [f"{turns[number].parent.name}/ppo" for number in sorted(turns)]
+
+
+def _trained(folder: Path, name: str) -> str:
+    if not _made(folder / name):
+        stage = name.rpartition("/")[2]
+        raise _wrong(
+            f"{folder / name}, which is not there or not complete", f"`aif {stage}` before it"
+        )
+    return str(folder / name)
+
+
+def _made(folder: Path) -> bool:
+    return sealed(folder) is not None
+
+
+def _wrong(got: str, expected: str) -> InputError:
+    return InputError("evaluate", "policies", got=got, expected=expected)

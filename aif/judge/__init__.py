@@ -1,0 +1,1 @@
+"""Judging: comparison x principle x order -> verdicts -> labels."""

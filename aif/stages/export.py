@@ -1,0 +1,87 @@
+"""Labels in the shapes that other trainers read.
+
+    trl      {"prompt": [...], "chosen": [...], "rejected": [...], "p_chosen": 0.93}
+    hh       {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "..."}
+    dataset  the trl rows as a folder for `datasets.load_from_disk`
+
+A null label has no direction and an even one (p = 0.5) none either: both are left out, counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from aif.errors import AifError, InputError
+from aif.run import Run
+from aif.store import jsonl
+from aif.store.records import Comparison, Label, Message
+
+SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
+
+
+def export(run: Run, format: str, to: Path | None) -> dict[str, Any]:
+    """Write a run's labels to `to` (default: export/ in the run); returns what went where."""
+    name = {"trl": "trl.jsonl", "hh": "hh.jsonl", "dataset": "dataset"}.get(format)
+    if name is None:
+        raise InputError("export", "--format", got=repr(format), expected="trl, hh or dataset")
+    if run.state("label").get("in_progress"):  # labels.jsonl is of before the edit, or not there
+        raise AifError(f"{run.path}: labelling was cut off; `aif label --out {run.path}` first")
+    target = to or run.file("export") / name
+    left_out: Counter[str] = Counter()
+    rows = (trl_row(*choice) for choice in choices(run, left_out))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if format == "dataset":
+            written = _save_dataset(list(rows), target)
+        else:
+            shape: Callable[[dict], dict] = hh_row if format == "hh" else dict
+            written = jsonl.write(target, map(shape, rows))
+    except OSError as error:
+        raise AifError(f"{target}: could not be written: {error.strerror}") from error
+    return {"file": str(target), "rows": written, "left_out": dict(left_out)}
+
+
+def choices(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], str, str, float]]:
+    """(prompt, chosen, rejected, probability of chosen) of every label that has a direction."""
+    labels = {label.comparison_id: label for label in run.read("labels.jsonl", Label)}
+    for comparison in run.read("comparisons.jsonl", Comparison):
+        label = labels.get(comparison.id)
+        if label is None:
+            left_out["not labelled"] += 1
+        elif label.p_first is None:
+            left_out[label.fault or "fault"] += 1
+        elif label.p_first == 0.5:
+            left_out["even"] += 1
+        else:
+            texts = (comparison.first, comparison.second)
+            chosen, rejected = texts if label.p_first > 0.5 else texts[::-1]
+            yield comparison.prompt, chosen, rejected, max(label.p_first, 1 - label.p_first)
+
+
+def trl_row(prompt: list[Message], chosen: str, rejected: str, p: float) -> dict[str, Any]:
+    """TRL's conversational preference format, with the soft label beside it."""
+    return {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "p_chosen": p,
+    }
+
+
+def hh_row(row: dict[str, Any]) -> dict[str, str]:
+    """The dialogue as text, as hh-rlhf has it."""
+    turns = "".join(f"\n\n{SPEAKERS[m['role']]}: {m['content']}" for m in row["prompt"])
+    return {
+        side: f"{turns}\n\nAssistant: {row[side][0]['content']}" for side in ("chosen", "rejected")
+    }
+
+
+def _save_dataset(rows: list[dict[str, Any]], target: Path) -> int:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).save_to_disk(str(target))
+    return len(rows)

@@ -1,0 +1,169 @@
+"""How far several say the same: people and a judge, judges among themselves, annotators.
+
+Everyone says one of three things of a pair: 1.0 (the first response is better), 0.0 (the second)
+or 0.5 (neither). None is a verdict that is missing, and counts as no answer at all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from aif.stats.winrate import Bootstrap, Value, length_controlled, wilson
+
+MOST = 10_000  # values that are bootstrapped: a draw of more takes memory and says the same
+FEWEST = 20  # pairs on each side of a split to fit a temperature
+TEMPERATURES = (0.05, 100.0)
+
+
+def rate(values: Sequence[Value], bootstrap: Bootstrap) -> dict[str, Any]:
+    """{"mean", "low", "high", "n"} of values in 0 to 1: bootstrapped, Wilson's beyond MOST."""
+    known = [value for value in values if value is not None]
+    if len(known) <= MOST:
+        return bootstrap.rate(known)
+    low, high = wilson(sum(known), len(known))
+    return {"mean": sum(known) / len(known), "low": low, "high": high, "n": len(known)}
+
+
+def agreement(
+    judge: Sequence[Value], people: Sequence[Value], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """A judge against people, pair by pair.
+
+    `agreement`: of the pairs of which people name a winner and the judge says anything, how many it
+    decides as they do; a tie of the judge is half. `exact`: of all pairs that people have decided,
+    ties among them, how many the judge says the same of; a missing verdict is not the same, and
+    this is the share that most papers print. `kappa`: Cohen's (1960), over the three things that
+    both can say; null where both say one thing throughout.
+    """
+    decided = [(j, p) for j, p in zip(judge, people, strict=True) if p is not None]
+    both = [(j, p) for j, p in decided if j is not None]
+    return {
+        "people": len(decided),
+        "people_ties": sum(p == 0.5 for _, p in decided),
+        "no_verdict": len(decided) - len(both),
+        "agreement": rate([1 - abs(j - p) for j, p in both if p != 0.5], bootstrap),
+        "exact": rate([float(j == p) for j, p in decided], bootstrap),
+        "kappa": kappa(both),
+    }
+
+
+def kappa(both: Sequence[tuple[float, float]]) -> float | None:
+    """Cohen's kappa of pairs of answers; None where chance would agree as well."""
+    if len({answer for pair in both for answer in pair}) < 2:
+        return None
+    from sklearn.metrics import cohen_kappa_score
+
+    counts = Counter(both)
+    a, b = zip(*((2 * j, 2 * p) for j, p in counts), strict=True)  # sklearn wants whole numbers
+    return float(cohen_kappa_score(a, b, sample_weight=list(counts.values())))
+
+
+def alpha(raters: Sequence[Sequence[Value]]) -> float | None:
+    """Krippendorff's alpha (2004), nominal, of a row of answers a rater; None where there are not
+    two raters, no pair that two have answered, or one answer throughout."""
+    if len(raters) < 2:
+        return None
+    ratings = np.array([[np.nan if one is None else one for one in row] for row in raters], float)
+    ratings = ratings[:, (~np.isnan(ratings)).sum(0) >= 2]
+    if len(set(ratings[~np.isnan(ratings)])) < 2:
+        return None
+    from krippendorff import alpha as krippendorff
+
+    return float(krippendorff(reliability_data=ratings, level_of_measurement="nominal"))
+
+
+def annotators(choices: Sequence[Sequence[float]], bootstrap: Bootstrap) -> dict[str, Any] | None:
+    """How far people agree among themselves, of pairs that two or more have judged; None without
+    such pairs. `agreement` is the share of equal answers among all twos of a pair's annotators."""
+    several = [said for said in choices if len(said) > 1]
+    if not several:
+        return None
+    shares = []
+    for said in several:
+        twos = list(combinations(said, 2))
+        shares.append(sum(a == b for a, b in twos) / len(twos))
+    most = max(map(len, several))
+    columns = [[said[k] if k < len(said) else None for said in several] for k in range(most)]
+    return {
+        "most": most,
+        "agreement": rate(shares, bootstrap),
+        "unanimous": sum(share == 1 for share in shares) / len(shares),
+        "alpha": alpha(columns),
+    }
+
+
+def longer_wins(
+    judge: Sequence[Value], people: Sequence[Value], more_words: Sequence[int], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """How often the longer response (in words) wins by the judge, and by people, of pairs of which
+    the judge, and people wherever they chose anything at all, name a winner."""
+    anyone = any(p is not None for p in people)
+    rows = [
+        (j, p, words)
+        for j, p, words in zip(judge, people, more_words, strict=True)
+        if words and j not in (None, 0.5) and not (anyone and p in (None, 0.5))
+    ]
+    by_people = [float((p > 0.5) == (words > 0)) for _, p, words in rows] if anyone else []
+    return {
+        "judge": rate([float((j > 0.5) == (words > 0)) for j, _, words in rows], bootstrap),
+        "people": rate(by_people, bootstrap) if by_people else None,
+    }
+
+
+def at_equal_length(
+    judge: Sequence[Value], people: Sequence[Value], more_words: Sequence[int], bootstrap: Bootstrap
+) -> dict[str, Any] | None:
+    """The agreement that would be where both responses have one length: agreement regressed on how
+    much longer the response is that people chose, read where that is zero. A judge that likes
+    length loses what it owes to people who like it as well. None where it cannot be fitted; of more
+    than MOST pairs, evenly many are taken."""
+    rows = [
+        (1 - abs(j - p), words if p > 0.5 else -words)
+        for j, p, words in zip(judge, people, more_words, strict=True)
+        if j is not None and p not in (None, 0.5)
+    ]
+    rows = rows[:: -(-len(rows) // MOST) or 1]
+    return length_controlled([r for r, _ in rows], [w for _, w in rows], bootstrap)
+
+
+def self_preference(
+    judge: Sequence[Value], people: Sequence[Value], own: Sequence[int], bootstrap: Bootstrap
+) -> dict[str, Any] | None:
+    """How often a response of the judge's own model wins, by the judge and by people (Panickssery
+    et al. 2024, 2404.13076). `own` is 1 where the first response is, -1 the second, 0 neither or
+    both. None where there is no such pair that both have decided."""
+    rows = [
+        (j, p) if side > 0 else (1 - j, 1 - p)
+        for j, p, side in zip(judge, people, own, strict=True)
+        if side and j is not None and p is not None
+    ]
+    if not rows:
+        return None
+    more = bootstrap.mean([j - p for j, p in rows]) if len(rows) <= MOST else None
+    return {
+        "judge": rate([j for j, _ in rows], bootstrap),
+        "people": rate([p for _, p in rows], bootstrap),
+        "more": more,
+    }
+
+
+def temperature(fit: Sequence[tuple[float, float]]) -> float | None:
+    """The T for which sigmoid(delta / T) is likeliest, of (log-odds, what people chose) pairs (Guo
+    et al. 2017, 1706.04599); None for fewer than FEWEST. It lies within TEMPERATURES."""
+    if len(fit) < FEWEST:
+        return None
+    from scipy.optimize import minimize_scalar
+
+    delta, chosen = (np.array(column, float) for column in zip(*fit, strict=True))
+
+    def loss(log_t: float) -> float:
+        z = delta / np.exp(log_t)
+        return float((np.logaddexp(0, z) - chosen * z).mean())
+
+    found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
+    return float(np.exp(found.x))

@@ -1,0 +1,201 @@
+"""What SFT learns from: revisions, voted answers, responses, demonstrations, plain text.
+
+    [sft.data]
+    revisions = 1.0                 # each once an epoch
+    "demonstrations.jsonl" = 0.5    # half of them, drawn anew for every epoch
+
+A source is `revisions`, `votes` or `responses` (the run's own), a JSONL file, or hf:NAME[:SPLIT].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aif.config.settings import SFTSettings
+from aif.data.readers import read_dialogues, read_rows
+from aif.errors import AifError, InputError, shown
+from aif.run import Run
+from aif.store.records import Kept, Message, Prompt, Response, Revision, Vote, content_id
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One thing to learn: a dialogue that ends in an assistant's turn, or a plain text."""
+
+    id: str  # of the content alone, so that duplicates share it
+    split_key: str  # examples that share it are all trained on or all held out
+    source: str
+    messages: list[Message]  # empty: a plain text
+    text: str = ""
+    ended: bool = True  # False: the last turn was cut off, so that its end is not to be learned
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """All examples, and how many duplicates each source had besides."""
+
+    rows: list[Example]
+    duplicates: dict[str, int]
+
+
+def read_examples(run: Run) -> Examples:
+    """The distinct examples of every source in `sft.data`, in that order.
+
+    Raises InputError for a bad row or a source without any example, AifError for a stage that has
+    not been run.
+    """
+    settings = run.settings.sft
+    rows: list[Example] = []
+    duplicates: dict[str, int] = {}
+    for source in settings.data:
+        found = list(_from_source(run, source, settings))
+        distinct = {example.id: example for example in found}
+        if not distinct:
+            raise InputError(f"sft.data.{source}", "", got="no examples", expected="at least one")
+        rows += distinct.values()
+        duplicates[source] = len(found) - len(distinct)
+    if not rows:
+        raise InputError("sft", "data", got="no source", expected="revisions, a JSONL file, ...")
+    return Examples(rows, duplicates)
+
+
+def _from_source(run: Run, source: str, settings: SFTSettings) -> Iterator[Example]:
+    own: dict[str, Callable[[Run], Iterator[Example]]] = {
+        "revisions": _revisions,
+        "votes": _votes,
+        "responses": _responses,
+    }
+    if settings.objective == "lm":
+        if source in own:
+            raise InputError(
+                "sft", "data", got=shown(source), expected='JSONL with `text`, for objective = "lm"'
+            )
+        return _texts(source)
+    return own[source](run) if source in own else _demonstrations(source)
+
+
+def _revisions(run: Run) -> Iterator[Example]:
+    """Good revisions, as `sft.revisions` picks among the rounds of each response."""
+    settings = run.settings.sft
+    kept = _kept_ids(run) if settings.filtered else None
+    good: dict[str, list[Revision]] = {}
+    for row in _rows(run, "revisions.jsonl", Revision, "revise"):
+        if row.fault is None and row.revision and (kept is None or row.id in kept):
+            good.setdefault(row.response_id, []).append(row)
+    prompts = _prompts(run)
+    for rows in good.values():
+        rows.sort(key=lambda row: row.round)
+        for row in {"all": rows, "first": rows[:1], "last": rows[-1:]}[settings.revisions]:
+            yield _answered(prompts, row.prompt_id, row.revision, "revisions")
+
+
+def _kept_ids(run: Run) -> set[str]:
+    return {row.revision_id for row in _rows(run, "kept.jsonl", Kept, "filter") if row.kept}
+
+
+def _votes(run: Run) -> Iterator[Example]:
+    """Responses that end in the answer most of their prompt's responses end in."""
+    voted = {
+        id for vote in _rows(run, "votes.jsonl", Vote, "vote") if not vote.fault
+        for id in vote.response_ids
+    }  # fmt: skip
+    return (row for id, row in _own_responses(run, "votes") if id in voted)
+
+
+def _responses(run: Run) -> Iterator[Example]:
+    return (row for _, row in _own_responses(run, "responses"))
+
+
+def _own_responses(run: Run, source: str) -> Iterator[tuple[str, Example]]:
+    prompts = _prompts(run)
+    for row in _rows(run, "responses.jsonl", Response, "respond"):
+        if row.fault is None and row.text and row.text.strip():
+            ended = row.finish != "length"
+            yield row.id, _answered(prompts, row.prompt_id, row.text, source, ended)
+
+
+def _demonstrations(source: str) -> Iterator[Example]:
+    return (_dialogue(messages, source) for _, messages in read_dialogues(source))
+
+
+def _texts(source: str) -> Iterator[Example]:
+    """The `text` of every row, for continued pretraining."""
+    for place, row in read_rows(source):
+        text = row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            got = "nothing" if text is None else shown(text)
+            raise InputError(place, "text", got=got, expected="a text")
+        id = content_id("text", text)
+        yield Example(id, id, source, [], text)
+
+
+def _prompts(run: Run) -> dict[str, list[Message]]:
+    return {row.id: row.messages for row in _rows(run, "prompts.jsonl", Prompt, "respond")}
+
+
+def _rows(run: Run, name: str, kind: type[Any], verb: str) -> Iterator[Any]:
+    if not run.file(name).exists():
+        raise AifError(f"{run.file(name)}: not there; `aif {verb} {run.path}` first")
+    return run.read(name, kind)
+
+
+def _answered(
+    prompts: dict[str, list[Message]], prompt_id: str, text: str, source: str, ended: bool = True
+) -> Example:
+    if prompt_id not in prompts:
+        raise InputError(
+            "prompts.jsonl", "", got=f"no prompt {shown(prompt_id[:12])}",
+            expected=f"that of every row of {source}",
+        )  # fmt: skip
+    return _dialogue(
+        [*prompts[prompt_id], {"role": "assistant", "content": text}], source, ended=ended
+    )
+
+
+def _dialogue(messages: list[Message], source: str, *, ended: bool = True) -> Example:
+    key = split_key(messages)
+    return Example(content_id("dialogue", messages), key, source, messages, ended=ended)
+
+
+def split_key(messages: list[Message]) -> str:
+    """What decides on which side of a split a dialogue is: its opening, up to the user's first
+    turn.
+
+    Data sets hold one conversation at many lengths, and its later turns must not be trained on
+    where its earlier ones are held out.
+    """
+    turns = [message["role"] for message in messages]
+    opening = messages[: turns.index("user") + 1] if "user" in turns else messages
+    return content_id("prompt", opening)
+
+
+def held_out(keys: Iterable[str], fraction: float, seed: int) -> set[str]:
+    """Which split keys are for evaluation: those whose hash falls below `fraction`.
+
+    A key's place depends on nothing but itself and `seed`, so more data moves no key. Only where
+    no key at all falls below is the lowest one taken, and only where all do is the highest one
+    left to train on.
+    """
+    place = {key: int(content_id("held out", seed, key)[:13], 16) / 16**13 for key in keys}
+    if fraction == 0 or len(place) < 2:
+        return set()
+    out = {key for key, at in place.items() if at < fraction} or {min(place, key=place.get)}
+    return out - {max(place, key=place.get)} if len(out) == len(place) else out
+
+
+def split(rows: Sequence[Example], settings: SFTSettings) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out), no split key in both.
+
+    What is held out mirrors the mixture: of a source that an epoch shows a tenth of, a tenth.
+    """
+    out = held_out((row.split_key for row in rows), settings.eval_fraction, settings.seed)
+    train = [row for row in rows if row.split_key not in out]
+    tests = {row.id: row for row in rows if row.split_key in out}  # shared by sources: once
+    mirrored = [
+        row for row in tests.values()
+        if int(content_id("shown", settings.seed, row.id)[:13], 16) / 16**13
+        < settings.data[row.source]
+    ]  # fmt: skip
+    return train, mirrored or list(tests.values())[:1]

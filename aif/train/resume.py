@@ -1,0 +1,82 @@
+"""What every training stage does around its training: once is enough, and anew where it must be.
+
+A stage's work is a function of its data, settings and model; their digest is kept with what comes
+of it, so that the same command finds it done, goes on with it, or begins anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aif.config.settings import TrainSettings
+from aif.errors import InputError, shown
+from aif.models.load import torch_dtype, usable_device
+from aif.progress import Progress
+from aif.run import Run
+from aif.store import checkpoint
+from aif.store.records import content_id
+from aif.train.model import identity, learning_rate
+
+# transformers' names of ours.
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+# What may be changed in the middle of a run: where and how it is computed, not what.
+FREE = {"device", "micro_tokens", "packing", "share_prompt", "gradient_checkpointing"}
+FREE |= {"save_every", "keep_checkpoints", "members", "combine", "curve", "trackers"}
+FREE |= {"vllm_memory", "require_audit"}
+
+
+@contextmanager
+def training_in(run: Run) -> Iterator[None]:
+    """Hold the run for this process, and keep what peft and transformers warn each other of off
+    the terminal."""
+    with run.writing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def start_model(run: Run, named: str | None) -> str:
+    """What training starts from: the model that is named, or what `aif sft` left, or the policy."""
+    if named:
+        return named
+    tuned = run.file("sft")
+    return str(tuned) if checkpoint.sealed(tuned) is not None else run.settings.policy.weights
+
+
+def check_start(stage: str, name: str, folder: Path) -> None:
+    """Raise InputError where a stage is to start from the model that it makes."""
+    if Path(name).expanduser().resolve() == folder.resolve():
+        raise InputError(
+            stage, "model", got=f"{shown(name)}, what it makes", expected="the model to start from"
+        )
+
+
+def digest_of(stage: str, settings: TrainSettings, name: str, *data: str) -> str:
+    """Of everything that the weights at the end depend on; `data` are digests of the tokens."""
+    resolved = {
+        "model": identity(name),
+        "dtype": str(torch_dtype(settings.dtype, usable_device(settings.device))),
+        "learning_rate": learning_rate(settings),
+    }
+    return content_id(stage, settings.model_dump(exclude=FREE) | resolved, *data)
+
+
+def done_before(
+    run: Run, stage: str, folder: Path, about: dict[str, Any], progress: Progress
+) -> dict[str, Any] | None:
+    """The summary of an earlier time, if `folder` is what it left of the same digest; else None,
+    and the stage is marked as begun."""
+    last = run.state(stage)
+    if last.get("digest", about["digest"]) != about["digest"]:
+        progress.say(f"{stage}: data, settings or model have changed since the last time: anew")
+    elif "steps" in last:
+        why = checkpoint.fault(folder)
+        if why is None and checkpoint.sealed(folder) == about:
+            progress.say(f"{folder}: done already, of the same data, settings and model")
+            return last
+        progress.say(f"{folder}: {why or 'it is of another run'}; it is made again")
+    run.write_state(stage, {**about, "in_progress": True})
+    return None

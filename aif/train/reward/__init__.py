@@ -1,0 +1,1 @@
+"""The reward model: its data, losses, training and report card."""

@@ -1,0 +1,116 @@
+"""A reward model's head, fitted before the model around it is trained.
+
+A random head sends random gradients into a body that can tell most of what is to be learned
+already; fitted to the body's features first, training begins as a linear probe and bends less of
+what was there (Kumar et al. 2022, 2202.10054). It takes one forward pass and a convex problem in as
+many numbers as the model is wide, whose penalty is chosen by cross-validation over prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aif.train.prefix_groups import Objective, Tree, TreeLayout
+from aif.train.reward.losses import Targets
+from aif.train.reward.model import hidden_of
+
+SAMPLE = 4096  # prompts that it is fitted to, at most
+CHUNK = 64  # prompts whose loss is taken at once
+FOLDS = 5
+PENALTIES = [10 ** (n / 2) for n in range(2, 11)]  # 10 to 100,000
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts' responses as the body sees them, features [N, D], and what the loss needs."""
+
+    features_ND: torch.Tensor
+    targets: Targets
+
+
+def fit_head(
+    model: Any, trees: Sequence[Tree], layout: TreeLayout, dtype: torch.dtype, seed: int
+) -> None:
+    """Set `model.score` to the penalised optimum of the layout's objective over `trees`, each of
+    which counts once.
+
+    `dtype` is of the matrix products; `seed` decides which prompts are held out together.
+    """
+    draw = random.Random(f"head {seed}")
+    sample = draw.sample(list(trees), min(SAMPLE, len(trees)))
+    features = _features(model, sample, layout, dtype)
+    draw.shuffle(features)
+    # A penalty is fair to features of one size; one that never varies stays as it is.
+    scale_D = torch.cat([rows_ND for _, rows_ND in features]).std(0, correction=0)
+    scale_D[scale_D == 0] = 1.0
+    found = [(tree, rows_ND / scale_D) for tree, rows_ND in features]
+    penalty = _penalty(found, layout.objective)
+    weight_D = _fitted(_chunks(found, layout.objective), penalty, layout.objective)
+    with torch.no_grad():
+        model.score.weight.copy_(weight_D / scale_D)
+
+
+def _features(
+    model: Any, trees: Sequence[Tree], layout: TreeLayout, dtype: torch.dtype
+) -> list[tuple[Tree, torch.Tensor]]:
+    """Each tree with what the body makes of its responses, [n, D]."""
+    found = []
+    for group in layout.groups(trees):
+        batch = layout.batch(group).inputs(model.device)
+        batch.pop("targets")
+        mixed = dtype != torch.float32
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=mixed):
+            hidden_ND = hidden_of(model, **batch).cpu()
+        found += zip(group, hidden_ND.split([tree.responses for tree in group]), strict=True)
+    return found
+
+
+def _chunks(features: Sequence[tuple[Tree, torch.Tensor]], objective: Objective) -> list[Chunk]:
+    parts = (features[start : start + CHUNK] for start in range(0, len(features), CHUNK))
+    return [
+        Chunk(torch.cat([rows for _, rows in some]), objective.targets([tree for tree, _ in some]))
+        for some in parts
+    ]
+
+
+def _penalty(features: Sequence[tuple[Tree, torch.Tensor]], objective: Objective) -> float:
+    """The penalty whose fits do best on the prompts that they have not seen; the largest where
+    there are too few prompts to tell."""
+    if len(features) < 2 * FOLDS:
+        return PENALTIES[-1]
+    folds = [(
+        _chunks([row for n, row in enumerate(features) if n % FOLDS != fold], objective),
+        _chunks(features[fold::FOLDS], objective),
+    ) for fold in range(FOLDS)]  # fmt: skip
+
+    def held_out(penalty: float) -> float:
+        return sum(
+            float(_loss(unseen, _fitted(seen, penalty, objective), objective))
+            for seen, unseen in folds
+        )
+
+    return min(PENALTIES, key=held_out)
+
+
+def _fitted(chunks: Sequence[Chunk], penalty: float, objective: Objective) -> torch.Tensor:
+    """The weight [D] of the least loss and half the penalty times its square."""
+    weight_D = torch.zeros(chunks[0].features_ND.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_D], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = _loss(chunks, weight_D, objective) + penalty / 2 * weight_D.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight_D.detach()
+
+
+def _loss(chunks: Sequence[Chunk], weight_D: torch.Tensor, objective: Objective) -> torch.Tensor:
+    return sum(objective.loss(some.features_ND @ weight_D, some.targets) for some in chunks)

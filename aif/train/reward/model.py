@@ -1,0 +1,203 @@
+"""Scores of responses: the forward of a reward model, and a trained one to ask.
+
+A score is one number for a response to a prompt, read at the response's last token (its EOS, or
+wherever it was cut off), found by its place and never by looking for padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from types import MethodType
+from typing import Any
+
+import torch
+
+from aif.config.settings import RewardSettings
+from aif.errors import AifError
+from aif.models.load import load_reward_model, load_tokenizer, torch_dtype
+from aif.run import Run
+from aif.store import checkpoint
+from aif.store.records import Message
+from aif.train.examples import Example
+from aif.train.model import micro_batch
+from aif.train.prefix_groups import Objective, Tree, TreeLayout
+from aif.train.prefix_mask import body_inputs, shares
+from aif.train.tokens import Tokeniser
+
+STAGE = "reward"
+Asked = tuple[list[Message], Sequence[str]]  # a prompt and responses to it
+
+
+def scores_of(model: Any, **batch: Any) -> torch.Tensor:
+    """The scores [N] of a batch's responses (see `trees.TreeBatch`), in float32."""
+    hidden_ND = hidden_of(model, **batch)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        # The head in float32: scores in bfloat16 near 4 would be 0.03 apart.
+        return model.score(hidden_ND).squeeze(-1)
+
+
+def hidden_of(
+    model: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    branch: torch.Tensor | None,
+    ends_N: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    """What the body makes of a batch's responses [N, D], in float32.
+
+    What else a wrapper passes (peft: a mask and labels, all None) is left aside.
+    """
+    inputs = body_inputs(input_ids, position_ids, branch)
+    hidden_BTD = model.base_model(**inputs).last_hidden_state
+    return hidden_BTD.flatten(0, 1)[ends_N].float()
+
+
+def forward_is_loss(model: Any, objective: Objective) -> None:
+    """Make the forward of a reward model the summed loss of a batch.
+
+    So the loss is inside of whatever wraps the model: autocast, adapters, data parallelism.
+    """
+
+    def forward(self: Any, targets: dict[str, torch.Tensor], **batch: Any) -> torch.Tensor:
+        return objective.loss(scores_of(self, **batch), targets)
+
+    model.forward = MethodType(forward, model)
+
+
+def forward_is_own(model: Any) -> None:
+    """Undo `forward_is_loss`."""
+    vars(model).pop("forward", None)
+
+
+class RewardModel:
+    """A reward model to ask for scores, in evaluation mode.
+
+    `mean` and `std` are of its scores of reference responses; `normalised` uses them.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: RewardSettings, chat: bool):
+        self.model = model.eval()
+        about = getattr(model.config, "aif_reward", None) or {}
+        self.mean, self.std = about.get("mean", 0.0), about.get("std", 1.0)
+        config = model.config.get_text_config()
+        limit = min(settings.max_tokens, config.max_position_embeddings)
+        self._tokeniser = Tokeniser(tokenizer, limit, chat=about.get("chat", chat))
+        most, call = micro_batch(model, settings)
+        self._layout = TreeLayout(
+            most,
+            tokenizer.pad_token_id,
+            shares(model, settings.share_prompt, STAGE),
+            call_tokens=call,
+        )
+        self._dtype = torch_dtype(settings.dtype, model.device)
+
+    @classmethod
+    def load(cls, folder: Path, settings: RewardSettings, chat: bool = True) -> RewardModel:
+        """The one that `aif reward` left in `folder`, or any sequence classifier with one score.
+
+        Raises AifError where the folder is damaged or no reward model.
+        """
+        why = checkpoint.fault(folder) if checkpoint.sealed(folder) is not None else None
+        if why:
+            raise AifError(f"{folder}: {why}; `aif reward` makes it again")
+        model = load_reward_model(str(folder), "float32", settings.device)
+        return cls(model, load_tokenizer(str(folder))[0], settings, chat)
+
+    def scores(self, groups: Sequence[Asked]) -> list[list[float | None]]:
+        """The score of every response of each (prompt, responses).
+
+        None for all of a group in which not a token of one fits into `reward.max_tokens`. Raises
+        AifError where a score is no number.
+        """
+        talks = [
+            [
+                Example("", "", "", [*prompt, {"role": "assistant", "content": text}])
+                for text in texts
+            ]
+            for prompt, texts in groups
+        ]
+        found: list[list[float | None]] = [[None] * len(texts) for _, texts in groups]
+        trees, place = [], {}
+        asked = [n for n, talk in enumerate(talks) if talk]
+        answers = self._tokeniser.answers([talks[n] for n in asked])
+        for n, sequences in zip(asked, answers, strict=True):
+            if sequences is not None:
+                trees.append(Tree.of(sequences))
+                place[id(trees[-1])] = n
+        for group in self._layout.groups(trees):
+            values = iter(self._batch_scores(group))
+            for tree in group:
+                found[place[id(tree)]] = [next(values) for _ in range(tree.responses)]
+        return found
+
+    def normalised(self, score: float) -> float:
+        """The score with mean 0 and standard deviation 1 on the reference responses."""
+        return (score - self.mean) / self.std
+
+    @torch.no_grad()
+    def _batch_scores(self, trees: Sequence[Tree]) -> list[float]:
+        batch = self._layout.batch(trees).inputs(self.model.device)
+        batch.pop("targets")
+        mixed = self._dtype != torch.float32
+        with torch.autocast(self.model.device.type, self._dtype, enabled=mixed):
+            values = scores_of(self.model, **batch).tolist()
+        if not all(map(math.isfinite, values)):
+            raise AifError("reward: a score is not a finite number")
+        return values
+
+
+class Ensemble:
+    """One or several reward models that speak with one voice."""
+
+    def __init__(self, members: Sequence[RewardModel], combine: str):
+        self.members, self.combine = members, combine
+
+    def scores(self, groups: Sequence[Asked]) -> list[list[float | None]]:
+        """The single member's scores as they are; of several, their normalised scores combined."""
+        by_member = [member.scores(groups) for member in self.members]
+        if len(by_member) == 1:
+            return by_member[0]
+        return [
+            [self._one(scores) for scores in zip(*rows, strict=True)]
+            for rows in zip(*by_member, strict=True)
+        ]
+
+    def _one(self, scores: Sequence[float | None]) -> float | None:
+        if None in scores:
+            return None
+        pairs = zip(self.members, scores, strict=True)
+        return combined([member.normalised(score) for member, score in pairs], self.combine)
+
+
+def member_name(number: int) -> str:
+    """The stage and folder name of the ensemble's nth model, from 0."""
+    return STAGE if number == 0 else f"{STAGE}-{number + 1}"
+
+
+def member_folders(run: Run) -> list[Path]:
+    """Where the run's trained reward model, or models, are. Raises AifError where one is not."""
+    folders = [run.file(member_name(n)) for n in range(run.settings.reward.members)]
+    for folder in folders:
+        if checkpoint.sealed(folder) is None:
+            raise AifError(f"{folder}: not there or not complete; `aif reward {run.path}` first")
+    return folders
+
+
+def load_ensemble(run: Run) -> Ensemble:
+    """The run's trained reward model, or models. Raises AifError where one is not there."""
+    settings = run.settings.reward
+    chat = run.settings.policy.form != "text"
+    members = [RewardModel.load(folder, settings, chat) for folder in member_folders(run)]
+    return Ensemble(members, settings.combine)
+
+
+def combined(scores: Sequence[float], how: str) -> float:
+    """One score of an ensemble's: their mean, the least, or the mean less a standard deviation
+    (Coste et al. 2023, 2310.02743)."""
+    if how == "min":
+        return min(scores)
+    return fmean(scores) - (pstdev(scores) if how == "lower" else 0.0)
