@@ -20,8 +20,8 @@ test: .venv/ready
 	.venv/bin/python -m pytest
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm.py
-	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm_judge.py
+	.venv-vllm/bin/python -m pytest -m vllm tests/train/ppo/test_vllm_rollouts.py
+	.venv-vllm/bin/python -m pytest -m vllm tests/llm/test_vllm.py
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -20,16 +20,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Job, read_jsonl, write_constitution, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server import hash_of, serving
 
 from aif.config.settings import LabelSettings, LLMSettings
 from aif.constitution import file as constitutions
 from aif.data.readers import read_pairs
 from aif.judge.judge import Judge
 from aif.store.journal import Index
+from tests.conftest import Job, read_jsonl, write_constitution, write_jsonl
+from tests.support.server import hash_of, serving
 
 NO_KILLS = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=none", "true"]
 

@@ -7,7 +7,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, aif, write_constitution, write_jsonl
+
+from tests.conftest import ROOT, aif, write_constitution, write_jsonl
 
 PACKAGE = ROOT / "aif"
 

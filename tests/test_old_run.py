@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import read_jsonl
 from typer.testing import CliRunner
 
 from aif.cli.verbs import app
+from tests.conftest import read_jsonl
 
 pytest.importorskip("torch")
 FIXTURE = Path(__file__).parent / "fixtures" / "old-run"

@@ -17,8 +17,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tomli_w
-from conftest import AIF, ROOT, aif, read_jsonl, write_jsonl
-from tiny import Said, save_tiny
 
 from aif import status
 from aif.cli import render_run
@@ -27,6 +25,8 @@ from aif.errors import InputError, TooManyFaults
 from aif.pipeline import STAGES, chosen, run_all, steps
 from aif.planning import plan
 from aif.run import Run
+from tests.conftest import AIF, ROOT, aif, read_jsonl, write_jsonl
+from tests.support.tiny import Said, save_tiny
 
 CONSTITUTION = """
 name = "x"

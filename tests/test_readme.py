@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aif.config.settings import LoraSettings, PolicySettings, Settings
-from tests.server import serving
+from tests.support.server import serving
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from bench import edit, journal_resume
-from conftest import aif
+
+from tests.bench import edit, journal_resume
+from tests.conftest import aif
 
 
 @pytest.mark.slow

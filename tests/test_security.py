@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, aif, read_jsonl, write_constitution, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from aif.judge.judge import Judge, delimiter
 from aif.llm.scripted import words
 from aif.run import Run
 from aif.store.records import Comparison
+from tests.conftest import ROOT, aif, read_jsonl, write_constitution, write_jsonl
 
 KEY, PASSWORD, TOKEN = "sk-planted-0123456789abcdef", "hunter2-planted", "query-planted-77"
 SECRETS = [KEY, PASSWORD, TOKEN, base64.b64encode(f"alice:{PASSWORD}".encode()).decode()]

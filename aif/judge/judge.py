@@ -1,9 +1,9 @@
 """A judge: which calls a comparison needs under a constitution, and what an answer says.
 
 How a call asks and what its answer says is its protocol's: pairwise, reasoned, pointwise or rating
-(`aif.judge.protocols`). A cell is one such call: comparison x principle x order. Its id is computed from
-all that its answer depends on, so a cell is done when the journal holds that id, whoever asked and
-when.
+(`aif.judge.protocols`). A cell is one such call: comparison x principle x order. Its id is computed
+from all that its answer depends on, so a cell is done when the journal holds that id, whoever asked
+and when.
 """
 
 from __future__ import annotations

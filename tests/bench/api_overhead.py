@@ -30,15 +30,14 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
-
-from peer_clock import MODEL  # noqa: E402
-from server import Serving, serving  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
 
 from aif.config.settings import LabelSettings, LLMSettings  # noqa: E402
 from aif.constitution.file import load  # noqa: E402
 from aif.data.readers import read_pairs  # noqa: E402
 from aif.judge.judge import Judge  # noqa: E402
+from tests.bench.peer_clock import MODEL  # noqa: E402
+from tests.support.server import Serving, serving  # noqa: E402
 
 RUN_S = 300  # a contender that takes longer has failed
 TARGET = 0.85  # of the bare SDK's throughput

@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from server import serving
+from tests.support.server import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTITUTION = "\n".join(

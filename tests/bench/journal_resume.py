@@ -18,16 +18,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from server import serving
 
 from aif.config.settings import LabelSettings, LLMSettings
 from aif.constitution import file as constitutions
 from aif.data.readers import read_pairs
 from aif.judge.judge import Judge
 from aif.store.journal import encode
+from tests.support.server import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "openai:test-model"

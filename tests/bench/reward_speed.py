@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from training import Clock, Contenders, compare, quiet
 from trl import RewardConfig, RewardTrainer
 
 from aif.config.settings import RewardSettings, Settings
@@ -46,6 +45,7 @@ from aif.train.reward.model import forward_is_loss, scores_of
 from aif.train.reward.train import trees
 from aif.train.tokens import Tokeniser
 from aif.train.trainer import StepTrainer, Training
+from tests.bench.training import Clock, Contenders, compare, quiet
 
 MAX_TOKENS = 1024
 HH = "hh/harmless_base.jsonl"

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from training import Clock, Contenders, compare, quiet
 from trl import SFTConfig, SFTTrainer
 
 from aif.config.settings import Settings, SFTSettings
@@ -43,6 +42,7 @@ from aif.train.metrics import Metrics
 from aif.train.model import load_for_training, micro_batch, packs
 from aif.train.tokens import Tokeniser
 from aif.train.trainer import StepTrainer, Training
+from tests.bench.training import Clock, Contenders, compare, quiet
 
 MAX_TOKENS = 1024
 HH = "hh/helpful_rejection_sampled.jsonl"

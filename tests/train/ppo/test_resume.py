@@ -1,0 +1,195 @@
+"""PPO stopped, killed and started again: the same bits, once, and anew where it must be."""
+
+# ruff: noqa: E402  (what needs torch is imported once torch is known to be there)
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file
+
+from aif.errors import Interrupted
+from aif.train.ppo.train import ppo
+from tests.conftest import ROOT, read_jsonl
+from tests.support.tiny import Said, flip
+from tests.support.toy import save_toy, toy_run
+
+STEPS = {"max_steps": 6, "batch_size": 8, "save_every": 2, "kl_coef": 0.1, "minibatches": 2}
+STEPS |= {"kl_target": 1.0, "kl_horizon": 100, "scale_scores": True, "score_clip": 2.0}
+STEPS |= {"eval_fraction": 0.25, "eval_every": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_toy(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, model) -> Path:
+    """A run that nothing stopped."""
+    run = toy_run(tmp_path_factory.mktemp("runs") / "run", model, **STEPS)
+    assert ppo(run, Said())["steps"] == 6
+    return run.path
+
+
+def noted(run: Path) -> list:
+    """Every number on the way but the clock's, and every sample."""
+    rows = read_jsonl(run / "metrics.jsonl")
+    return [
+        [row for row in rows if not row["name"].startswith(("time/", "objective/scores/"))],
+        read_jsonl(run / "ppo-samples.jsonl"),
+    ]
+
+
+def same_end(run: Path, straight: Path) -> None:
+    """Equal to the bit: policy, critic, metrics, samples."""
+    for name in ("ppo", "ppo-critic"):
+        ours, theirs = (load_file(r / name / "model.safetensors") for r in (run, straight))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert noted(run) == noted(straight)
+
+
+@pytest.mark.parametrize(("stop_at", "number"), [(1, signal.SIGINT), (5, signal.SIGTERM)])
+def test_interrupted_it_goes_on_to_the_same_bits(tmp_path, model, straight, stop_at, number):
+    run = toy_run(tmp_path / "run", model, **STEPS)
+    with pytest.raises(Interrupted, match=f"interrupted at step {stop_at} of 6; the same"):
+        ppo(run, Said(stop_at, number))
+    assert not (run.path / "ppo").exists()
+    assert ppo(run, Said())["resumed_from"] == stop_at
+    same_end(run.path, straight)
+
+
+CHILD = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from tests.support.toy import toy_run
+from aif.progress import Progress
+from aif.train.ppo.train import ppo
+
+class Told(Progress):
+    def update(self, done, faults=0, note=""):
+        print(done, flush=True)
+
+ppo(toy_run(Path(sys.argv[2]), Path(sys.argv[3]), **json.loads(sys.argv[4])), Told(quiet=True))
+"""
+
+
+def test_killed_it_goes_on_to_the_same_bits(tmp_path, model, straight):
+    command = [sys.executable, "-c", CHILD, ROOT, tmp_path / "run", model, json.dumps(STEPS)]
+    process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if int(line) == 5:
+            process.kill()
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    resumed = ppo(toy_run(tmp_path / "run", model, **STEPS), Said())["resumed_from"]
+    assert 4 <= resumed < 6
+    same_end(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "custom_checkpoint_1.pkl", "COMPLETE"])
+def test_from_an_older_checkpoint_it_comes_to_the_same_bits(tmp_path, model, straight, name):
+    run = toy_run(tmp_path / "run", model, **STEPS)
+    with pytest.raises(Interrupted):
+        ppo(run, Said(5))
+    newest = run.path / "checkpoints" / "ppo" / "checkpoint-5"
+    if name == "COMPLETE":  # killed while it was being saved
+        (newest / name).unlink()
+    else:
+        flip(newest / name)
+    said = Said()
+    assert ppo(run, said)["resumed_from"] == 4
+    assert any("checkpoint-5: not resumed from: " in line for line in said.lines)
+    same_end(run.path, straight)
+
+
+def test_with_adapters_it_goes_on_to_the_same_bits(tmp_path, model):
+    options = STEPS | {"lora": {"rank": 4}, "max_steps": 4}
+    ppo(toy_run(tmp_path / "straight", model, **options), Said())
+    run = toy_run(tmp_path / "run", model, **options)
+    with pytest.raises(Interrupted):
+        ppo(run, Said(3))
+    kept = load_file(run.path / "checkpoints" / "ppo" / "checkpoint-3" / "model.safetensors")
+    # Adapters and the critic's new head; the models under them are as they were read.
+    assert all("lora_" in name or ".score." in name for name in kept)
+    assert ppo(run, Said())["resumed_from"] == 3
+    same_end(run.path, tmp_path / "straight")
+
+
+def test_with_prompts_run_once_it_goes_on_to_the_same_bits(tmp_path, model):
+    options = STEPS | {"samples": 4, "batch_size": 3, "max_steps": 3, "share_prompt": True}
+    ppo(toy_run(tmp_path / "straight", model, **options), Said())
+    run = toy_run(tmp_path / "run", model, **options)
+    with pytest.raises(Interrupted):
+        ppo(run, Said(1))
+    assert ppo(run, Said())["resumed_from"] == 1
+    same_end(run.path, tmp_path / "straight")
+
+
+def test_a_finished_run_does_nothing_more(straight, model, monkeypatch):
+    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it trains"))
+    said = Said()
+    found = ppo(toy_run(straight, model, **STEPS), said)
+    assert said.lines == [f"{straight}/ppo: done already, of the same data, settings and model"]
+    assert found["steps"] == 6
+
+
+def test_how_it_is_computed_is_no_reason_to_train_again(straight, model, monkeypatch):
+    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it trains"))
+    free = {"micro_tokens": 64, "save_every": 1, "keep_checkpoints": 5}
+    assert ppo(toy_run(straight, model, **STEPS | free), Said())["steps"] == 6
+
+
+def test_an_edited_reward_makes_it_anew(tmp_path, model):
+    options = STEPS | {"max_steps": 2}
+    ppo(toy_run(tmp_path / "run", model, **options), Said())
+    run = toy_run(tmp_path / "run", model, **options)
+    path = tmp_path / "run" / "rewards.py"
+    path.write_text(path.read_text().replace("/ 8", "/ 4"))
+    said = Said()
+    assert ppo(run, said)["resumed_from"] == 0
+    assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
+
+
+def test_an_edited_gold_makes_it_anew(tmp_path, model):
+    """It decides where training stops and which weights are kept."""
+    gold = {"max_steps": 2, "gold": f"{tmp_path}/gold.py:gold"}
+    path = tmp_path / "gold.py"
+    path.write_text("def gold(prompts, texts):\n    return [0.0 for _ in texts]\n")
+    ppo(toy_run(tmp_path / "run", model, **STEPS | gold), Said())
+    path.write_text("def gold(prompts, texts):\n    return [1.0 for _ in texts]\n")
+    said = Said()
+    ppo(toy_run(tmp_path / "run", model, **STEPS | gold), said)
+    assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
+
+
+def test_another_setting_makes_it_anew(tmp_path, model):
+    options = STEPS | {"max_steps": 2}
+    run = toy_run(tmp_path / "run", model, **options)
+    ppo(run, Said())
+    said = Said()
+    found = ppo(toy_run(tmp_path / "run", model, **options | {"kl_coef": 0.2}), said)
+    assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
+    assert found["resumed_from"] == 0
