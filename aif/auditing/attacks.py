@@ -20,7 +20,8 @@ from typing import Any
 
 from aif.stats.agreement import rate
 from aif.stats.calibration import CONFIDENT
-from aif.stats.winrate import Bootstrap, outcome
+from aif.stats.odds import outcome
+from aif.stats.winrate import Bootstrap
 from aif.store.records import Comparison, Label
 
 IDENTICAL = "identical"
@@ -43,7 +44,7 @@ class Canary:
 
 def canaries(row: Comparison, label: Label) -> Iterator[Canary]:
     """The attacks on a pair that a judge has named the winner of; none on one that is even."""
-    winner = outcome(label.p_first, 0.0)
+    winner = outcome(label.p_first)
     if winner in (None, 0.5):
         return
     better, worse = (row.first, row.second) if winner else (row.second, row.first)
@@ -78,4 +79,4 @@ def flips(
 def _flipped(canary: Canary, p_first: float) -> bool:
     if canary.kind == IDENTICAL:
         return not CONFIDENT[0] <= p_first <= CONFIDENT[1]
-    return outcome(p_first, 0.0) == canary.side
+    return outcome(p_first) == canary.side

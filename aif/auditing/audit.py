@@ -33,7 +33,8 @@ from aif.run import Run
 from aif.stages.label import STAGE as LABELS
 from aif.stages.label import label
 from aif.stats.agreement import alpha, annotators, longer_wins
-from aif.stats.winrate import Bootstrap, Value, outcome
+from aif.stats.odds import Value, outcome
+from aif.stats.winrate import Bootstrap
 from aif.store.provenance import identity
 from aif.store.records import Comparison, Label, Verdict, content_id
 
@@ -269,7 +270,7 @@ def _longer_wins(items: Sequence[Item], bootstrap: Bootstrap) -> dict[str, Any] 
 
 
 def _outcome(label: Label | None) -> Value:
-    return outcome(label.p_first, 0.0) if label else None
+    return outcome(label.p_first) if label else None
 
 
 def _about(one: Judged, tallies: Tallies) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from aif.stats.agreement import (
     temperature,
 )
 from aif.stats.calibration import calibration
-from aif.stats.odds import log_odds
-from aif.stats.winrate import Bootstrap, Value, outcome
+from aif.stats.odds import Value, log_odds, outcome
+from aif.stats.winrate import Bootstrap
 from aif.store.records import Label, Verdict, content_id
 
 BOTH = ("ab", "ba")
@@ -72,7 +72,7 @@ class Tallies:
         tally.verdicts += 1
         tally.graded += len(verdict.order) == 1
         self.paid.add(verdict)
-        said = outcome(verdict.p_first, 0.0)
+        said = outcome(verdict.p_first)
         if said is None:
             tally.faults[verdict.fault or "null"] += 1
         if verdict.order not in BOTH:
@@ -87,7 +87,7 @@ class Tallies:
             self._other[key] = verdict
         elif said is not None and before.p_first is not None:
             first, second = sorted((before, verdict), key=lambda v: v.order)
-            tally.swaps[outcome(first.p_first, 0.0), outcome(second.p_first, 0.0)] += 1
+            tally.swaps[outcome(first.p_first), outcome(second.p_first)] += 1
 
     def of(self, principle: str | None = None, subset: str | None = None) -> Tally:
         """The sum over what is asked for; None is all."""
@@ -189,7 +189,7 @@ def weight(card: Mapping[str, Any]) -> float | None:
 
 
 def _outcomes(judgements: Iterable[Judgement]) -> list[Value]:
-    return [outcome(j.label.p_first, 0.0) if j.label else None for j in judgements]
+    return [outcome(j.label.p_first) if j.label else None for j in judgements]
 
 
 def _by_principle(
@@ -199,7 +199,7 @@ def _by_principle(
     found = {}
     for name in names:
         asked = [j for j in judgements if j.label and name in j.label.by_principle]
-        said = [outcome(j.label.by_principle[name], 0.0) for j in asked]
+        said = [outcome(j.label.by_principle[name]) for j in asked]
         found[name] = figures(asked, said, tallies.of(principle=name), bootstrap)
     return found
 

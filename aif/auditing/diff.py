@@ -27,6 +27,7 @@ from aif.judge.panel import panel_of
 from aif.judge.provenance import changes, facts
 from aif.run import Run
 from aif.stages.label import STAGE, comparisons
+from aif.stats.odds import winner
 from aif.stats.winrate import wilson
 from aif.store import jsonl
 from aif.store.journal import Reader
@@ -64,7 +65,7 @@ class Tally:
     moved: float = 0.0
 
     def add(self, p_a: float, p_b: float) -> None:
-        self.sides[side(p_a), side(p_b)] += 1
+        self.sides[winner(p_a), winner(p_b)] += 1
         self.moved += abs(p_a - p_b)
 
     def figures(self) -> dict[str, Any]:
@@ -94,11 +95,6 @@ class Tally:
             "kappa": kappa,
             "moved": self.moved / n,  # mean absolute difference of p_first
         }
-
-
-def side(p_first: float) -> int:
-    """1: the first response wins, -1: the second, 0: neither."""
-    return (p_first > 0.5) - (p_first < 0.5)
 
 
 def diff(run: Run, other: Run | None, to: Path | None = None, show: int = 5) -> dict[str, Any]:
@@ -236,7 +232,7 @@ def _compared(
             lost[was.fault] += 1
         else:
             every.add(was.p_first, now.p_first)
-            if side(was.p_first) * side(now.p_first) < 0:
+            if winner(was.p_first) * winner(now.p_first) < 0:
                 flips.append(Flip(abs(was.p_first - now.p_first), was, now, id_a))
     if not labels["both"]:
         raise AifError(

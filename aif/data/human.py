@@ -21,6 +21,7 @@ from typing import Any
 from aif.data.readers import pairs_of, read_rows
 from aif.errors import InputError, shown
 from aif.run import Run
+from aif.stats.odds import outcome
 from aif.store.records import TURNED, Comparison, HumanChoice
 
 FIRST, SECOND, TIE = 1.0, 0.0, 0.5
@@ -75,7 +76,7 @@ def items_of(run: Run) -> Iterator[Item]:
     chosen: dict[str, tuple[float, ...]] = {}
     if run.file("human.jsonl").exists():
         for row in run.read("human.jsonl", HumanChoice):
-            chosen[row.comparison_id] = (*chosen.get(row.comparison_id, ()), _side(row.p_first))
+            chosen[row.comparison_id] = (*chosen.get(row.comparison_id, ()), outcome(row.p_first))
     for row in run.read("comparisons.jsonl", Comparison):
         yield Item(row.id, row.prompt_id, _more_words(row), chosen.get(row.id, ()))
 
@@ -93,7 +94,7 @@ def _item(
     if choices and turned:
         choices = [1 - choice for choice in choices]
     elif human and not choices:
-        choices = [_side(human.p_first)]
+        choices = [outcome(human.p_first)]
     subset = row.get("subset")
     return Item(
         comparison.id,
@@ -119,10 +120,6 @@ def _choices(row: dict[str, Any], place: str) -> list[float]:
 
 def _more_words(row: Comparison) -> int:
     return len(row.first.split()) - len(row.second.split())
-
-
-def _side(p_first: float) -> float:
-    return FIRST if p_first > 0.5 else SECOND if p_first < 0.5 else TIE
 
 
 def _choice(value: Any, place: str, key: str) -> float:

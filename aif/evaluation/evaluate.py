@@ -33,7 +33,8 @@ from aif.run import Run
 from aif.stages.label import STAGE as LABELS
 from aif.stages.label import label
 from aif.stages.respond import respond
-from aif.stats.winrate import Bootstrap, Game, match, outcome, ratings
+from aif.stats.odds import outcome
+from aif.stats.winrate import Bootstrap, Game, match, ratings
 from aif.store import jsonl
 from aif.store.checkpoint import sealed
 from aif.store.records import Comparison, HumanChoice, Label, Prompt, Response
@@ -324,7 +325,7 @@ def _people(
 
 def _agrees(p_first: float | None, human: float) -> float | None:
     """1.0 where both prefer the same response, 0.5 where the first of them is even."""
-    return None if p_first is None else abs(outcome(p_first, 0.0) + human - 1)
+    return None if p_first is None else abs(outcome(p_first) + human - 1)
 
 
 def _figures(

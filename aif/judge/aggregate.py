@@ -8,7 +8,7 @@ from statistics import fmean
 
 from aif.constitution.file import Constitution, Principle
 from aif.judge.judge import ORDERS
-from aif.stats.odds import log_odds, probability
+from aif.stats.odds import log_odds, probability, winner
 from aif.store.records import Comparison, Label, Verdict
 
 ROUNDING = 1e-9  # in log-odds: what is even is exactly even, thresholds hold from both sides
@@ -101,14 +101,14 @@ def _agreed(votes: Sequence[tuple[float, float]], rule: str) -> tuple[float | No
     votes = [vote for vote in votes if vote[0]]
     if not votes:
         return None, "unparsed"
-    sides = {_winner(p) for _, p in votes}
+    sides = {winner(p) for _, p in votes}
     if rule == "unanimous" and len(sides) > 1:
         return None, "no_consensus"
     if rule == "majority" and len(sides) > 1:
-        lead = _settled(sum(weight * _winner(p) for weight, p in votes))
+        lead = _settled(sum(weight * winner(p) for weight, p in votes))
         if not lead:
             return None, "tied"
-        votes = [(weight, p) for weight, p in votes if _winner(p) * lead > 0]
+        votes = [(weight, p) for weight, p in votes if winner(p) * lead > 0]
     if len(votes) == 1:
         return votes[0][1], None  # as it stands: log-odds and back would round it
     total = sum(weight for weight, _ in votes)
@@ -177,13 +177,8 @@ def _order_agreement(
     by_principle: dict[str, list[Verdict]], evidence: dict[str, float | None]
 ) -> float | None:
     agree = [
-        len({_winner(v.p_first) for v in by_principle[name] if v.p_first is not None}) == 1
+        len({winner(v.p_first) for v in by_principle[name] if v.p_first is not None}) == 1
         for name, found in evidence.items()
         if found is not None
     ]
     return sum(agree) / len(agree) if agree else None
-
-
-def _winner(p_first: float) -> int:
-    """1: the first, -1: the second, 0: neither."""
-    return (p_first > 0.5) - (p_first < 0.5)

@@ -12,6 +12,7 @@ from aif.llm.usage import Paid
 from aif.report.schema import rows
 from aif.run import Run
 from aif.stats.calibration import CONFIDENT, accuracy
+from aif.stats.odds import winner
 from aif.store.records import Comparison, HumanChoice, Label, Message, Verdict
 
 PAIRWISE = ("ab", "ba")
@@ -104,11 +105,6 @@ def contents(messages: Iterable[Message]) -> list[str]:
 def page_size(text: str) -> int:
     """About how many bytes a text takes on the page, which is ASCII."""
     return len(text) if text.isascii() else 6 * len(text)
-
-
-def winner(p_first: float) -> int:
-    """1: the first, -1: the second, 0: neither."""
-    return (p_first > 0.5) - (p_first < 0.5)
 
 
 def judge_card(judged: Judged) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from aif.stats.winrate import Bootstrap, Value, length_controlled, wilson
+from aif.stats.odds import Value
+from aif.stats.winrate import Bootstrap, length_controlled, wilson
 
 MOST = 10_000  # values that are bootstrapped: a draw of more takes memory and says the same
 FEWEST = 20  # pairs on each side of a split to fit a temperature

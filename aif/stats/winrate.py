@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-Value = float | None
+from aif.stats.odds import Value, outcome
+
 CONFIDENCE = 0.95
 PENALTY = 100.0  # sklearn's C: so weak that it only keeps a slope finite
 LEAST = 10  # prompts to fit a slope to
@@ -69,15 +70,6 @@ def wilson(right: float, n: int) -> tuple[float, float]:
 
     ends = binomtest(round(right), n).proportion_ci(CONFIDENCE, "wilson")
     return float(ends.low), float(ends.high)
-
-
-def outcome(p_first: Value, tie_margin: float) -> Value:
-    """1.0 for a win of the first, 0.0 for a loss, 0.5 for a tie."""
-    if p_first is None:
-        return None
-    if abs(p_first - 0.5) <= tie_margin + 1e-12:
-        return 0.5
-    return float(p_first > 0.5)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ pytest.importorskip("sklearn")
 
 import numpy as np
 
+from aif.stats.odds import outcome, winner
 from aif.stats.winrate import (
     ELO,
     LEAST,
@@ -19,7 +20,6 @@ from aif.stats.winrate import (
     bradley_terry,
     length_controlled,
     match,
-    outcome,
     ratings,
 )
 
@@ -94,7 +94,8 @@ def test_to_win_or_tie_all_of_six_is_not_to_do_so_always(bootstrap):
 
 
 def test_a_tie_is_what_is_within_the_margin_of_even():
-    assert [outcome(p, 0.0) for p in (0.51, 0.5, 0.49, None)] == [1.0, 0.5, 0.0, None]
+    assert [outcome(p) for p in (0.51, 0.5, 0.49, None)] == [1.0, 0.5, 0.0, None]
+    assert [winner(p) for p in (0.51, 0.5, 0.49)] == [1, 0, -1]
     assert [outcome(p, 0.1) for p in (0.61, 0.6, 0.5, 0.4, 0.39)] == [1.0, 0.5, 0.5, 0.5, 0.0]
 
 
