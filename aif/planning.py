@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -72,7 +72,8 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
     with ExitStack() as opened:
         llms = [opened.enter_context(open_llm(model)) for model in models]
         panel = panel_of(run, path, [llm.control_tokens for llm in llms])
-        journal = opened.enter_context(_paid(run))
+        path_of_answers = run.file("journal") / f"{STAGE}.jsonl"
+        journal = opened.enter_context(Reader.reading(path_of_answers, missing_ok=True))
         works = panel.count(lambda: _comparisons(run), journal)
         judges = [
             _of_judge(run, seat, work, llm, journal.index)
@@ -102,17 +103,6 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
         "judge": ", ".join(seat.name for seat in panel.seats),
     }
     return found | _money(run, found, _sampling_dollars(run) if sampled else {})
-
-
-@contextmanager
-def _paid(run: Run) -> Iterator[Reader]:
-    """The labelling's journal, empty where there is none."""
-    path = run.file("journal") / f"{STAGE}.jsonl"
-    if not path.exists():
-        yield Reader(path, -1, Index())
-        return
-    with Reader.reading(path) as journal:
-        yield journal
 
 
 def _of_judge(run: Run, seat: Seat, work: Work, llm: LLM, index: Index) -> dict[str, Any]:

@@ -9,7 +9,6 @@ here as in a labelling: what `aif label` paid for is read from its journal.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
@@ -25,7 +24,7 @@ from aif.llm.dispatch import Faults, ask_all
 from aif.progress import Progress
 from aif.run import Run
 from aif.stats.odds import log_odds
-from aif.store.journal import Index, Journal
+from aif.store.journal import Journal, Reader
 from aif.store.records import Comparison, Message, content_id
 
 STAGE = "ppo"
@@ -100,8 +99,9 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
         return self._opened.enter_context(self._run.journal(self._stage))
 
     @cached_property
-    def _labelled(self) -> Index:
-        return self._run.index(LABELS)
+    def _labelled(self) -> Reader:
+        path = self._run.file("journal") / f"{LABELS}.jsonl"
+        return self._opened.enter_context(Reader.reading(path, missing_ok=True))
 
     def _model(self) -> LLM:
         """The model. Once it is open, the judge knows its control tokens."""
@@ -121,7 +121,9 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
     def _pay(self, rows: Sequence[Comparison]) -> None:
         """Ask what neither journal has an answer to, each once."""
         wanted = {bytes.fromhex(cell.id) for row in rows for cell in self._cells(row)}
-        missing = wanted - self._journal.index.answered.keys() - self._labelled.answered.keys()
+        missing = (
+            wanted - self._journal.index.answered.keys() - self._labelled.index.answered.keys()
+        )
         if not missing:
             return
         llm = self._model()
@@ -152,12 +154,8 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
 
     def _newest(self, cell: Cell) -> dict[str, Any] | None:
         """The journal row that counts for a cell, if there is any."""
-        offset = self._labelled.answered.get(bytes.fromhex(cell.id))
-        if offset is None:
-            return self._journal.newest(cell.id)
-        with open(self._run.file("journal") / f"{LABELS}.jsonl", "rb") as file:
-            file.seek(offset)
-            return json.loads(file.readline())
+        is_labelled = bytes.fromhex(cell.id) in self._labelled.index.answered
+        return (self._labelled if is_labelled else self._journal).newest(cell.id)
 
 
 def _require_grades(run: Run) -> None:

@@ -79,7 +79,7 @@ class Index:
 class Reader:
     """Rows by id, of a journal that another process may be writing: nothing is repaired.
 
-    What is appended later is not seen. Raises AifError where there is no such file.
+    What is appended later is not seen.
     """
 
     def __init__(self, path: Path, descriptor: int, index: Index):
@@ -89,8 +89,14 @@ class Reader:
 
     @staticmethod
     @contextlib.contextmanager
-    def reading(path: Path) -> Iterator[Reader]:
-        """A journal to look at, closed at the end of the `with`."""
+    def reading(path: Path, missing_ok: bool = False) -> Iterator[Reader]:
+        """A journal to look at, closed at the end of the `with`.
+
+        With `missing_ok` a file that is not there is an empty journal; else it is an AifError.
+        """
+        if missing_ok and not path.exists():
+            yield Reader(path, -1, Index())
+            return
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError as error:
