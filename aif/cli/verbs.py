@@ -272,11 +272,11 @@ def export(
     """Write the labels in a shape that other trainers read."""
     from aif.stages.export import export as write
 
-    def told(summary: dict[str, Any]) -> list[str]:
+    def lines(summary: dict[str, Any]) -> list[str]:
         left = ", ".join(f"{n:,} {why}" for why, n in summary["left_out"].items())
         return [f"{summary['rows']:,} rows{f'; left out: {left}' if left else ''}", summary["file"]]
 
-    show_summary(write(existing_run(run), format, to), json_, False, render)
+    show_summary(write(existing_run(run), format, to), json_, False, lines)
 
 
 def main() -> None:
