@@ -18,10 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aif.stats.agreement import rate
 from aif.stats.calibration import CONFIDENT
+from aif.stats.intervals import Bootstrap
 from aif.stats.odds import outcome
-from aif.stats.winrate import Bootstrap
 from aif.store.records import Comparison, Label
 
 IDENTICAL = "identical"
@@ -68,7 +67,7 @@ def flips(
     return {
         kind: {
             "flips": some.count(1.0),
-            "rate": rate(some, bootstrap),
+            "rate": bootstrap.rate(some),
             "null": some.count(None),
         }
         for kind, some in told.items()

@@ -33,8 +33,8 @@ from aif.run import Run
 from aif.stages.label import STAGE as LABELS
 from aif.stages.label import label
 from aif.stats.agreement import alpha, annotators, longer_wins
+from aif.stats.intervals import Bootstrap
 from aif.stats.odds import Value, outcome
-from aif.stats.winrate import Bootstrap
 from aif.store.provenance import identity
 from aif.store.records import Comparison, Label, Verdict, content_id
 

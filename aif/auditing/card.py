@@ -18,13 +18,12 @@ from aif.stats.agreement import (
     agreement,
     at_equal_length,
     longer_wins,
-    rate,
     self_preference,
     temperature,
 )
 from aif.stats.calibration import calibration
+from aif.stats.intervals import Bootstrap
 from aif.stats.odds import Value, log_odds, outcome
-from aif.stats.winrate import Bootstrap
 from aif.store.records import Label, Verdict, content_id
 
 BOTH = ("ab", "ba")
@@ -164,13 +163,13 @@ def position(tally: Tally, bootstrap: Bootstrap) -> dict[str, Any] | None:
     same = sum(times for (ab, ba), times in tally.swaps.items() if ab == ba)
     named = tally.shown_first.total()
     return {
-        "consistency": rate([1.0] * same + [0.0] * (swaps - same), bootstrap),
+        "consistency": bootstrap.rate([1.0] * same + [0.0] * (swaps - same)),
         "first": tally.swaps[1.0, 0.0] / swaps if swaps else None,
         "second": tally.swaps[0.0, 1.0] / swaps if swaps else None,
         "bias": (tally.shown_first[True] - tally.shown_first[False]) / named if named else None,
         "right": {
-            order: rate(
-                [1.0] * tally.right[order, True] + [0.0] * tally.right[order, False], bootstrap
+            order: bootstrap.rate(
+                [1.0] * tally.right[order, True] + [0.0] * tally.right[order, False]
             )
             for order in BOTH
         },

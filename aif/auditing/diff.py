@@ -27,8 +27,9 @@ from aif.judge.panel import panel_of
 from aif.judge.provenance import changes, facts
 from aif.run import Run
 from aif.stages.label import STAGE, comparisons
-from aif.stats.odds import winner
-from aif.stats.winrate import wilson
+from aif.stats.agreement import kappa
+from aif.stats.intervals import wilson
+from aif.stats.odds import outcome
 from aif.store import jsonl
 from aif.store.journal import Reader
 from aif.store.records import TURNED, Comparison, Label, Verdict
@@ -61,38 +62,28 @@ class Flip(NamedTuple):
 class Tally:
     """How two labellings' probabilities for the first response lie to each other."""
 
-    sides: Counter[tuple[int, int]] = field(default_factory=Counter)
+    outcomes: Counter[tuple[float, float]] = field(default_factory=Counter)
     moved: float = 0.0
 
     def add(self, p_a: float, p_b: float) -> None:
-        self.sides[winner(p_a), winner(p_b)] += 1
+        self.outcomes[outcome(p_a), outcome(p_b)] += 1
         self.moved += abs(p_a - p_b)
 
     def figures(self) -> dict[str, Any]:
         """Agreement is on the side of 0.5; one even label against one that is not agrees by half.
 
         The 95 % interval is Wilson's; it takes comparisons for independent, which those of one
-        prompt are not quite. Kappa (Cohen 1960) has the same halves as linear weights (Cohen 1968);
-        it is null where both say the same of all, since chance would then agree as well.
+        prompt are not quite. Kappa has the same halves; it is null where both say the same of all.
         """
-        from sklearn.metrics import cohen_kappa_score
-
-        n = self.sides.total()
-        found = {"n": n, "flips": sum(self.sides[pair] for pair in ((1, -1), (-1, 1)))}
+        n = self.outcomes.total()
+        found = {"n": n, "flips": self.outcomes[0.0, 1.0] + self.outcomes[1.0, 0.0]}
         if not n:
             return found | dict.fromkeys(("agreement", "interval", "kappa", "moved"))
-        agree = sum(times * (1 - abs(a - b) / 2) for (a, b), times in self.sides.items())
-        a, b = zip(*self.sides, strict=True)
-        kappa = None
-        if len({*a, *b}) > 1:
-            weights = list(self.sides.values())
-            kappa = float(
-                cohen_kappa_score(a, b, labels=[-1, 0, 1], weights="linear", sample_weight=weights)
-            )
+        agree = sum(times * (1 - abs(a - b)) for (a, b), times in self.outcomes.items())
         return found | {
             "agreement": agree / n,
             "interval": list(wilson(agree, n)),
-            "kappa": kappa,
+            "kappa": kappa(self.outcomes, halves=True),
             "moved": self.moved / n,  # mean absolute difference of p_first
         }
 
@@ -232,7 +223,7 @@ def _compared(
             lost[was.fault] += 1
         else:
             every.add(was.p_first, now.p_first)
-            if winner(was.p_first) * winner(now.p_first) < 0:
+            if {outcome(was.p_first), outcome(now.p_first)} == {0.0, 1.0}:
                 flips.append(Flip(abs(was.p_first - now.p_first), was, now, id_a))
     if not labels["both"]:
         raise AifError(

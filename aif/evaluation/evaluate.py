@@ -33,8 +33,9 @@ from aif.run import Run
 from aif.stages.label import STAGE as LABELS
 from aif.stages.label import label
 from aif.stages.respond import respond
+from aif.stats.intervals import Bootstrap
 from aif.stats.odds import outcome
-from aif.stats.winrate import Bootstrap, Game, match, ratings
+from aif.stats.winrate import Game, match, ratings
 from aif.store import jsonl
 from aif.store.checkpoint import sealed
 from aif.store.records import Comparison, HumanChoice, Label, Prompt, Response

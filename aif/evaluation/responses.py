@@ -10,7 +10,7 @@ from typing import Any
 from aif.data.readers import Question
 from aif.llm.verdict_text import is_refusal
 from aif.stats.diversity import distinct, self_bleu
-from aif.stats.winrate import Bootstrap
+from aif.stats.intervals import Bootstrap
 from aif.store.records import Comparison, Prompt
 
 

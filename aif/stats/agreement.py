@@ -7,27 +7,18 @@ or 0.5 (neither). None is a verdict that is missing, and counts as no answer at 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from aif.stats.intervals import MOST, Bootstrap
 from aif.stats.odds import Value
-from aif.stats.winrate import Bootstrap, length_controlled, wilson
+from aif.stats.winrate import length_controlled
 
-MOST = 10_000  # values that are bootstrapped: a draw of more takes memory and says the same
 FEWEST = 20  # pairs on each side of a split to fit a temperature
 TEMPERATURES = (0.05, 100.0)
-
-
-def rate(values: Sequence[Value], bootstrap: Bootstrap) -> dict[str, Any]:
-    """{"mean", "low", "high", "n"} of values in 0 to 1: bootstrapped, Wilson's beyond MOST."""
-    known = [value for value in values if value is not None]
-    if len(known) <= MOST:
-        return bootstrap.rate(known)
-    low, high = wilson(sum(known), len(known))
-    return {"mean": sum(known) / len(known), "low": low, "high": high, "n": len(known)}
 
 
 def agreement(
@@ -47,21 +38,25 @@ def agreement(
         "people": len(decided),
         "people_ties": sum(p == 0.5 for _, p in decided),
         "no_verdict": len(decided) - len(both),
-        "agreement": rate([1 - abs(j - p) for j, p in both if p != 0.5], bootstrap),
-        "exact": rate([float(j == p) for j, p in decided], bootstrap),
-        "kappa": kappa(both),
+        "agreement": bootstrap.rate([1 - abs(j - p) for j, p in both if p != 0.5]),
+        "exact": bootstrap.rate([float(j == p) for j, p in decided]),
+        "kappa": kappa(Counter(both)),
     }
 
 
-def kappa(both: Sequence[tuple[float, float]]) -> float | None:
-    """Cohen's kappa of pairs of answers; None where chance would agree as well."""
-    if len({answer for pair in both for answer in pair}) < 2:
+def kappa(counts: Mapping[tuple[float, float], int], halves: bool = False) -> float | None:
+    """Cohen's kappa (1960) of two raters; `counts` says how often they gave which two outcomes.
+
+    With `halves`, a tie of one of them agrees by half with a win (linear weights: Cohen 1968).
+    None if both give one outcome throughout: chance then agrees as well.
+    """
+    if len({answer for pair in counts for answer in pair}) < 2:
         return None
     from sklearn.metrics import cohen_kappa_score
 
-    counts = Counter(both)
-    a, b = zip(*((2 * j, 2 * p) for j, p in counts), strict=True)  # sklearn wants whole numbers
-    return float(cohen_kappa_score(a, b, sample_weight=list(counts.values())))
+    a, b = zip(*((int(2 * a), int(2 * b)) for a, b in counts), strict=True)
+    times, weights = list(counts.values()), "linear" if halves else None
+    return float(cohen_kappa_score(a, b, labels=[0, 1, 2], weights=weights, sample_weight=times))
 
 
 def alpha(raters: Sequence[Sequence[Value]]) -> float | None:
@@ -92,7 +87,7 @@ def annotators(choices: Sequence[Sequence[float]], bootstrap: Bootstrap) -> dict
     columns = [[said[k] if k < len(said) else None for said in several] for k in range(most)]
     return {
         "most": most,
-        "agreement": rate(shares, bootstrap),
+        "agreement": bootstrap.rate(shares),
         "unanimous": sum(share == 1 for share in shares) / len(shares),
         "alpha": alpha(columns),
     }
@@ -111,8 +106,8 @@ def longer_wins(
     ]
     by_people = [float((p > 0.5) == (words > 0)) for _, p, words in rows] if anyone else []
     return {
-        "judge": rate([float((j > 0.5) == (words > 0)) for j, _, words in rows], bootstrap),
-        "people": rate(by_people, bootstrap) if by_people else None,
+        "judge": bootstrap.rate([float((j > 0.5) == (words > 0)) for j, _, words in rows]),
+        "people": bootstrap.rate(by_people) if by_people else None,
     }
 
 
@@ -147,8 +142,8 @@ def self_preference(
         return None
     more = bootstrap.mean([j - p for j, p in rows]) if len(rows) <= MOST else None
     return {
-        "judge": rate([j for j, _ in rows], bootstrap),
-        "people": rate([p for _, p in rows], bootstrap),
+        "judge": bootstrap.rate([j for j, _ in rows]),
+        "people": bootstrap.rate([p for _, p in rows]),
         "more": more,
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from aif.stats.winrate import wilson
+from aif.stats.intervals import wilson
 
 BINS = 10
 

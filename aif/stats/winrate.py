@@ -1,75 +1,23 @@
 """Who wins how often, and how sure that is: statistics of judged matches.
 
-Everything is over prompts: they are what is drawn at random, so intervals are bootstrapped over
-them. The bootstrap's own percentiles are too narrow for few prompts; they are widened to what
-Student's t would have (Hesterberg 2014, 1411.5279: the expanded percentile interval).
+Each result is of one prompt, and intervals are over prompts (`stats.intervals`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from aif.stats.intervals import Bootstrap
 from aif.stats.odds import Value, outcome
 
-CONFIDENCE = 0.95
 PENALTY = 100.0  # sklearn's C: so weak that it only keeps a slope finite
 LEAST = 10  # prompts to fit a slope to
 FITTED = 0.95  # of the resamples, for an interval of what cannot always be fitted
 ELO = 400 / np.log(10)  # points a nat of log-odds
-
-
-class Bootstrap:
-    """Draws of prompts with replacement; the same ones for all figures of as many prompts."""
-
-    def __init__(self, seed: int, resamples: int):
-        self._seed, self._resamples = seed, resamples
-        self.weights = lru_cache(maxsize=2)(self._weights)
-
-    def _weights(self, n: int) -> np.ndarray:
-        """How often each of `n` prompts is in each draw, [R, n]."""
-        draw = np.random.default_rng([self._seed, n])
-        return draw.multinomial(n, np.full(n, 1 / n), size=self._resamples).astype(float)
-
-    def interval(self, found_R: np.ndarray, n: int) -> tuple[float, float]:
-        """The interval that a statistic's values in the draws of `n` prompts make."""
-        from scipy.stats import norm, t
-
-        tail = norm.cdf(np.sqrt(n / (n - 1)) * t.ppf((1 - CONFIDENCE) / 2, n - 1))
-        low, high = np.quantile(found_R, (tail, 1 - tail), axis=0)
-        return low, high
-
-    def mean(self, values: Sequence[Value]) -> dict[str, Any]:
-        """{"mean", "low", "high", "n"} of the values that are there; null where `n` is too small
-        to say."""
-        known_n = np.array([value for value in values if value is not None], float)
-        n = len(known_n)
-        if n < 2:
-            return {"mean": float(known_n[0]) if n else None, "low": None, "high": None, "n": n}
-        low, high = self.interval(self.weights(n) @ known_n / n, n)
-        return {"mean": float(known_n.mean()), "low": float(low), "high": float(high), "n": n}
-
-    def rate(self, values: Sequence[Value]) -> dict[str, Any]:
-        """`mean` of values in 0 to 1. Where all are alike, every draw is like the sample and says
-        nothing of how far that is chance: Wilson's interval then."""
-        found = self.mean(values)
-        if len({value for value in values if value is not None}) == 1:
-            low, high = wilson(found["mean"] * found["n"], found["n"])
-            found |= {"low": low, "high": high}
-        return found
-
-
-def wilson(right: float, n: int) -> tuple[float, float]:
-    """Wilson's interval of a share of `right` in `n`, a half rounded to a whole. It takes them for
-    independent."""
-    from scipy.stats import binomtest
-
-    ends = binomtest(round(right), n).proportion_ci(CONFIDENCE, "wilson")
-    return float(ends.low), float(ends.high)
 
 
 @dataclass(frozen=True, slots=True)

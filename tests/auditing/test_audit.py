@@ -17,7 +17,7 @@ from aif.auditing.attacks import KINDS, canaries, flips
 from aif.cli.verbs import app
 from aif.data.human import read_items
 from aif.errors import InputError
-from aif.stats.winrate import Bootstrap
+from aif.stats.intervals import Bootstrap
 from aif.store.records import Comparison, HumanChoice, Label
 
 N = 12

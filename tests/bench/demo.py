@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from aif.stats.winrate import Bootstrap
+from aif.stats.intervals import Bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDED = ("respond", "revise", "sft", "label", "reward", "ppo", "evaluate")

@@ -28,7 +28,7 @@ from aif.config.settings import RewardSettings, Settings
 from aif.config.toml import checked
 from aif.data.readers import read_prompts
 from aif.models.load import load_model, load_tokenizer
-from aif.stats.winrate import Bootstrap
+from aif.stats.intervals import Bootstrap
 from aif.train.ppo.experience import tokens_of
 from aif.train.ppo.kl import response_logprobs
 from aif.train.ppo.loop import seed_of, texts_of

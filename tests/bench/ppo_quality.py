@@ -26,7 +26,7 @@ from aif.config.toml import checked
 from aif.progress import Progress
 from aif.run import Run
 from aif.stages.ppo import ppo
-from aif.stats.winrate import Bootstrap
+from aif.stats.intervals import Bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
 

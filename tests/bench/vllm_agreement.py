@@ -21,7 +21,7 @@ from statistics import fmean
 
 from judge_quality import label, write_pairs
 
-from aif.stats.winrate import wilson
+from aif.stats.intervals import wilson
 
 ROOT = Path(__file__).resolve().parents[2]
 JUDGES = {"transformers": "smollm2-135m", "vllm": "vllm:smollm2-135m"}

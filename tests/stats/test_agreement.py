@@ -13,7 +13,7 @@ pytest.importorskip("krippendorff")
 
 from aif.auditing.card import Judgement, Tallies, judge_card, position, weight
 from aif.data.human import Item
-from aif.stats import agreement as stats
+from aif.stats import intervals
 from aif.stats.agreement import (
     agreement,
     alpha,
@@ -22,8 +22,8 @@ from aif.stats.agreement import (
     longer_wins,
     temperature,
 )
+from aif.stats.intervals import Bootstrap
 from aif.stats.odds import probability
-from aif.stats.winrate import Bootstrap
 from aif.store.records import Label, Verdict
 
 BOOTSTRAP = Bootstrap(seed=0, resamples=200)
@@ -82,14 +82,14 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     draw, held = random.Random(0), 0
     for _ in range(100):
         values = [float(draw.random() < 0.7) for _ in range(60)]
-        found = stats.rate(values, BOOTSTRAP)
+        found = BOOTSTRAP.rate(values)
         held += found["low"] <= 0.7 <= found["high"]
     assert 88 <= held <= 100
 
 
 def test_many_values_are_not_bootstrapped(monkeypatch):
-    monkeypatch.setattr(stats, "MOST", 10)
-    found = stats.rate([1.0] * 8 + [0.0] * 8, None)  # no draws are there to be used
+    monkeypatch.setattr(intervals, "MOST", 10)
+    found = Bootstrap(seed=0, resamples=0).rate([1.0] * 8 + [0.0] * 8)
     assert (found["mean"], found["n"]) == (0.5, 16)
     assert found["low"] == pytest.approx(0.2800, abs=1e-4)  # Wilson's, 8 of 16
 

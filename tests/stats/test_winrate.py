@@ -11,11 +11,11 @@ pytest.importorskip("sklearn")
 
 import numpy as np
 
+from aif.stats.intervals import Bootstrap
 from aif.stats.odds import outcome, winner
 from aif.stats.winrate import (
     ELO,
     LEAST,
-    Bootstrap,
     Game,
     bradley_terry,
     length_controlled,
