@@ -33,6 +33,7 @@ from aif.run import Run
 from aif.stages.label import STAGE as LABELS
 from aif.stages.label import label
 from aif.stages.respond import respond
+from aif.stats.best_of import best_of_n_kl
 from aif.stats.intervals import Bootstrap
 from aif.stats.odds import outcome
 from aif.stats.winrate import Game, match, ratings
@@ -351,9 +352,7 @@ def _figures(
     for policy in policies:
         found = figures(rows[policy.name], questions, bootstrap, settings.seed)
         if policy.best_of > 1 and found["responses"]:
-            from aif.train.ppo.kl import best_of_bound
-
-            bound = best_of_bound(policy.best_of)
+            bound = best_of_n_kl(policy.best_of)
             found["kl"] = {"mean": bound, "low": bound, "high": bound, "n": found["responses"]}
             found["kl"]["bound"] = True
         about = {"name": policy.name, "model": policy.model}

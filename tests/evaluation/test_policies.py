@@ -27,8 +27,9 @@ from aif.errors import InputError
 from aif.evaluation.evaluate import evaluate
 from aif.models.load import load_tokenizer
 from aif.run import Run
+from aif.stats.best_of import best_of_n_kl
 from aif.store import checkpoint
-from aif.train.ppo.kl import Drawn, best_of_bound, log_ratios
+from aif.train.ppo.kl import Drawn, log_ratios
 from aif.train.reward.model import load_ensemble
 from tests.conftest import read_jsonl, write_jsonl
 from tests.support.tiny import Said, quick, save_tiny, tiny_model
@@ -154,7 +155,7 @@ def test_kl_is_from_what_ppo_started_from(folder):
     run = opened(folder)
     found = policies(run)
     assert found["sft"]["kl"] == {"mean": 0, "low": 0, "high": 0, "n": 4}
-    bound = best_of_bound(4)
+    bound = best_of_n_kl(4)
     assert found["best-of-4"]["kl"] == {
         "mean": bound, "low": bound, "high": bound, "n": 4, "bound": True
     }  # fmt: skip

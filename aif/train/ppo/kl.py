@@ -7,7 +7,6 @@ a text as its tokenizer does, it is the KL of the tokenizer's spelling.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,13 +55,6 @@ def log_ratios(
         told = iter([p - next(of_reference) for p in own] if read else [0.0] * len(some))
         ratios.append([None if row is None else next(told) for row in found])
     return ratios
-
-
-def best_of_bound(n: int) -> float:
-    """An upper bound, in nats, on the KL of the best of n responses from the policy that drew them:
-    log n - (n - 1) / n (often given as its value: Stiennon et al. 2020, 2009.01325; that it is a
-    bound: Beirami et al. 2024, 2401.01879)."""
-    return math.log(n) - (n - 1) / n
 
 
 def _tokens(

@@ -270,10 +270,3 @@ class RunningMoments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
-
-
-def best_of_n_kl(n: int) -> float:
-    """ln n - (n - 1) / n: the most nats, n >= 1, that the best of n samples can lie from the policy
-    that they were drawn from (2401.01879).
-    """
-    return math.log(n) - (n - 1) / n

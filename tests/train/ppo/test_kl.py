@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import shutil
 
 import pytest
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aif.config.settings import Settings
 from aif.config.toml import checked
 from aif.train.ppo import kl
-from aif.train.ppo.kl import Drawn, best_of_bound, log_ratios
+from aif.train.ppo.kl import Drawn, log_ratios
 from tests.support.tiny import quick, save_tiny
 from tests.support.toy import save_toy
 
@@ -142,12 +141,3 @@ def test_a_plain_text_is_read_as_it_was_asked(models):
     (as_chat,) = log_ratios([(models[1], DRAWN)], models[0], settings())
     (as_text,) = log_ratios([(models[1], DRAWN)], models[0], settings(form="text"))
     assert as_text != pytest.approx(as_chat, abs=1e-3)
-
-
-def test_the_bound_of_the_best_of_n():
-    assert best_of_bound(1) == 0
-    assert best_of_bound(4) == pytest.approx(0.63629, abs=1e-5)
-    # Uniform scores: the best of 2 has density 2u, whose KL from uniform is log 2 - 1/2.
-    grid = [(n + 0.5) / 10_000 for n in range(10_000)]
-    exact = sum(2 * u * math.log(2 * u) for u in grid) / len(grid)
-    assert best_of_bound(2) == pytest.approx(exact, abs=1e-4)

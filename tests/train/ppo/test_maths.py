@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from itertools import pairwise
 
 import pytest
 
@@ -21,7 +20,6 @@ from hypothesis import strategies as st
 from aif.train.ppo.maths import (
     AdaptiveKL,
     RunningMoments,
-    best_of_n_kl,
     gae,
     kl_estimate,
     leave_one_out,
@@ -486,15 +484,3 @@ def test_running_moments_are_kept_in_a_checkpoint():
         moments.update(torch.tensor([2.0, 9.0]))
     assert theirs == ours
     assert (ours.mean, ours.std) == pytest.approx((4.0, math.sqrt(10)))
-
-
-def test_the_best_of_n_lies_no_further_than_its_bound():
-    assert best_of_n_kl(1) == 0
-    assert best_of_n_kl(4) == pytest.approx(math.log(4) - 0.75)
-    bounds = [best_of_n_kl(n) for n in range(1, 65)]
-    assert all(a < b for a, b in pairwise(bounds))
-    p = np.random.default_rng(0).dirichlet(np.ones(50))
-    for n, bound in enumerate(bounds, start=1):
-        best = np.diff(np.cumsum(p) ** n, prepend=0.0)  # of outcomes in order of their reward
-        kl = sum(b * math.log(b / a) for a, b in zip(p, best, strict=True) if b > 0)
-        assert kl <= bound + 1e-9
