@@ -354,7 +354,7 @@ def driven(job: Job, code: str, **options) -> subprocess.Popen[str]:
 def test_a_drain_has_a_deadline(make_job, server):
     server.set_faults({"kind": "hang", "match": "prompt 7"})
     job = make_job(100, server.base_url)
-    process = driven(job, "import aif.asking; aif.asking.DRAIN_S = 1.0")
+    process = driven(job, "import aif.llm.dispatch; aif.llm.dispatch.DRAIN_S = 1.0")
     wait_for(lambda: server.stats()["faults"].get("hang", 0) >= 16)
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)

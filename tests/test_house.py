@@ -87,7 +87,7 @@ def imports(tree: ast.AST, module: str = "") -> set[str]:
 
 
 def shortest(name: str) -> str:
-    """aif.llm.Ask -> llm, aif.llm.api.ApiLLM -> llm.api, torch.nn -> torch."""
+    """aif.llm.Ask -> llm, aif.llm.openai_api.ApiLLM -> llm.api, torch.nn -> torch."""
     package, _, rest = name.partition(".")
     if package != "aif":
         return package

@@ -33,7 +33,7 @@ PRINCIPLES = ("kindness", "honesty", "care", "clarity")
 INDEX = """
 import sys, time
 from pathlib import Path
-from aif.journal import Index
+from aif.store.journal import Index
 start = time.perf_counter()
 index = Index.read(Path(sys.argv[1]))
 print(len(index.answered), time.perf_counter() - start)

@@ -329,7 +329,7 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
 FREED = """
 import resource
 import torch
-from aif.memory import keep_freed_memory
+from aif.models.malloc import keep_freed_memory
 keep_freed_memory()
 for _ in range(20):
     torch.ones(16_000_000)
@@ -352,7 +352,7 @@ def test_memory_that_was_freed_is_used_again():
 GIVEN_BACK = """
 from pathlib import Path
 import torch
-from aif.memory import give_back_memory, keep_freed_memory
+from aif.models.malloc import give_back_memory, keep_freed_memory
 keep_freed_memory()
 kept = [torch.ones(1_000_000) for _ in range(200)]
 del kept

@@ -326,7 +326,7 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path):
 READ = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from aif.journal import Index
+    from aif.store.journal import Index
     index = Index.read(Path(sys.argv[1]))
     assert len(index.answered) == int(sys.argv[2])
     print([l for l in open("/proc/self/status") if l.startswith("VmHWM")][0].split()[1])

@@ -247,8 +247,9 @@ def option_logprobs(
 
 def build(options: argparse.Namespace):
     """The request handler; aiohttp is imported here so that `serving` costs nothing."""
-    import server_faults
     from aiohttp import web
+
+    from tests.support import server_faults
 
     state = {"stats": Stats(), "chooser": Chooser(json.loads(options.faults), options.seed)}
     latencies = random.Random(options.seed)
