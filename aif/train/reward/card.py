@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from aif.stats.calibration import CONFIDENT, accuracy, calibration
@@ -58,20 +57,6 @@ def report_card(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
         card["ai"]["by_confidence"] = _by_confidence(known)
         card["by_principle"] = _by_principle(labelled)
     return card
-
-
-def draw(card: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Pictures of a card in `folder`: calibration, score distributions, learning curve."""
-    from aif.train.pictures import calibration_picture, curve_picture, scores_picture
-
-    made = []
-    if "ai" in card or "human" in card:
-        made.append(calibration_picture(card, folder / "calibration.png"))
-    if card.get("scores"):
-        made.append(scores_picture(card["scores"], folder / "scores.png"))
-    if len(card.get("curve", [])) > 1:
-        made.append(curve_picture(card["curve"], folder / "curve.png"))
-    return made
 
 
 def _p_ai(pair: ScoredPair) -> float | None:

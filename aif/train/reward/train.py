@@ -4,9 +4,9 @@
     data = { labels = 1.0, "human.jsonl" = 0.5 }
 
 Bradley-Terry on soft labels (or Plackett-Luce, or binary grades), starting from the SFT policy
-where there is one. What it does on prompts it did not learn from stands in reward-card.json, with
-pictures beside it in reward-card/. Scores of the policy's responses give the mean and standard
-deviation that are kept in the model's configuration, for PPO to normalise by.
+where there is one. What it does on prompts it did not learn from stands in reward-card.json. The
+scores of the policy's responses give the mean and standard deviation that are kept in the model's
+configuration, for PPO to normalise by.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from aif.train.prefix_groups import Tree, TreeLayout, tree_digest
 from aif.train.prefix_mask import shares
 from aif.train.resume import check_start, digest_of, done_before, start_model, training_in
 from aif.train.reward.audit_gate import check_audit
-from aif.train.reward.card import draw, report_card
+from aif.train.reward.card import report_card
 from aif.train.reward.data import Group, Preferences, read_preferences, split
 from aif.train.reward.head import fit_head
 from aif.train.reward.labeled import Known, known_of, scored_pairs
@@ -293,7 +293,7 @@ def _curve_point(
 def _card(
     run: Run, prepared: Prepared, members: list[dict[str, Any]], curve: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The report card of what was held out, kept as reward-card.json and as pictures."""
+    """The report card of what was held out, kept as reward-card.json."""
     known = held_out_pairs(run, prepared)
     texts = {"held out": drawn([(g.prompt, g.responses) for g in prepared.eval_groups])}
     if run.file(run.sampled).exists():
@@ -315,8 +315,6 @@ def _card(
         full = {"pairs": members[0]["pairs"], **card[kind]}
         points = sorted([*curve, full], key=lambda point: point["pairs"])
         card["curve"] = [{k: p[k] for k in ("pairs", "accuracy", "interval")} for p in points]
-    made = draw(card, run.file(CARD))
-    card["pictures"] = [str(path.relative_to(run.path)) for path in made]
     run.write_state(CARD, card)
     return card
 

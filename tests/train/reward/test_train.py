@@ -44,19 +44,11 @@ from tests.support.tiny import (
     write_texts,
 )
 
-PNG = b"\x89PNG\r\n\x1a\n"
-
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
     with quick():
         yield
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They take their time; those of the module's own runs are made before this."""
-    monkeypatch.setattr(stage, "draw", lambda card, folder: [])
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +116,7 @@ def test_the_card_tells_of_what_was_held_out(trained):
     assert 0 < ai["calibration"]["ece"] < 0.2
 
 
-def test_the_card_has_the_scores_of_every_kind_of_text_and_pictures(trained):
+def test_the_card_has_the_scores_of_every_kind_of_text(trained):
     run, found = trained
     scores = found["card"]["scores"]
     assert {kind: part["n"] for kind, part in scores.items()} == {
@@ -134,9 +126,6 @@ def test_the_card_has_the_scores_of_every_kind_of_text_and_pictures(trained):
     assert scores["policy"]["mean"] == pytest.approx(fmean(values), abs=1e-4)
     assert scores["policy"]["std"] == pytest.approx(pstdev(values), abs=1e-4)
     assert scores["revised"]["mean"] > scores["policy"]["mean"] + scores["policy"]["std"] / 2
-    pictures = found["card"]["pictures"]
-    assert pictures == ["reward-card/calibration.png", "reward-card/scores.png"]
-    assert all((run.path / name).read_bytes().startswith(PNG) for name in pictures)
 
 
 @pytest.fixture
