@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Step:
+class OptimizerStep:
     """What one optimizer step learns from."""
 
     batches: list[Any]  # each with `inputs(device)`: the keyword arguments of the model's forward
@@ -65,17 +65,19 @@ class Layout:
     pad_id: int
     call_tokens: int = 64  # a micro-batch takes as long as so many tokens more
 
-    def step(self, rows: Sequence[Tokens]) -> Step:
+    def step(self, rows: Sequence[TokenRow]) -> OptimizerStep:
         """All of `rows`, the longest first."""
         learned = sum(int(row.loss_mask_T.sum()) for row in rows)
-        return Step([batch for _, batch in self.batches(rows)], sum(map(len, rows)), learned)
+        return OptimizerStep(
+            [batch for _, batch in self.batches(rows)], sum(map(len, rows)), learned
+        )
 
-    def batches(self, rows: Sequence[Tokens]) -> Iterator[tuple[list[Tokens], Batch]]:
+    def batches(self, rows: Sequence[TokenRow]) -> Iterator[tuple[list[TokenRow], Batch]]:
         """Micro-batches of all of `rows`, each with those that it holds, in its order."""
         for group in self.groups(rows):
             yield group, self.batch(group)
 
-    def groups(self, rows: Sequence[Tokens]) -> list[list[Tokens]]:
+    def groups(self, rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
         """Rows that lie in one micro-batch each: sorted by length, cut where it costs least.
 
         A micro-batch costs its positions, padding included, and `call_tokens` for being one.
@@ -90,7 +92,7 @@ class Layout:
         cuts = cheapest_cuts(len(rows), size, self.micro_tokens, self.call_tokens)
         return [rows[start:end] for start, end in cuts]
 
-    def batch(self, rows: Sequence[Tokens]) -> Batch:
+    def batch(self, rows: Sequence[TokenRow]) -> Batch:
         """These rows in one micro-batch."""
         if self.packing:
             position_ids = np.concatenate([np.arange(len(row)) for row in rows])
@@ -148,7 +150,7 @@ class Layouts(Protocol):
 
     micro_tokens: int
 
-    def step(self, rows: Sequence[Any]) -> Step: ...
+    def step(self, rows: Sequence[Any]) -> OptimizerStep: ...
 
 
 class Steps(torch.utils.data.Dataset):
@@ -181,7 +183,7 @@ class Steps(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self._max_steps or math.ceil(self._epochs * self.per_epoch)
 
-    def __getitem__(self, k: int) -> Step:
+    def __getitem__(self, k: int) -> OptimizerStep:
         rows = [self.rows[n] for n in self.numbers(k)]
         return self.layout.step(rows)
 

@@ -22,7 +22,7 @@ from aif.errors import AifError
 Found = TypeVar("Found")
 
 
-def leaving_together(stage: Callable[..., Found]) -> Callable[..., Found]:
+def ends_process_group(stage: Callable[..., Found]) -> Callable[..., Found]:
     """A stage that ends its group of processes once its models are gone: to be the last that holds
     it, as DistributedDataParallel then is, deadlocks now and then (pytorch/pytorch#56297). After an
     error the others may be waiting, and the launcher ends them all."""
@@ -39,7 +39,7 @@ def leaving_together(stage: Callable[..., Found]) -> Callable[..., Found]:
     return run
 
 
-def any_of_them(holds: bool) -> bool:
+def any_rank(holds: bool) -> bool:
     """Whether it holds in any process; all have to ask."""
     state = PartialState()
     if state.num_processes == 1:
@@ -47,25 +47,25 @@ def any_of_them(holds: bool) -> bool:
     return bool(reduce(torch.tensor(float(holds), device=state.device), "sum"))
 
 
-def all_rows(rows: list[Found]) -> list[Found]:
+def gather_rows(rows: list[Found]) -> list[Found]:
     """The rows of every process, in their order; all have to ask."""
     return gather_object(rows) if PartialState().num_processes > 1 else rows
 
 
-def of_each(found: Found) -> list[Found]:
+def all_gather(found: Found) -> list[Found]:
     """What each process has found, in their order; all have to ask."""
-    return all_rows([found])
+    return gather_rows([found])
 
 
-def mean_of_them(told: dict[str, float], weight: int) -> dict[str, float]:
+def weighted_mean(told: dict[str, float], weight: int) -> dict[str, float]:
     """Each figure's mean over the processes, each of them with its weight; all have to ask, with
     the same names."""
-    shares = of_each((told, weight))
+    shares = all_gather((told, weight))
     total = sum(weight for _, weight in shares)
     return {name: sum(one[name] * weight for one, weight in shares) / total for name in told}
 
 
-def by_the_first(work: Callable[[], Found]) -> Found:
+def on_main_process(work: Callable[[], Found]) -> Found:
     """What `work()` returns or raises (an AifError) in the first process, in all of them."""
     state = PartialState()
     if state.num_processes == 1:

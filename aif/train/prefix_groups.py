@@ -15,13 +15,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from aif.train.batch import Batch, Layout, Step, cheapest_cuts
+from aif.train.batch import Batch, Layout, OptimizerStep, cheapest_cuts
 from aif.train.prefix_mask import PAD
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
+class SharedPrefix:
     """A group in tokens: what all responses begin with, and how each goes on (never empty).
 
     `first`, `second` and `p_first` are its comparisons, `grades` what is known of each response.
@@ -36,7 +36,7 @@ class Tree:
     grades: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, sequences: Sequence[Tokens], **known: list) -> Tree:
+    def of(cls, sequences: Sequence[TokenRow], **known: list) -> SharedPrefix:
         """The sequences of one group; each keeps a token of its own, where its score is read."""
         ids = [sequence.ids_T for sequence in sequences]
         shortest = min(map(len, ids))
@@ -62,10 +62,10 @@ class Tree:
 class Objective(Protocol):
     """A loss of scores, with what it needs to know of a batch (see `preference_losses`)."""
 
-    def count(self, tree: Tree) -> int:
+    def count(self, tree: SharedPrefix) -> int:
         """What a tree adds to the number that a step's summed loss is divided by."""
 
-    def targets(self, trees: Sequence[Tree]) -> dict[str, torch.Tensor]:
+    def targets(self, trees: Sequence[SharedPrefix]) -> dict[str, torch.Tensor]:
         """Tensors for `loss`; responses are numbered through, tree by tree."""
 
     def loss(self, scores_N: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -73,7 +73,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TreeBatch:
+class PrefixBatch:
     """Trees that are run at once, [B, T]; `ends_N` are places in the flattened rows where the
     responses end, in order. `branch` is None where each row is one plain sequence."""
 
@@ -92,7 +92,7 @@ class TreeBatch:
 
 
 @dataclass(frozen=True)
-class TreeLayout:
+class PrefixLayout:
     """How trees become micro-batches of at most `micro_tokens` positions (or one longer tree).
 
     With `share` a tree is one row; without, each of its responses is one, with the prompt again.
@@ -104,14 +104,14 @@ class TreeLayout:
     objective: Objective | None = None  # None: to score, not to learn
     call_tokens: int = 64
 
-    def step(self, trees: Sequence[Tree]) -> Step:
+    def step(self, trees: Sequence[SharedPrefix]) -> OptimizerStep:
         """All of `trees`, the longest first."""
         batches = [self.batch(group) for group in self.groups(trees)]
         alone = sum(sum(map(len, t.branches)) + t.responses * len(t.shared_T) for t in trees)
         tokens = sum(map(len, trees)) if self.share else alone
-        return Step(batches, tokens, max(1, sum(map(self.objective.count, trees))))
+        return OptimizerStep(batches, tokens, max(1, sum(map(self.objective.count, trees))))
 
-    def groups(self, trees: Sequence[Tree]) -> list[list[Tree]]:
+    def groups(self, trees: Sequence[SharedPrefix]) -> list[list[SharedPrefix]]:
         """Trees that lie in one micro-batch each, cut where it costs least."""
         width = len if self.share else (lambda tree: tree.longest)
         trees = sorted(trees, key=width, reverse=True)
@@ -123,7 +123,7 @@ class TreeLayout:
         cuts = cheapest_cuts(len(trees), size, self.micro_tokens, self.call_tokens)
         return [trees[start:end] for start, end in cuts]
 
-    def batch(self, trees: Sequence[Tree]) -> TreeBatch:
+    def batch(self, trees: Sequence[SharedPrefix]) -> PrefixBatch:
         """These trees in one micro-batch; responses are numbered through, tree by tree."""
         rows: list[list[np.ndarray]] = []  # each the parts of a row: what is shared, then branches
         for tree in trees:
@@ -148,7 +148,7 @@ class TreeLayout:
                 branch_BT[row, where] = number
                 at += len(branch)
                 ends.append(row * width + at - 1)
-        return TreeBatch(
+        return PrefixBatch(
             torch.from_numpy(ids_BT).long(),
             torch.from_numpy(position_BT).long(),
             torch.from_numpy(branch_BT) if self.share else None,
@@ -166,25 +166,25 @@ class SharingLayout(Layout):
 
     attention_tokens: int = 1 << 12  # of a row whose attention costs as much as all its products
 
-    def batches(self, rows: Sequence[Tokens]) -> Iterator[tuple[list[Tokens], Batch]]:
+    def batches(self, rows: Sequence[TokenRow]) -> Iterator[tuple[list[TokenRow], Batch]]:
         """As `Layout.batches`. Where no two rows have a prompt in common it is the plain one."""
         held = {id(tree): (tree, some) for tree, some in self._trees(rows)}
         if len(held) == len(rows):
             yield from super().batches(rows)
             return
-        layout = TreeLayout(self.micro_tokens, self.pad_id, True, call_tokens=self.call_tokens)
+        layout = PrefixLayout(self.micro_tokens, self.pad_id, True, call_tokens=self.call_tokens)
         for trees in layout.groups([tree for tree, _ in held.values()]):
             made = layout.batch(trees)
             batch = Batch(made.input_ids, made.branch > 0, made.position_ids, made.branch)
             yield list(chain.from_iterable(held[id(tree)][1] for tree in trees)), batch
 
-    def _trees(self, rows: Sequence[Tokens]) -> Iterator[tuple[Tree, list[Tokens]]]:
+    def _trees(self, rows: Sequence[TokenRow]) -> Iterator[tuple[SharedPrefix, list[TokenRow]]]:
         """Trees with their rows: those of one prompt, in as many trees as cost least.
 
         Side by side each response costs attention to all others, though it is masked: long ones
         after a short prompt are better run apart.
         """
-        groups: dict[bytes, list[Tokens]] = {}
+        groups: dict[bytes, list[TokenRow]] = {}
         for row in rows:
             groups.setdefault(row.ids_T[~row.loss_mask_T].tobytes(), []).append(row)
         for some in groups.values():
@@ -197,10 +197,10 @@ class SharingLayout(Layout):
 
             for start, end in cheapest_cuts(len(some), cost, self.micro_tokens, 0):
                 branches = [row.ids_T[len(prompt_T) :] for row in some[start:end]]
-                yield Tree(some[0].source, prompt_T, branches), some[start:end]
+                yield SharedPrefix(some[0].source, prompt_T, branches), some[start:end]
 
 
-def tree_digest(trees: Sequence[Tree]) -> str:
+def prefix_digest(trees: Sequence[SharedPrefix]) -> str:
     """A sha256 of every token and everything known of it."""
     found = hashlib.sha256()
     for tree in trees:

@@ -21,8 +21,8 @@ from aif.errors import AifError
 from aif.models.load import load_tokenizer
 from aif.progress import Progress
 from aif.run import Run
-from aif.train.batch import Layout, Step, Steps
-from aif.train.distributed import leaving_together
+from aif.train.batch import Layout, OptimizerStep, Steps
+from aif.train.distributed import ends_process_group
 from aif.train.examples import Example, read_examples, split
 from aif.train.logprobs import forward_is_nll, forward_is_own
 from aif.train.metrics import Metrics
@@ -35,7 +35,7 @@ from aif.train.model import (
     save,
 )
 from aif.train.resume import check_start, digest_of, done_before, training_in
-from aif.train.tokens import Tally, Tokeniser, Tokens, blocks, digest
+from aif.train.tokens import Tokeniser, TokenRow, blocks, digest
 from aif.train.trainer import Trained, Training, train
 
 STAGE = "sft"
@@ -55,22 +55,22 @@ class Prepared:
         tokeniser = Tokeniser(self.tokenizer, limit, settings.loss_on, chat)
         self.train = self._tokens(self.train_rows, tokeniser, settings)
         self.held_out = self._tokens(self.eval_rows, tokeniser, settings)
-        self.tally, self.ends = tokeniser.tally, tokeniser.ends
+        self.tokeniser = tokeniser
         if not self.train:
             raise AifError(
                 f"sft: none of {len(found.rows):,} examples is left to learn from; "
-                f"{self.tally.dropped:,} do not fit into {limit:,} tokens (sft.max_tokens)"
+                f"{tokeniser.dropped:,} do not fit into {limit:,} tokens (sft.max_tokens)"
             )
 
     def _tokens(
         self, rows: Sequence[Example], tokeniser: Tokeniser, settings: SFTSettings
-    ) -> list[Tokens]:
+    ) -> list[TokenRow]:
         if settings.objective == "lm":
             return list(blocks(self.tokenizer, rows, tokeniser.max_tokens, settings.seed))
         return list(tokeniser.dialogues(rows))
 
 
-@leaving_together
+@ends_process_group
 def sft(run: Run, progress: Progress) -> dict[str, Any]:
     """Fine-tune `sft.model` (default: the policy) on `sft.data` into sft/; returns the summary.
 
@@ -96,7 +96,7 @@ def sft(run: Run, progress: Progress) -> dict[str, Any]:
             return about
         save(
             folder, model, prepared.tokenizer, name, about,
-            finish=lambda model: generation_ends(model, prepared.ends),
+            finish=lambda model: generation_ends(model, prepared.tokeniser.ends),
         )  # fmt: skip
         summary = about | _summary(run, name, prepared, training, trained)
         run.write_state(STAGE, summary)
@@ -127,8 +127,7 @@ def _training(
 def _summary(
     run: Run, name: str, prepared: Prepared, training: Training, trained: Trained
 ) -> dict[str, Any]:
-    held_out = training.held_out or Step([], 0, 0)
-    tally: Tally = prepared.tally
+    held_out = training.held_out or OptimizerStep([], 0, 0)
     loss = trained.eval_loss
     return {
         "run": str(run.path),
@@ -138,8 +137,8 @@ def _summary(
         "by_source": dict(Counter(row.source for row in prepared.train_rows)),
         "duplicates": sum(prepared.duplicates.values()),
         "eval_examples": len(prepared.eval_rows),
-        "truncated": tally.truncated,
-        "dropped": tally.dropped,
+        "truncated": prepared.tokeniser.truncated,
+        "dropped": prepared.tokeniser.dropped,
         "train_tokens": sum(map(len, prepared.train)),
         "eval_tokens": held_out.tokens,
         "steps": trained.steps,

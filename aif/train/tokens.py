@@ -28,7 +28,7 @@ CHUNK = 256  # examples given to the tokenizer at once, which works on them in p
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenRow:
     """One sequence; `loss_mask_T[t]` is True where token t is learned from the tokens before it."""
 
     ids_T: np.ndarray  # int32
@@ -37,14 +37,6 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.ids_T)
-
-
-@dataclass
-class Tally:
-    """What did not fit."""
-
-    truncated: int = 0  # oldest turns left out, or the response cut at its end
-    dropped: int = 0  # no room for a single token of the response, or nothing in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +69,12 @@ class Tokeniser:
         self.max_tokens = max_tokens
         self.loss_on = loss_on
         self.chat = chat and bool(tokenizer.chat_template)
-        self.tally = Tally()
+        self.truncated = 0  # oldest turns left out, or the response cut at its end
+        self.dropped = 0  # no room for a single token of the response, or nothing in it
         self.ends: set[int] = set()
         self._control = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
-    def dialogues(self, examples: Sequence[Example]) -> Iterator[Tokens]:
+    def dialogues(self, examples: Sequence[Example]) -> Iterator[TokenRow]:
         """The tokens of each example that is not dropped, in order.
 
         Raises InputError where the template cannot take a dialogue or hides where its turns are.
@@ -92,11 +85,11 @@ class Tokeniser:
             for example, ids_mask in zip(part, self._tokenised(rendered, part), strict=True):
                 found = self._fitted(example, *ids_mask)
                 if found is None:
-                    self.tally.dropped += 1
+                    self.dropped += 1
                 else:
                     yield found
 
-    def answers(self, groups: Sequence[Sequence[Example]]) -> Iterator[list[Tokens] | None]:
+    def answers(self, groups: Sequence[Sequence[Example]]) -> Iterator[list[TokenRow] | None]:
         """The tokens of each group of examples, which answer one prompt; None for one that does
         not fit.
 
@@ -122,12 +115,12 @@ class Tokeniser:
                 if len(ids) + room <= self.max_tokens:
                     break
                 talk = _without_oldest(talk)
-            self.tally.dropped += talk is None
+            self.dropped += talk is None
             yield None if talk is None else np.array(ids, np.int32)
 
     def _fitted_alike(
         self, group: Sequence[Example], found: list[tuple[list[int], list[bool]]]
-    ) -> list[Tokens] | None:
+    ) -> list[TokenRow] | None:
         talks: list[list[Message] | None] = [_clean(example.messages) for example in group]
         too_long = False
         while max(len(ids) for ids, _ in found) > self.max_tokens:
@@ -136,13 +129,13 @@ class Tokeniser:
             if None in talks:
                 break
             found = list(self._tokenised([self._rendered(talk) for talk in talks], group))
-        self.tally.truncated += too_long
+        self.truncated += too_long
         if not all(any(mask[: self.max_tokens]) for _, mask in found):
-            self.tally.truncated -= too_long
-            self.tally.dropped += 1
+            self.truncated -= too_long
+            self.dropped += 1
             return None
         return [
-            Tokens(
+            TokenRow(
                 np.array(ids[: self.max_tokens], np.int32),
                 np.array(mask[: self.max_tokens], bool),
                 example.source,
@@ -150,7 +143,7 @@ class Tokeniser:
             for (ids, mask), example in zip(found, group, strict=True)
         ]
 
-    def _fitted(self, example: Example, ids: list[int], mask: list[bool]) -> Tokens | None:
+    def _fitted(self, example: Example, ids: list[int], mask: list[bool]) -> TokenRow | None:
         """Within `max_tokens` by the rule above, or None."""
         messages = _clean(example.messages)
         if len(ids) > self.max_tokens:
@@ -158,10 +151,10 @@ class Tokeniser:
                 messages = fewer
                 ((ids, mask),) = self._tokenised([self._rendered(messages)], [example])
             ids, mask = ids[: self.max_tokens], mask[: self.max_tokens]
-            self.tally.truncated += any(mask)
+            self.truncated += any(mask)
         if not any(mask):
             return None
-        return Tokens(np.array(ids, np.int32), np.array(mask, bool), example.source)
+        return TokenRow(np.array(ids, np.int32), np.array(mask, bool), example.source)
 
     def _rendered(self, messages: list[Message]) -> _Rendered:
         text = self._text(messages)
@@ -288,7 +281,7 @@ def _hidden(what: str) -> InputError:
 
 def blocks(
     tokenizer: Any, examples: Sequence[Example], max_tokens: int, seed: int
-) -> Iterator[Tokens]:
+) -> Iterator[TokenRow]:
     """Plain texts, shuffled by `seed` within their source, as blocks of `max_tokens` tokens.
 
     EOS stands between texts, and each source's last block may be shorter. Every token but a
@@ -310,10 +303,10 @@ def blocks(
         for start in range(0, len(stream), max_tokens):
             ids_T = np.array(stream[start : start + max_tokens], np.int32)
             if len(ids_T) > 1:
-                yield Tokens(ids_T, np.arange(len(ids_T)) > 0, source)
+                yield TokenRow(ids_T, np.arange(len(ids_T)) > 0, source)
 
 
-def digest(rows: Iterable[Tokens]) -> str:
+def digest(rows: Iterable[TokenRow]) -> str:
     """A sha256 of every token, mark and source."""
     found = hashlib.sha256()
     for row in rows:

@@ -27,8 +27,8 @@ from aif.errors import AifError, Interrupted
 from aif.models.load import torch_dtype, usable_device
 from aif.progress import Progress
 from aif.store import checkpoint
-from aif.train.batch import Step, Steps
-from aif.train.distributed import any_of_them, by_the_first
+from aif.train.batch import OptimizerStep, Steps
+from aif.train.distributed import any_rank, on_main_process
 from aif.train.metrics import Metrics
 from aif.train.model import learning_rate
 from aif.train.resume import SCHEDULES
@@ -43,7 +43,7 @@ class Training:
     stage: str
     model: Any  # its forward gives the summed loss of a batch
     steps: Steps
-    held_out: Step | None
+    held_out: OptimizerStep | None
     settings: TrainSettings
     checkpoints: Path
     about: dict[str, Any]  # enters every checkpoint; only one with the same is resumed
@@ -73,7 +73,7 @@ def train(training: Training) -> Trained:
     training's metrics and checkpoints are replaced.
     """
     trainer = StepTrainer(training)
-    resume = by_the_first(lambda: _resumable(training))
+    resume = on_main_process(lambda: _resumable(training))
     try:
         with stopping(training.stop, training.progress):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -175,10 +175,14 @@ class StepTrainer(Trainer):
         """Not counted: the estimate is of one padded batch."""
         return 0
 
-    def _get_num_items_in_batch(self, batch_samples: list[Step], device: torch.device) -> None:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[OptimizerStep], device: torch.device
+    ) -> None:
         """Each step knows its own."""
 
-    def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> Any:
+    def training_step(
+        self, model: Any, inputs: OptimizerStep, num_items_in_batch: Any = None
+    ) -> Any:
         """Forward and backward over the step's micro-batches; returns the step's mean loss.
 
         The loss is divided by the items of the whole step, so it depends neither on padding nor on
@@ -295,7 +299,7 @@ class _Guide(TrainerCallback):
             due = step % settings.save_every == 0
         else:
             due = time.monotonic() - self.saved_at >= SAVE_EVERY_S
-        control.should_save = any_of_them(due) and not last
+        control.should_save = any_rank(due) and not last
         control.should_training_stop = last
         self._heed_stop(state, control)
 
@@ -316,7 +320,7 @@ class _Guide(TrainerCallback):
         self._heed_stop(state, control)
 
     def _heed_stop(self, state: Any, control: Any) -> None:
-        stop = any_of_them(self._training.stop.is_set())
+        stop = any_rank(self._training.stop.is_set())
         if stop and state.global_step < len(self._training.steps):
             control.should_save = control.should_training_stop = True
 

@@ -27,7 +27,7 @@ from aif.train.ppo.experience import experience, read, tokens_of
 from aif.train.ppo.rollouts import Rollout
 from aif.train.ppo.update import Learner
 from aif.train.prefix_groups import SharingLayout
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def learner_of(name: str, settings: PPOSettings) -> Learner:
     return Learner(accelerator, actor, optimizer, Layout(1, False, 0), settings)
 
 
-def responses(args: argparse.Namespace) -> list[Tokens]:
+def responses(args: argparse.Namespace) -> list[TokenRow]:
     """Prompts of a length within a quarter of `args.prompt`, each with its samples."""
     draw = np.random.default_rng(0)
     found = []
@@ -93,7 +93,7 @@ def responses(args: argparse.Namespace) -> list[Tokens]:
     return found
 
 
-def step(learner: Learner, rows: list[Tokens], samples: int) -> tuple[float, float]:
+def step(learner: Learner, rows: list[TokenRow], samples: int) -> tuple[float, float]:
     """Seconds to read a step's responses, and to learn from them."""
     device = learner.accelerator.device
     began = clock(device)

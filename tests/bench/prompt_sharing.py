@@ -64,7 +64,7 @@ def measured(args: argparse.Namespace, length: int, share: bool) -> dict[str, fl
 
     from aif.config.settings import RewardSettings
     from aif.models.load import load_reward_model, torch_dtype
-    from aif.train.prefix_groups import Tree, TreeLayout
+    from aif.train.prefix_groups import PrefixLayout, SharedPrefix
     from aif.train.reward.losses import Pairs
     from aif.train.reward.model import forward_is_loss
 
@@ -73,7 +73,7 @@ def measured(args: argparse.Namespace, length: int, share: bool) -> dict[str, fl
     forward_is_loss(model, objective)
     draw = np.random.default_rng(0)
     made = [
-        Tree(
+        SharedPrefix(
             "x",
             draw.integers(1000, 20_000, length).astype(np.int32),
             [
@@ -86,7 +86,7 @@ def measured(args: argparse.Namespace, length: int, share: bool) -> dict[str, fl
         )
         for _ in range(args.pairs)
     ]
-    (batch,) = TreeLayout(10**9, 0, share, objective, 10**9).step(made).batches
+    (batch,) = PrefixLayout(10**9, 0, share, objective, 10**9).step(made).batches
     place, kind = model.device, torch_dtype("auto", model.device)
     for _ in range(2):
         before = memory(place)

@@ -38,8 +38,8 @@ from aif.run import Run
 from aif.train.batch import Steps
 from aif.train.metrics import Metrics
 from aif.train.model import load_for_training, micro_batch, without_dropout
-from aif.train.prefix_groups import TreeLayout
-from aif.train.reward.data import Group, Preference
+from aif.train.prefix_groups import PrefixLayout
+from aif.train.reward.data import Preference, PromptGroup
 from aif.train.reward.losses import OBJECTIVES
 from aif.train.reward.model import forward_is_loss, scores_of
 from aif.train.reward.train import trees
@@ -60,11 +60,11 @@ class Work:
     def __init__(self, args: argparse.Namespace, folder: str, pairs: list):
         self.args, self.folder = args, folder
         self.tokenizer, _ = load_tokenizer(folder)
-        groups: dict[str, Group] = {}
+        groups: dict[str, PromptGroup] = {}
         for pair in pairs:
             found = pair.comparison
             # One group a pair, so that a step has as many pairs for both.
-            group = groups.setdefault(found.id, Group(found.prompt, "hh"))
+            group = groups.setdefault(found.id, PromptGroup(found.prompt, "hh"))
             places = group.place(found.first), group.place(found.second)
             group.pairs.append(Preference(found.id, *places, pair.human.p_first))
         self.trees = list(trees(list(groups.values()), Tokeniser(self.tokenizer, MAX_TOKENS)))
@@ -76,11 +76,11 @@ class Work:
             self.rows[-1]["length"] = max(map(len, both))
         self.steps = -(-len(self.rows) // args.batch_size)
 
-    def layout(self, model, settings: RewardSettings) -> TreeLayout:
+    def layout(self, model, settings: RewardSettings) -> PrefixLayout:
         most, call = micro_batch(model, settings)
         objective = OBJECTIVES["pairs"](settings)
         share = settings.share_prompt is not False
-        return TreeLayout(most, self.tokenizer.pad_token_id, share, objective, call)
+        return PrefixLayout(most, self.tokenizer.pad_token_id, share, objective, call)
 
 
 def aif_trainer(work: Work, scratch: str, clock: Clock, **options) -> StepTrainer:

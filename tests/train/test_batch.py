@@ -16,19 +16,19 @@ import numpy as np
 from aif.train import logprobs
 from aif.train.batch import Layout, Steps
 from aif.train.logprobs import forward_is_nll, forward_is_own, token_nll
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 from tests.support.tiny import tiny_model
 
 PAD = 0
 
 
-def rows(n: int = 7, source: str = "s", seed: int = 0) -> list[Tokens]:
+def rows(n: int = 7, source: str = "s", seed: int = 0) -> list[TokenRow]:
     """Random tokens of many lengths, the last half of each learned."""
     rng = np.random.default_rng(seed)
     found = []
     for length in rng.permutation(np.linspace(4, 40, n).astype(int)):
         ids_T = rng.integers(3, 400, length).astype(np.int32)
-        found.append(Tokens(ids_T, np.arange(length) >= length // 2, source))
+        found.append(TokenRow(ids_T, np.arange(length) >= length // 2, source))
     return found
 
 
@@ -48,7 +48,7 @@ def loss_and_gradients(model, made) -> tuple[float, list]:
     return total, [p.grad.clone() for p in model.parameters()]
 
 
-def plain(model, found: list[Tokens]) -> tuple[float, list]:
+def plain(model, found: list[TokenRow]) -> tuple[float, list]:
     """The oracle: transformers' own loss of each row by itself, weighted by its tokens."""
     model.zero_grad()
     total = sum(int(row.loss_mask_T.sum()) for row in found)
@@ -137,7 +137,7 @@ def test_a_layout_holds_every_row_once_within_its_budget(packing, micro_tokens):
 
 def test_micro_batches_are_cut_where_it_costs_least():
     lengths = [713, 544, 369, 234, 129, 86, 76, 63]
-    found = [Tokens(np.zeros(n, np.int32), np.ones(n, bool), "s") for n in lengths]
+    found = [TokenRow(np.zeros(n, np.int32), np.ones(n, bool), "s") for n in lengths]
 
     def cost(groups: list[list[int]]) -> int:
         return sum(64 + len(group) * group[0] for group in groups)

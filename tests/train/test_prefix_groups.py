@@ -29,11 +29,11 @@ from transformers import (
 
 from aif.config.settings import RewardSettings
 from aif.errors import InputError
-from aif.train.prefix_groups import Tree, TreeLayout, tree_digest
+from aif.train.prefix_groups import PrefixLayout, SharedPrefix, prefix_digest
 from aif.train.prefix_mask import PAD, branch_mask, shares
 from aif.train.reward.losses import OBJECTIVES, Pairs
 from aif.train.reward.model import forward_is_loss, forward_is_own, scores_of
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 
 KINDS = {
     "llama": (LlamaConfig, LlamaForSequenceClassification, {}),
@@ -70,11 +70,11 @@ def tiny(kind: str = "llama"):
     return model(config(**options | changes)).eval()
 
 
-def tokens(*ids: int, source: str = "s") -> Tokens:
-    return Tokens(np.array(ids, np.int32), np.arange(len(ids)) > 0, source)
+def tokens(*ids: int, source: str = "s") -> TokenRow:
+    return TokenRow(np.array(ids, np.int32), np.arange(len(ids)) > 0, source)
 
 
-def groups(seed: int = 0) -> list[list[Tokens]]:
+def groups(seed: int = 0) -> list[list[TokenRow]]:
     """1, 2, 3 and 4 responses to a prompt, of unlike lengths, with one that goes on as another
     does, two that are the same, and some that end in a token that may be the pad's."""
     rng = np.random.default_rng(seed)
@@ -104,15 +104,15 @@ def known(responses: int, seed: int = 0) -> dict[str, list]:
     }
 
 
-def trees(seed: int = 0) -> list[Tree]:
-    return [Tree.of(group, **known(len(group), seed)) for group in groups(seed)]
+def trees(seed: int = 0) -> list[SharedPrefix]:
+    return [SharedPrefix.of(group, **known(len(group), seed)) for group in groups(seed)]
 
 
-def whole(tree: Tree) -> list[list[int]]:
+def whole(tree: SharedPrefix) -> list[list[int]]:
     return [[*tree.shared_T.tolist(), *branch.tolist()] for branch in tree.branches]
 
 
-def own_scores(model, found: list[Tree]) -> torch.Tensor:
+def own_scores(model, found: list[SharedPrefix]) -> torch.Tensor:
     """transformers' score of every response by itself, [N]."""
     assert model.config.pad_token_id is None
     ids = [torch.tensor([row]) for tree in found for row in whole(tree)]
@@ -127,7 +127,7 @@ def objective_of(name: str = "pairs"):
     return OBJECTIVES[name](RewardSettings(centering=0.05))
 
 
-def plain(model, found: list[Tree], name: str = "pairs") -> tuple[float, list]:
+def plain(model, found: list[SharedPrefix], name: str = "pairs") -> tuple[float, list]:
     model.zero_grad()
     objective = objective_of(name)
     loss = objective.loss(own_scores(model, found), objective.targets(found))
@@ -136,11 +136,11 @@ def plain(model, found: list[Tree], name: str = "pairs") -> tuple[float, list]:
     return float(loss.detach()), gradients(model)
 
 
-def ours(model, found: list[Tree], name: str = "pairs", **layout) -> tuple[float, list]:
+def ours(model, found: list[SharedPrefix], name: str = "pairs", **layout) -> tuple[float, list]:
     model.zero_grad()
     objective = objective_of(name)
     options = {"micro_tokens": 10_000, "pad_id": 0, "share": True} | layout
-    made, total = TreeLayout(objective=objective, **options).step(found), 0.0
+    made, total = PrefixLayout(objective=objective, **options).step(found), 0.0
     forward_is_loss(model, objective)
     for batch in made.batches:
         loss = model(**batch.inputs(model.device)) / made.loss_items
@@ -150,10 +150,10 @@ def ours(model, found: list[Tree], name: str = "pairs", **layout) -> tuple[float
     return total, gradients(model)
 
 
-def scored(model, found: list[Tree], **layout) -> torch.Tensor:
+def scored(model, found: list[SharedPrefix], **layout) -> torch.Tensor:
     """Our scores of all responses, [N], as one batch."""
     options = {"micro_tokens": 10_000, "pad_id": 0, "share": True} | layout
-    batch = TreeLayout(**options).batch(found).inputs(model.device)
+    batch = PrefixLayout(**options).batch(found).inputs(model.device)
     batch.pop("targets")
     with torch.no_grad():
         return scores_of(model, **batch)
@@ -167,7 +167,7 @@ def close(found: tuple[float, list], want: tuple[float, list]) -> None:
 
 
 def test_what_all_begin_with_is_shared_and_every_response_keeps_a_token():
-    tree = Tree.of([tokens(1, 2, 3, 4), tokens(1, 2, 5), tokens(1, 2, 3, 9)])
+    tree = SharedPrefix.of([tokens(1, 2, 3, 4), tokens(1, 2, 5), tokens(1, 2, 3, 9)])
     assert tree.shared_T.tolist() == [1, 2]
     assert [branch.tolist() for branch in tree.branches] == [[3, 4], [5], [3, 9]]
     assert (len(tree), tree.longest, tree.responses) == (7, 4, 3)
@@ -186,7 +186,7 @@ def test_what_all_begin_with_is_shared_and_every_response_keeps_a_token():
     ids=["equal", "a prefix", "the first goes on", "one alone", "one token", "nothing in common"],
 )
 def test_no_branch_is_empty(rows, shared):
-    tree = Tree.of([tokens(*row) for row in rows])
+    tree = SharedPrefix.of([tokens(*row) for row in rows])
     assert len(tree.shared_T) == shared
     assert all(len(branch) for branch in tree.branches)
     assert whole(tree) == rows
@@ -198,7 +198,7 @@ sequences = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_si
 @limits(max_examples=60, deadline=None)
 @given(sequences)
 def test_a_tree_holds_its_sequences_and_shares_all_it_can(rows):
-    tree = Tree.of([tokens(*row) for row in rows])
+    tree = SharedPrefix.of([tokens(*row) for row in rows])
     assert whole(tree) == rows
     assert all(len(branch) for branch in tree.branches)
     one_more = {tuple(row[: len(tree.shared_T) + 1]) for row in rows}
@@ -207,8 +207,8 @@ def test_a_tree_holds_its_sequences_and_shares_all_it_can(rows):
 
 def test_a_row_is_the_prompt_and_then_its_branches():
     head = [11, 12, 13, 14, 15]
-    tree = Tree.of([tokens(*head, 21, 22, 23, 24), tokens(*head, 31, 32, 33)])
-    batch = TreeLayout(100, 0, share=True).batch([tree, Tree.of([tokens(5, 6)])])
+    tree = SharedPrefix.of([tokens(*head, 21, 22, 23, 24), tokens(*head, 31, 32, 33)])
+    batch = PrefixLayout(100, 0, share=True).batch([tree, SharedPrefix.of([tokens(5, 6)])])
     assert batch.input_ids.tolist() == [[*head, 21, 22, 23, 24, 31, 32, 33], [5, 6] + [0] * 10]
     assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]
     assert batch.position_ids[1, :2].tolist() == [0, 1]
@@ -219,8 +219,8 @@ def test_a_row_is_the_prompt_and_then_its_branches():
 @limits(max_examples=30, deadline=None)
 @given(st.lists(sequences, min_size=1, max_size=3))
 def test_a_token_sees_its_own_branch_and_what_is_shared(rows):
-    found = [Tree.of([tokens(*row) for row in group]) for group in rows]
-    batch = TreeLayout(100, 0, share=True).batch(found)
+    found = [SharedPrefix.of([tokens(*row) for row in group]) for group in rows]
+    batch = PrefixLayout(100, 0, share=True).batch(found)
     got = branch_mask(batch.branch)
     assert got.shape == (len(found), 1, *2 * (batch.input_ids.shape[1],))
     for row, tree in enumerate(found):
@@ -297,7 +297,7 @@ def test_a_score_is_read_at_the_last_token(share, pad_id):
     )
 
 
-def swapped(tree: Tree) -> Tree:
+def swapped(tree: SharedPrefix) -> SharedPrefix:
     return replace(
         tree, first=tree.second, second=tree.first, p_first=[1 - p for p in tree.p_first]
     )
@@ -314,8 +314,8 @@ def test_which_response_is_called_first_does_not_matter(objective):
 def test_swapped_texts_swap_their_scores_and_nothing_else(share):
     model, pairs = tiny(), [group for group in groups() if len(group) == 2]
     compared = {"first": [0], "second": [1], "p_first": [0.8]}
-    as_is = [Tree.of(group, **compared) for group in pairs]
-    turned = [Tree.of(group[::-1], **compared | {"p_first": [1 - 0.8]}) for group in pairs]
+    as_is = [SharedPrefix.of(group, **compared) for group in pairs]
+    turned = [SharedPrefix.of(group[::-1], **compared | {"p_first": [1 - 0.8]}) for group in pairs]
     a, b = scored(model, as_is, share=share)
     c, d = scored(model, turned, share=share)
     assert abs(a - b) > 0.1
@@ -327,7 +327,7 @@ def test_swapped_texts_swap_their_scores_and_nothing_else(share):
 @pytest.mark.parametrize("micro_tokens", [1, 50, 128, 10_000])
 def test_a_layout_holds_every_tree_once_within_its_budget(share, micro_tokens):
     found = [tree for seed in range(4) for tree in trees(seed)]
-    layout = TreeLayout(micro_tokens, 0, share, Pairs(RewardSettings()))
+    layout = PrefixLayout(micro_tokens, 0, share, Pairs(RewardSettings()))
     made = layout.groups(found)
     assert sorted(id(tree) for group in made for tree in group) == sorted(map(id, found))
     for group in made:
@@ -347,15 +347,17 @@ def test_a_layout_holds_every_tree_once_within_its_budget(share, micro_tokens):
 
 @pytest.mark.parametrize(("share", "fits"), [(True, 2 * 17), (False, 2 * 2 * 15)])
 def test_two_trees_lie_in_one_micro_batch_where_they_just_fit(share, fits):
-    found = [Tree.of([tokens(*range(13), 20, n), tokens(*range(13), 30, n)]) for n in range(2)]
+    found = [
+        SharedPrefix.of([tokens(*range(13), 20, n), tokens(*range(13), 30, n)]) for n in range(2)
+    ]
     assert [len(tree) for tree in found] == [17, 17]
     for micro_tokens, batches in ((fits, 1), (fits - 1, 2)):
-        assert len(TreeLayout(micro_tokens, 0, share).groups(found)) == batches
+        assert len(PrefixLayout(micro_tokens, 0, share).groups(found)) == batches
 
 
 def test_a_step_that_says_nothing_is_not_divided_by_zero():
-    alone = Tree.of([tokens(1, 2, 3)], grades=[0.5])
-    layout = TreeLayout(100, 0, share=True, objective=OBJECTIVES["ranking"](RewardSettings()))
+    alone = SharedPrefix.of([tokens(1, 2, 3)], grades=[0.5])
+    layout = PrefixLayout(100, 0, share=True, objective=OBJECTIVES["ranking"](RewardSettings()))
     assert layout.step([alone]).loss_items == 1
 
 
@@ -386,6 +388,6 @@ def test_a_digest_is_of_every_token_and_all_that_is_known():
         replace(tree, shared_T=np.where(tree.shared_T == tree.shared_T[3], 9, tree.shared_T)),
         replace(tree, shared_T=tree.shared_T[:0], branches=[tree.shared_T, *tree.branches]),
     ]
-    digests = {tree_digest([one]) for one in [tree, *changed]}
+    digests = {prefix_digest([one]) for one in [tree, *changed]}
     assert len(digests) == len(changed) + 1
-    assert tree_digest(trees()) == tree_digest(trees())
+    assert prefix_digest(trees()) == prefix_digest(trees())

@@ -194,7 +194,7 @@ def test_too_long_oldest_turns_go_first_and_the_system_message_stays(tokenizer):
         "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nC?<|im_end|>\n"
         "<|im_start|>assistant\nThree.<|im_end|>"
     )
-    assert (tokeniser.tally.truncated, tokeniser.tally.dropped) == (1, 0)
+    assert (tokeniser.truncated, tokeniser.dropped) == (1, 0)
 
 
 def test_then_the_response_is_cut_and_its_end_not_learned(tokenizer):
@@ -204,7 +204,7 @@ def test_then_the_response_is_cut_and_its_end_not_learned(tokenizer):
     assert pieces(tokenizer, found) == whole[:40]
     assert len(found) == 40
     assert "<|im_end|>" not in learned(pieces(tokenizer, found))
-    assert (tokeniser.tally.truncated, tokeniser.tally.dropped) == (1, 0)
+    assert (tokeniser.truncated, tokeniser.dropped) == (1, 0)
 
 
 def test_without_room_for_one_token_of_the_response_it_is_dropped(tokenizer):
@@ -214,7 +214,7 @@ def test_without_room_for_one_token_of_the_response_it_is_dropped(tokenizer):
         tokeniser = Tokeniser(tokenizer, prompt + room)
         found = list(tokeniser.dialogues([example]))
         assert [int(t.loss_mask_T.sum()) for t in found] == ([room] if room else [])
-        assert (tokeniser.tally.truncated, tokeniser.tally.dropped) == counts
+        assert (tokeniser.truncated, tokeniser.dropped) == counts
 
 
 def test_half_characters_do_not_stop_it(tokenizer):

@@ -16,7 +16,7 @@ from typing import Any
 
 from aif.run import Run
 from aif.store import jsonl
-from aif.train.distributed import all_rows
+from aif.train.distributed import gather_rows
 from aif.train.ppo.experience import read, tokens_of
 from aif.train.ppo.loop import PPO, seed_of, texts_of
 from aif.train.ppo.prompts import PolicyPrompt
@@ -39,7 +39,7 @@ class Watch:
         accelerator = self.ppo.accelerator
         share = self.prompts[accelerator.process_index :: accelerator.num_processes]
         # Who has no share does another's, to take part in what all do together.
-        rows = all_rows(self._rows(share or self.prompts[:1])[: len(share)])
+        rows = gather_rows(self._rows(share or self.prompts[:1])[: len(share)])
         if self.run.leads:
             self._keep(rows)
         told = {

@@ -18,7 +18,7 @@ from aif.train.batch import Batch, Layout
 from aif.train.ppo.actor_critic import Reference
 from aif.train.ppo.maths import gae, kl_estimate, leave_one_out, moments_of, token_rewards, whiten
 from aif.train.ppo.rollouts import Rollout
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # the sum over all processes
 
@@ -27,7 +27,7 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]  # the sum over all processes
 class Experience:
     """One step's responses, all that is known of them, and what each token is to learn."""
 
-    rows: list[Tokens]  # prompt and response, loss_mask True at the response
+    rows: list[TokenRow]  # prompt and response, loss_mask True at the response
     prompts: list[str]  # their ids, one a row
     mask_BT: torch.Tensor
     logprobs_BT: torch.Tensor  # of the policy that drew them, at the temperature of the draw
@@ -44,19 +44,19 @@ class Experience:
         return (self.logprobs_BT - self.ref_logprobs_BT).sum(1)
 
 
-def tokens_of(prompt: np.ndarray, rollout: Rollout) -> Tokens:
+def tokens_of(prompt: np.ndarray, rollout: Rollout) -> TokenRow:
     """A prompt with its response, which alone is learned."""
     ids = np.concatenate([prompt, rollout.ids_T]).astype(np.int32)
-    return Tokens(ids, np.arange(len(ids)) >= len(prompt), "rollout")
+    return TokenRow(ids, np.arange(len(ids)) >= len(prompt), "rollout")
 
 
-def response_mask(rows: Sequence[Tokens]) -> torch.Tensor:
+def response_mask(rows: Sequence[TokenRow]) -> torch.Tensor:
     """[B, T], True at each row's response tokens, pads on the right."""
     lengths_B = torch.tensor([int(row.loss_mask_T.sum()) for row in rows])
     return torch.arange(int(lengths_B.max())) < lengths_B[:, None]
 
 
-def micro_batches(rows: Sequence[Tokens], layout: Layout) -> Iterator[tuple[list[int], Batch]]:
+def micro_batches(rows: Sequence[TokenRow], layout: Layout) -> Iterator[tuple[list[int], Batch]]:
     """(numbers of the rows, the rows in memory), of like lengths together."""
     number = {id(row): n for n, row in enumerate(rows)}
     for group, batch in layout.batches(rows):
@@ -65,7 +65,11 @@ def micro_batches(rows: Sequence[Tokens], layout: Layout) -> Iterator[tuple[list
 
 @torch.no_grad()
 def read(
-    rows: Sequence[Tokens], model: Any, reference: Reference, layout: Layout, device: torch.device
+    rows: Sequence[TokenRow],
+    model: Any,
+    reference: Reference,
+    layout: Layout,
+    device: torch.device,
 ) -> dict[str, torch.Tensor | None]:
     """Log-probabilities, entropies and values of the model, and log-probabilities of the
     reference, each [B, T]; `values` is None without a critic."""
@@ -92,7 +96,7 @@ def read(
 
 
 def experience(
-    rows: list[Tokens],
+    rows: list[TokenRow],
     prompts: list[str],
     scores_B: torch.Tensor,
     told: dict[str, torch.Tensor | None],

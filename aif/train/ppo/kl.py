@@ -21,7 +21,7 @@ from aif.train.logprobs import head_is_all
 from aif.train.model import micro_batch
 from aif.train.ppo.actor_critic import logprobs_of
 from aif.train.ppo.experience import micro_batches
-from aif.train.tokens import Tokeniser, Tokens
+from aif.train.tokens import Tokeniser, TokenRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def log_ratios(
 
 def _tokens(
     name: str, responses: Sequence[Drawn], vocabulary: dict[str, int], settings: Settings
-) -> list[Tokens | None]:
+) -> list[TokenRow | None]:
     """Each prompt with its response, which alone is read."""
     tokenizer, context = load_tokenizer(name)
     if tokenizer.get_vocab() != vocabulary:
@@ -74,7 +74,7 @@ def _tokens(
 
 
 @torch.no_grad()
-def response_logprobs(name: str, rows: Sequence[Tokens], settings: Settings) -> list[float]:
+def response_logprobs(name: str, rows: Sequence[TokenRow], settings: Settings) -> list[float]:
     """The log-probability of every row's response under the model of that name, in nats."""
     policy = settings.policy
     # In float32 unless told otherwise: small differences are summed over hundreds of tokens.

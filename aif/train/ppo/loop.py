@@ -41,7 +41,7 @@ from aif.config.settings import PPOSettings
 from aif.errors import AifError
 from aif.store.records import content_id
 from aif.train.batch import Layout
-from aif.train.distributed import all_rows, mean_of_them, of_each
+from aif.train.distributed import all_gather, gather_rows, weighted_mean
 from aif.train.ppo.actor_critic import Reference, merged_weights
 from aif.train.ppo.experience import Experience, experience, read, tokens_of
 from aif.train.ppo.maths import AdaptiveKL, RunningMoments
@@ -101,7 +101,7 @@ class PPO:
         measured["time/learn_tokens_per_s"] = read_tokens * passes / self.seconds["learn"]
         if self.settings.kl_target:
             # Of all processes: each has its own kl_coef, and they are to stay alike.
-            self.position.kl.update(measured["objective/kl"], sum(of_each(len(found.rows))))
+            self.position.kl.update(measured["objective/kl"], sum(all_gather(len(found.rows))))
         self.position.step += 1
         self.position.log.append({"step": self.position.step, **measured})
         return measured
@@ -138,7 +138,7 @@ class PPO:
     ) -> Experience:
         """Of the responses that have a score."""
         kept = [n for n, score in enumerate(scores) if score is not None]
-        if not min(of_each(len(kept))):
+        if not min(all_gather(len(kept))):
             raise AifError("none of its responses has a score")
         rows = [tokens_of(asked[n].ids_T, rollouts[n]) for n in kept]
         device, model = self.accelerator.device, self.learner.model
@@ -154,7 +154,7 @@ class PPO:
         settings = self.settings
         scores_B = torch.tensor(scores, dtype=torch.float32)
         if settings.scale_scores:  # detail 18
-            every_B = torch.tensor(all_rows(list(scores)), dtype=torch.float32)
+            every_B = torch.tensor(gather_rows(list(scores)), dtype=torch.float32)
             self.position.scores.update(every_B)
             scores_B = scores_B / (self.position.scores.std or 1.0)
         if settings.score_clip:
@@ -195,8 +195,8 @@ class PPO:
             "val/eos_rate": fmean(rollout.ended for rollout in rollouts),
             "val/response_length": tokens / len(rollouts),
         }
-        told = mean_of_them(of_scored, len(known)) | mean_of_them(of_all, len(scores))
-        told["val/unscored"] = sum(of_each(len(scores) - len(known)))
+        told = weighted_mean(of_scored, len(known)) | weighted_mean(of_all, len(scores))
+        told["val/unscored"] = sum(all_gather(len(scores) - len(known)))
         read_tokens = sum(map(len, found.rows))
         took = self.seconds
         told |= {f"time/{name}_s": seconds for name, seconds in took.items()}

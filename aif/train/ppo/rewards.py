@@ -25,7 +25,7 @@ from accelerate import PartialState
 
 from aif.errors import AifError, InputError, shown
 from aif.store.records import Message, content_id
-from aif.train.distributed import by_the_first, of_each
+from aif.train.distributed import all_gather, on_main_process
 from aif.train.reward.model import Ensemble
 
 Reward = Callable[[Sequence[list[Message]], Sequence[str]], Sequence[float | None]]
@@ -92,8 +92,8 @@ def asked_by_the_first(reward: Reward) -> Reward:
     a journal has one writer."""
 
     def asked(prompts: Sequence[list[Message]], responses: Sequence[str]) -> Any:
-        shares = of_each((list(prompts), list(responses)))
-        answers = by_the_first(lambda: [reward(*share) for share in shares])
+        shares = all_gather((list(prompts), list(responses)))
+        answers = on_main_process(lambda: [reward(*share) for share in shares])
         return answers[PartialState().process_index]
 
     asked.identity = getattr(reward, "identity", None)

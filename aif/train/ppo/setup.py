@@ -48,7 +48,7 @@ from aif.train.prefix_groups import SharingLayout
 from aif.train.prefix_mask import shares
 from aif.train.resume import SCHEDULES, digest_of, start_model
 from aif.train.reward.model import Ensemble, RewardModel, member_folders
-from aif.train.tokens import Tokeniser, Tokens
+from aif.train.tokens import Tokeniser, TokenRow
 from aif.train.tokens import digest as tokens_digest
 
 STAGE = "ppo"
@@ -166,7 +166,7 @@ class Prepared:
             )  # fmt: skip
         return named
 
-    def _ptx(self) -> list[Tokens]:
+    def _ptx(self) -> list[TokenRow]:
         if not self.settings.ptx:
             return []
         # Revisions are picked as for `aif sft`.

@@ -23,7 +23,7 @@ from aif.models.load import ends_of
 from aif.progress import Progress
 from aif.run import Run
 from aif.store import checkpoint
-from aif.train.distributed import any_of_them, by_the_first, leaving_together
+from aif.train.distributed import any_rank, ends_process_group, on_main_process
 from aif.train.metrics import Metrics
 from aif.train.model import generation_ends, save
 from aif.train.ppo.actor_critic import ActorCritic
@@ -69,7 +69,7 @@ class Session:
     def resume(self) -> int:
         """Go back to the newest whole checkpoint; returns its step, 0 without one."""
         folder = self.run.file("checkpoints") / STAGE
-        found = by_the_first(lambda: self._newest(folder))
+        found = on_main_process(lambda: self._newest(folder))
         if found is None:
             return 0
         self._load(found)
@@ -93,10 +93,10 @@ class Session:
             self._look(steps)
             while position.step < steps and not self._fallen():
                 self._tell(self._step())
-                if any_of_them(self._save_due()) and position.step < steps:
+                if any_rank(self._save_due()) and position.step < steps:
                     self.save()
                 self._look(steps)
-                if any_of_them(self.stop.is_set()) and position.step < steps:
+                if any_rank(self.stop.is_set()) and position.step < steps:
                     raise Interrupted(
                         f"interrupted at step {position.step:,} of {steps:,}; "
                         "the same command resumes"
@@ -223,7 +223,7 @@ def _summary(
         "algorithm": run.settings.ppo.algorithm,
         "prompts": len(prepared.learn),
         "eval_prompts": len(prepared.held_out),
-        "dropped": prepared.tokeniser.tally.dropped,
+        "dropped": prepared.tokeniser.dropped,
         "steps": int(log[-1]["step"]),
         "resumed_from": began_at,
         "best_step": best,
@@ -234,7 +234,7 @@ def _summary(
     }
 
 
-@leaving_together
+@ends_process_group
 def ppo(run: Run, progress: Progress, sources: Mapping[str, Reward] | None = None) -> dict:
     """Train the policy by reinforcement into ppo/; returns the summary.
 

@@ -16,7 +16,7 @@ import torch
 from aif.config.settings import PPOSettings
 from aif.errors import AifError
 from aif.train.batch import Batch, Layout, Steps
-from aif.train.distributed import of_each
+from aif.train.distributed import all_gather
 from aif.train.ppo.experience import Experience, micro_batches
 from aif.train.ppo.maths import policy_loss, value_loss
 
@@ -73,7 +73,7 @@ class Learner:
     def _minibatches(self, rows: int, step: int) -> Iterator[list[int]]:
         """Rows of each optimizer step: a fresh permutation an epoch (detail 14)."""
         rank = self.accelerator.process_index
-        parts = min(self.settings.minibatches, min(of_each(rows)))
+        parts = min(self.settings.minibatches, min(all_gather(rows)))
         for epoch in range(self.settings.ppo_epochs):
             draw = np.random.default_rng([self.settings.seed, step, epoch, rank])
             for part in np.array_split(draw.permutation(rows), parts):

@@ -35,7 +35,7 @@ class Preference:
 
 
 @dataclass(slots=True)
-class Group:
+class PromptGroup:
     """A prompt, the distinct responses to it, and all that is known of how good they are."""
 
     prompt: list[Message]
@@ -59,7 +59,7 @@ class Group:
 class Preferences:
     """All groups, and how many rows were left out by reason."""
 
-    groups: list[Group]
+    groups: list[PromptGroup]
     left_out: dict[str, int]
 
 
@@ -71,7 +71,7 @@ def read_preferences(run: Run) -> Preferences:
     """
     settings = run.settings.reward
     left_out: Counter[str] = Counter()
-    groups: list[Group] = []
+    groups: list[PromptGroup] = []
     read = _graded if settings.objective == "grades" else _paired
     for source in settings.data:
         found = list(read(run, source, left_out))
@@ -88,14 +88,16 @@ def read_preferences(run: Run) -> Preferences:
     return Preferences(groups, dict(left_out))
 
 
-def split(groups: list[Group], settings: RewardSettings) -> tuple[list[Group], list[Group]]:
+def split(
+    groups: list[PromptGroup], settings: RewardSettings
+) -> tuple[list[PromptGroup], list[PromptGroup]]:
     """(to train on, held out); no opening of a conversation is in both."""
     out = held_out((group.split_key for group in groups), settings.eval_fraction, settings.seed)
     train = [group for group in groups if group.split_key not in out]
     return train, [group for group in groups if group.split_key in out]
 
 
-def _check_not_constant(groups: Iterable[Group], settings: RewardSettings) -> None:
+def _check_not_constant(groups: Iterable[PromptGroup], settings: RewardSettings) -> None:
     if settings.objective == "grades":
         values = {g > 0.5 if settings.hard else g for group in groups for g in group.grades}
         told = "one and the same grade everywhere"
@@ -106,10 +108,10 @@ def _check_not_constant(groups: Iterable[Group], settings: RewardSettings) -> No
         raise InputError("reward", "data", got=told, expected="something that tells good from bad")
 
 
-def _paired(run: Run, source: str, left_out: Counter[str]) -> Iterator[Group]:
+def _paired(run: Run, source: str, left_out: Counter[str]) -> Iterator[PromptGroup]:
     """Groups with comparisons."""
     found = _labelled(run, left_out) if source == "labels" else _chosen(source, left_out)
-    groups: dict[str, Group] = {}
+    groups: dict[str, PromptGroup] = {}
     seen: set[str] = set()
     for comparison, p_first in found:
         if comparison.id in seen:
@@ -119,7 +121,7 @@ def _paired(run: Run, source: str, left_out: Counter[str]) -> Iterator[Group]:
         elif run.settings.reward.hard and p_first == 0.5:
             left_out["even"] += 1
         else:
-            group = groups.setdefault(comparison.prompt_id, Group(comparison.prompt, source))
+            group = groups.setdefault(comparison.prompt_id, PromptGroup(comparison.prompt, source))
             first, second = group.place(comparison.first), group.place(comparison.second)
             group.pairs.append(Preference(comparison.id, first, second, p_first))
         seen.add(comparison.id)
@@ -155,14 +157,14 @@ def _chosen(source: str, left_out: Counter[str]) -> Iterator[tuple[Comparison, f
             yield pair.comparison, pair.human.p_first
 
 
-def _graded(run: Run, source: str, left_out: Counter[str]) -> Iterator[Group]:
+def _graded(run: Run, source: str, left_out: Counter[str]) -> Iterator[PromptGroup]:
     """Groups with a grade for each response."""
     found = _judged(run, left_out) if source == "labels" else read_rated(source)
-    groups: dict[str, Group] = {}
+    groups: dict[str, PromptGroup] = {}
     grades: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for prompt, text, grade in found:
         key = content_id("prompt", prompt)
-        group = groups.setdefault(key, Group(prompt, source))
+        group = groups.setdefault(key, PromptGroup(prompt, source))
         grades[key][group.place(text)].append(grade)
     for key, group in groups.items():
         means = {text: sum(grades[key][n]) / len(grades[key][n])

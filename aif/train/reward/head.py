@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from aif.train.prefix_groups import Objective, Tree, TreeLayout
+from aif.train.prefix_groups import Objective, PrefixLayout, SharedPrefix
 from aif.train.reward.losses import Targets
 from aif.train.reward.model import hidden_of
 
@@ -34,7 +34,7 @@ class Chunk:
 
 
 def fit_head(
-    model: Any, trees: Sequence[Tree], layout: TreeLayout, dtype: torch.dtype, seed: int
+    model: Any, trees: Sequence[SharedPrefix], layout: PrefixLayout, dtype: torch.dtype, seed: int
 ) -> None:
     """Set `model.score` to the penalised optimum of the layout's objective over `trees`, each of
     which counts once.
@@ -56,8 +56,8 @@ def fit_head(
 
 
 def _features(
-    model: Any, trees: Sequence[Tree], layout: TreeLayout, dtype: torch.dtype
-) -> list[tuple[Tree, torch.Tensor]]:
+    model: Any, trees: Sequence[SharedPrefix], layout: PrefixLayout, dtype: torch.dtype
+) -> list[tuple[SharedPrefix, torch.Tensor]]:
     """Each tree with what the body makes of its responses, [n, D]."""
     found = []
     for group in layout.groups(trees):
@@ -70,7 +70,9 @@ def _features(
     return found
 
 
-def _chunks(features: Sequence[tuple[Tree, torch.Tensor]], objective: Objective) -> list[Chunk]:
+def _chunks(
+    features: Sequence[tuple[SharedPrefix, torch.Tensor]], objective: Objective
+) -> list[Chunk]:
     parts = (features[start : start + CHUNK] for start in range(0, len(features), CHUNK))
     return [
         Chunk(torch.cat([rows for _, rows in some]), objective.targets([tree for tree, _ in some]))
@@ -78,7 +80,7 @@ def _chunks(features: Sequence[tuple[Tree, torch.Tensor]], objective: Objective)
     ]
 
 
-def _penalty(features: Sequence[tuple[Tree, torch.Tensor]], objective: Objective) -> float:
+def _penalty(features: Sequence[tuple[SharedPrefix, torch.Tensor]], objective: Objective) -> float:
     """The penalty whose fits do best on the prompts that they have not seen; the largest where
     there are too few prompts to tell."""
     if len(features) < 2 * FOLDS:

@@ -10,12 +10,12 @@ from typing import Any
 from aif.run import Run
 from aif.store.records import Comparison, HumanChoice, Label, content_id
 from aif.train.reward.card import ScoredPair
-from aif.train.reward.data import Group
+from aif.train.reward.data import PromptGroup
 from aif.train.reward.model import Ensemble
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class LabeledComparison:
     """A comparison, the AI label of it and a person's choice, each as far as there is one."""
 
     comparison: Comparison
@@ -24,7 +24,7 @@ class Known:
     p_human: float | None = None
 
 
-def known_of(run: Run, groups: Iterable[Group]) -> Iterator[Known]:
+def labeled_comparisons(run: Run, groups: Iterable[PromptGroup]) -> Iterator[LabeledComparison]:
     """The comparisons of groups: labels of the run's own ones, people's choices where it has any,
     and the choices of other sources."""
     labels = {row.comparison_id: row for row in _rows(run, "labels.jsonl", Label)}
@@ -36,7 +36,7 @@ def known_of(run: Run, groups: Iterable[Group]) -> Iterator[Known]:
             prompt_id = content_id("prompt", group.prompt)
             comparison = Comparison(pair.comparison_id, prompt_id, group.prompt, *texts)
             label = labels.get(pair.comparison_id) if own else None
-            yield Known(
+            yield LabeledComparison(
                 comparison,
                 pair.p_first if own else None,
                 label.by_principle if label else {},
@@ -45,16 +45,18 @@ def known_of(run: Run, groups: Iterable[Group]) -> Iterator[Known]:
         yield from _by_grade(group)
 
 
-def _by_grade(group: Group) -> Iterator[Known]:
+def _by_grade(group: PromptGroup) -> Iterator[LabeledComparison]:
     """Graded responses to one prompt, each with each: the better grade is to win."""
     if group.grades:
         who = "p_first" if group.source == "labels" else "p_human"
         for a, b in combinations(range(len(group.responses)), 2):
             comparison = Comparison.of(group.prompt, group.responses[a], group.responses[b])
-            yield Known(comparison, **{who: (1 + group.grades[a] - group.grades[b]) / 2})
+            yield LabeledComparison(
+                comparison, **{who: (1 + group.grades[a] - group.grades[b]) / 2}
+            )
 
 
-def scored_pairs(ensemble: Ensemble, known: Sequence[Known]) -> list[ScoredPair]:
+def scored_pairs(ensemble: Ensemble, known: Sequence[LabeledComparison]) -> list[ScoredPair]:
     """What the reward model says of each; left out are pairs that do not fit into it."""
     texts: dict[str, dict[str, None]] = {}
     prompts = {}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from aif.config.settings import RewardSettings
 from aif.errors import InputError, shown
-from aif.train.prefix_groups import Objective, Tree
+from aif.train.prefix_groups import Objective, SharedPrefix
 
 Targets = dict[str, torch.Tensor]
 
@@ -54,10 +54,10 @@ class Pairs:
 
     settings: RewardSettings
 
-    def count(self, tree: Tree) -> int:
+    def count(self, tree: SharedPrefix) -> int:
         return len(tree.p_first)
 
-    def targets(self, trees: Sequence[Tree]) -> Targets:
+    def targets(self, trees: Sequence[SharedPrefix]) -> Targets:
         starts = _starts(trees)
         first, second, p = [], [], []
         for start, tree in zip(starts, trees, strict=True):
@@ -91,17 +91,17 @@ class Ranking:
 
     settings: RewardSettings
 
-    def count(self, tree: Tree) -> int:
+    def count(self, tree: SharedPrefix) -> int:
         return int((self._rivals(tree).sum(1) > 1).sum())
 
-    def targets(self, trees: Sequence[Tree]) -> Targets:
+    def targets(self, trees: Sequence[SharedPrefix]) -> Targets:
         return {"rivals": torch.block_diag(*(self._rivals(tree) for tree in trees)).bool()}
 
     def loss(self, scores_N: torch.Tensor, targets: Targets) -> torch.Tensor:
         found = plackett_luce(scores_N, targets["rivals"]).sum()
         return found + self.settings.centering * scores_N.square().sum()
 
-    def _rivals(self, tree: Tree) -> torch.Tensor:
+    def _rivals(self, tree: SharedPrefix) -> torch.Tensor:
         """[K, K]: itself, and whatever has won less of its comparisons."""
         wins, played = torch.zeros(tree.responses), torch.zeros(tree.responses)
         for first, second, p in zip(tree.first, tree.second, tree.p_first, strict=True):
@@ -120,10 +120,10 @@ class Grades:
 
     settings: RewardSettings
 
-    def count(self, tree: Tree) -> int:
+    def count(self, tree: SharedPrefix) -> int:
         return tree.responses
 
-    def targets(self, trees: Sequence[Tree]) -> Targets:
+    def targets(self, trees: Sequence[SharedPrefix]) -> Targets:
         grades_N = torch.tensor([grade for tree in trees for grade in tree.grades])
         smoothing = self.settings.label_smoothing
         hard_N = (grades_N > 0.5).float() if self.settings.hard else grades_N
@@ -157,7 +157,7 @@ def objective_of(settings: RewardSettings) -> Objective:
     return OBJECTIVES[settings.objective](settings)
 
 
-def _starts(trees: Sequence[Tree]) -> list[int]:
+def _starts(trees: Sequence[SharedPrefix]) -> list[int]:
     starts = [0]
     for tree in trees:
         starts.append(starts[-1] + tree.responses)

@@ -23,7 +23,7 @@ from aif.store import checkpoint
 from aif.store.records import Message
 from aif.train.examples import Example
 from aif.train.model import micro_batch
-from aif.train.prefix_groups import Objective, Tree, TreeLayout
+from aif.train.prefix_groups import Objective, PrefixLayout, SharedPrefix
 from aif.train.prefix_mask import body_inputs, shares
 from aif.train.tokens import Tokeniser
 
@@ -32,7 +32,7 @@ Asked = tuple[list[Message], Sequence[str]]  # a prompt and responses to it
 
 
 def scores_of(model: Any, **batch: Any) -> torch.Tensor:
-    """The scores [N] of a batch's responses (see `trees.TreeBatch`), in float32."""
+    """The scores [N] of a batch's responses (see `trees.PrefixBatch`), in float32."""
     hidden_ND = hidden_of(model, **batch)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         # The head in float32: scores in bfloat16 near 4 would be 0.03 apart.
@@ -87,7 +87,7 @@ class RewardModel:
         limit = min(settings.max_tokens, config.max_position_embeddings)
         self._tokeniser = Tokeniser(tokenizer, limit, chat=about.get("chat", chat))
         most, call = micro_batch(model, settings)
-        self._layout = TreeLayout(
+        self._layout = PrefixLayout(
             most,
             tokenizer.pad_token_id,
             shares(model, settings.share_prompt, STAGE),
@@ -126,7 +126,7 @@ class RewardModel:
         answers = self._tokeniser.answers([talks[n] for n in asked])
         for n, sequences in zip(asked, answers, strict=True):
             if sequences is not None:
-                trees.append(Tree.of(sequences))
+                trees.append(SharedPrefix.of(sequences))
                 place[id(trees[-1])] = n
         for group in self._layout.groups(trees):
             values = iter(self._batch_scores(group))
@@ -139,7 +139,7 @@ class RewardModel:
         return (score - self.mean) / self.std
 
     @torch.no_grad()
-    def _batch_scores(self, trees: Sequence[Tree]) -> list[float]:
+    def _batch_scores(self, trees: Sequence[SharedPrefix]) -> list[float]:
         batch = self._layout.batch(trees).inputs(self.model.device)
         batch.pop("targets")
         mixed = self._dtype != torch.float32

@@ -15,7 +15,7 @@ from aif.run import Run
 from aif.stats.odds import probability
 from aif.store import jsonl
 from aif.train.reward.card import report_card
-from aif.train.reward.labeled import Known, scored_pairs
+from aif.train.reward.labeled import LabeledComparison, scored_pairs
 from aif.train.reward.model import load_ensemble
 
 STAGE = "score"
@@ -27,7 +27,7 @@ def score(run: Run, progress: Progress, source: str) -> dict[str, Any]:
     Raises InputError at the first bad row, AifError without a reward model.
     """
     known = [
-        Known(pair.comparison, p_human=pair.human.p_first if pair.human else None)
+        LabeledComparison(pair.comparison, p_human=pair.human.p_first if pair.human else None)
         for pair in read_pairs(source)
     ]
     if not known:

@@ -24,18 +24,18 @@ from aif.run import Run
 from aif.stats.calibration import accuracy, moments
 from aif.store.records import Prompt, Response, Revision, content_id
 from aif.train.batch import Steps
-from aif.train.distributed import leaving_together
+from aif.train.distributed import ends_process_group
 from aif.train.examples import Example
 from aif.train.metrics import Metrics
 from aif.train.model import inner, load_for_training, micro_batch, save, without_dropout
-from aif.train.prefix_groups import Tree, TreeLayout, tree_digest
+from aif.train.prefix_groups import PrefixLayout, SharedPrefix, prefix_digest
 from aif.train.prefix_mask import shares
 from aif.train.resume import check_start, digest_of, done_before, start_model, training_in
 from aif.train.reward.audit_gate import check_audit
 from aif.train.reward.card import report_card
-from aif.train.reward.data import Group, Preferences, read_preferences, split
+from aif.train.reward.data import Preferences, PromptGroup, read_preferences, split
 from aif.train.reward.head import fit_head
-from aif.train.reward.labeled import Known, known_of, scored_pairs
+from aif.train.reward.labeled import LabeledComparison, labeled_comparisons, scored_pairs
 from aif.train.reward.losses import objective_of
 from aif.train.reward.model import (
     STAGE,
@@ -47,7 +47,7 @@ from aif.train.reward.model import (
     load_ensemble,
     member_name,
 )
-from aif.train.tokens import Tally, Tokeniser
+from aif.train.tokens import Tokeniser
 from aif.train.trainer import Trained, Training, train
 
 CARD = "reward-card"
@@ -67,17 +67,17 @@ class Prepared:
         self.train_groups, self.eval_groups = split(self.found.groups, settings)
         limit = min(settings.max_tokens, context)
         tokeniser = Tokeniser(self.tokenizer, limit, chat=self.chat)
-        self.tally: Tally = tokeniser.tally
+        self.tokeniser = tokeniser
         self.train = list(trees(self.train_groups, tokeniser))
         self.held_out = list(trees(self.eval_groups, tokeniser))
         if not self.train:
             raise AifError(
                 f"reward: none of {len(self.found.groups):,} prompts is left to learn from; "
-                f"{self.tally.dropped:,} do not fit into {limit:,} tokens (reward.max_tokens)"
+                f"{tokeniser.dropped:,} do not fit into {limit:,} tokens (reward.max_tokens)"
             )
 
 
-def trees(groups: Sequence[Group], tokeniser: Tokeniser) -> Iterator[Tree]:
+def trees(groups: Sequence[PromptGroup], tokeniser: Tokeniser) -> Iterator[SharedPrefix]:
     """The groups in tokens, but for those that do not fit."""
     talks = [
         [
@@ -88,7 +88,7 @@ def trees(groups: Sequence[Group], tokeniser: Tokeniser) -> Iterator[Tree]:
     ]
     for group, sequences in zip(groups, tokeniser.answers(talks), strict=True):
         if sequences is not None:
-            yield Tree.of(
+            yield SharedPrefix.of(
                 sequences,
                 first=[pair.first for pair in group.pairs],
                 second=[pair.second for pair in group.pairs],
@@ -97,7 +97,7 @@ def trees(groups: Sequence[Group], tokeniser: Tokeniser) -> Iterator[Tree]:
             )
 
 
-@leaving_together
+@ends_process_group
 def reward(run: Run, progress: Progress) -> dict[str, Any]:
     """Train `reward.members` reward models into reward/ (reward-2/, ...); returns the summary.
 
@@ -156,8 +156,8 @@ def _member(
         "pairs": sum(len(tree.p_first) for tree in prepared.train),
         "eval_prompts": len(prepared.held_out),
         "eval_pairs": sum(len(tree.p_first) for tree in prepared.held_out),
-        "truncated": prepared.tally.truncated,
-        "dropped": prepared.tally.dropped,
+        "truncated": prepared.tokeniser.truncated,
+        "dropped": prepared.tokeniser.dropped,
         "shares_prompts": steps.layout.share,
         "steps": trained.steps,
         "resumed_from": trained.resumed_from,
@@ -174,7 +174,7 @@ def _member(
 
 def _trained(
     run: Run, stage: str, settings: RewardSettings, name: str, prepared: Prepared,
-    rows: Sequence[Tree], progress: Progress,
+    rows: Sequence[SharedPrefix], progress: Progress,
 ) -> tuple[Any, Trained, Steps]:  # fmt: skip
     """A model trained on `rows`, with how it went; its forward is its own again."""
 
@@ -207,15 +207,17 @@ def _trained(
     return model, trained, steps
 
 
-def _layout(model: Any, settings: RewardSettings, prepared: Prepared) -> TreeLayout:
+def _layout(model: Any, settings: RewardSettings, prepared: Prepared) -> PrefixLayout:
     most, call = micro_batch(model, settings)
     share = shares(model, settings.share_prompt, STAGE)
     pad = prepared.tokenizer.pad_token_id
-    return TreeLayout(most, pad, share, objective_of(settings), call)
+    return PrefixLayout(most, pad, share, objective_of(settings), call)
 
 
-def _digest(settings: RewardSettings, name: str, prepared: Prepared, rows: Sequence[Tree]) -> str:
-    return digest_of(STAGE, settings, name, tree_digest(rows), tree_digest(prepared.held_out))
+def _digest(
+    settings: RewardSettings, name: str, prepared: Prepared, rows: Sequence[SharedPrefix]
+) -> str:
+    return digest_of(STAGE, settings, name, prefix_digest(rows), prefix_digest(prepared.held_out))
 
 
 def reference(run: Run, prepared: Prepared, model: RewardModel) -> dict[str, Any]:
@@ -333,6 +335,6 @@ def _moments_by_kind(
     return found
 
 
-def held_out_pairs(run: Run, prepared: Prepared) -> list[Known]:
+def held_out_pairs(run: Run, prepared: Prepared) -> list[LabeledComparison]:
     """The comparisons that were not learned from, with all that is known of them."""
-    return list(known_of(run, prepared.eval_groups))
+    return list(labeled_comparisons(run, prepared.eval_groups))

@@ -36,7 +36,7 @@ from aif.train.batch import Layout
 from aif.train.ppo.actor_critic import ActorCritic, Reference, freeze, merged_weights
 from aif.train.ppo.experience import micro_batches
 from aif.train.ppo.rollouts import TransformersRollouts
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 from tests.support.tiny import tiny_model
 
 VOCAB = 64
@@ -85,11 +85,11 @@ def adapted(model, task: str = "CAUSAL_LM", targets="all-linear", moved: bool = 
     return model
 
 
-def rows(n: int = 6) -> list[Tokens]:
+def rows(n: int = 6) -> list[TokenRow]:
     """Of many lengths in no order; a third of each, or its last token, is a response."""
     draw = np.random.default_rng(0)
     return [
-        Tokens(
+        TokenRow(
             draw.integers(0, VOCAB, length).astype(np.int32),
             np.arange(length) >= min(length - 1, 1 + length // 2),
             "s",
@@ -98,12 +98,12 @@ def rows(n: int = 6) -> list[Tokens]:
     ]
 
 
-def inputs(found: list[Tokens], layout: Layout = WHOLE):
+def inputs(found: list[TokenRow], layout: Layout = WHOLE):
     """All rows as one batch, in their order."""
     return layout.batch(found).inputs(torch.device("cpu"))
 
 
-def told_plainly(actor: ActorCritic, row: Tokens) -> tuple:
+def told_plainly(actor: ActorCritic, row: TokenRow) -> tuple:
     """(log-probabilities, values, entropies) of one row, by the models' own forwards."""
     ids_1T = torch.tensor(row.ids_T[None].astype(int))
     at_N = torch.tensor(row.loss_mask_T.nonzero()[0])
@@ -120,7 +120,7 @@ def told_plainly(actor: ActorCritic, row: Tokens) -> tuple:
     )
 
 
-def told(actor: ActorCritic, found: list[Tokens], layout: Layout) -> list[list]:
+def told(actor: ActorCritic, found: list[TokenRow], layout: Layout) -> list[list]:
     """The same of all rows by `ActorCritic`, in the rows' order, as PPO asks for them."""
     parts: list = [None] * len(found)
     for numbers, batch in micro_batches(found, layout):

@@ -28,7 +28,7 @@ from aif.train.ppo.experience import (
 )
 from aif.train.ppo.maths import gae, kl_estimate, leave_one_out, moments_of, whiten
 from aif.train.ppo.rollouts import Rollout
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 from tests.support.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -61,17 +61,17 @@ def frozen():
     return model
 
 
-def row(prompt: int, response: int, seed: int = 0) -> Tokens:
+def row(prompt: int, response: int, seed: int = 0) -> TokenRow:
     draw = np.random.default_rng([seed, prompt, response])
     made = Rollout(draw.integers(3, 64, response).astype(np.int32), True)
     return tokens_of(draw.integers(3, 64, prompt).astype(np.int32), made)
 
 
-def rows() -> list[Tokens]:
+def rows() -> list[TokenRow]:
     return [row(*shape) for shape in SHAPES]
 
 
-def alone(tokens: Tokens, policy, temperature: float = T) -> tuple[torch.Tensor, torch.Tensor]:
+def alone(tokens: TokenRow, policy, temperature: float = T) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probabilities, entropies) of a row's response by transformers alone."""
     ids = torch.tensor(tokens.ids_T).long()
     logp_TV = (policy(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)
@@ -81,7 +81,7 @@ def alone(tokens: Tokens, policy, temperature: float = T) -> tuple[torch.Tensor,
     return logp_TV[torch.arange(len(places)), ids[places]], -(logp_TV.exp() * logp_TV).sum(-1)
 
 
-def values_alone(tokens: Tokens, model: ActorCritic) -> torch.Tensor:
+def values_alone(tokens: TokenRow, model: ActorCritic) -> torch.Tensor:
     """The critic's value of the state before each token of the response."""
     start = int(tokens.loss_mask_T.argmax())
     ids = torch.tensor(tokens.ids_T).long()
@@ -142,7 +142,7 @@ def test_without_its_adapters_the_policy_is_its_own_reference():
 PROMPTS = ["b", "a", "b", "c", "a", "b", "a"]
 
 
-def told(seed: int = 0, asked: list[Tokens] | None = None) -> dict[str, torch.Tensor]:
+def told(seed: int = 0, asked: list[TokenRow] | None = None) -> dict[str, torch.Tensor]:
     """As `read` might have found it: normal numbers, zero at padding."""
     mask_BT = response_mask(rows() if asked is None else asked)
     draw = torch.Generator().manual_seed(seed)

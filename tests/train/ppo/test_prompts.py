@@ -191,7 +191,7 @@ def test_oldest_turns_are_left_out_and_what_does_not_fit_then_is_dropped(tmp_pat
     every = Tokeniser(tokenizer, 64)
     learn, _ = prompts_of(run_of(tmp_path, own=["own"], prompts=str(path)), every, 16)
     assert [prompt.messages for prompt in learn] == [fits, long], "rewards see all of it"
-    assert every.tally.dropped == 1
+    assert every.dropped == 1
     (alone,) = Tokeniser(tokenizer, 64).prompts([[user("new")]], 16)
     assert learn[1].ids_T.tolist() == alone.tolist()
     most = max(len(prompt.ids_T) for prompt in learn)

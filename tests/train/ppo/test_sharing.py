@@ -34,12 +34,12 @@ from aif.train.ppo.train import ppo
 from aif.train.ppo.update import Learner
 from aif.train.prefix_groups import SharingLayout
 from aif.train.prefix_mask import before
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 from tests.support.tiny import Said, tiny_model
 from tests.support.toy import of_step, save_toy, toy_run
 
 CPU = torch.device("cpu")
-# Tokens of prompt and response; prompts of one length are the same.
+# TokenRow of prompt and response; prompts of one length are the same.
 SHAPES = [(3, 4), (9, 1), (3, 7), (1, 7), (9, 5), (3, 1), (1, 2), (5, 2), (9, 5), (2, 7), (12, 1)]
 PLAIN = Layout(10_000, False, pad_id=5)
 SHARED = SharingLayout(10_000, False, pad_id=5)
@@ -63,13 +63,13 @@ def one_process():
     torch.set_num_threads(threads)
 
 
-def row(prompt: int, response: int, n: int) -> Tokens:
+def row(prompt: int, response: int, n: int) -> TokenRow:
     asked = np.random.default_rng([1, prompt]).integers(3, 64, prompt).astype(np.int32)
     drawn = np.random.default_rng([2, n]).integers(3, 64, response).astype(np.int32)
     return tokens_of(asked, Rollout(drawn, True))
 
 
-def rows() -> list[Tokens]:
+def rows() -> list[TokenRow]:
     return [row(*shape, n) for n, shape in enumerate(SHAPES)]
 
 
@@ -98,7 +98,7 @@ def learner(layout: Layout, critic: bool = True, lora: bool = False, **settings)
     return Learner(accelerator, model, stepper, layout, PPOSettings(samples=4, **settings))
 
 
-def told(model: ActorCritic, layout: Layout, asked: list[Tokens] | None = None):
+def told(model: ActorCritic, layout: Layout, asked: list[TokenRow] | None = None):
     other = None if hasattr(model.policy, "disable_adapter") else tiny_model(vocab_size=64)
     asked = rows() if asked is None else asked
     return read(asked, model, Reference(model, other and other.eval()), layout, CPU)

@@ -30,7 +30,7 @@ from aif.train.ppo.actor_critic import ActorCritic, Reference
 from aif.train.ppo.experience import Experience, experience, read, tokens_of
 from aif.train.ppo.rollouts import Rollout
 from aif.train.ppo.update import Learner, NotFinite, answers
-from aif.train.tokens import Tokens
+from aif.train.tokens import TokenRow
 from tests.conftest import ROOT
 from tests.support.tiny import tiny_model
 
@@ -77,7 +77,7 @@ def learner(
     return Learner(accelerator, model, stepper, layout, PPOSettings(**settings), ptx)
 
 
-def rows() -> list[Tokens]:
+def rows() -> list[TokenRow]:
     """Each with a first token of its own, by which it is known again."""
     found = []
     for n, (prompt, response) in enumerate(SHAPES):
@@ -145,7 +145,7 @@ def same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
 # --- by hand
 
 
-def alone(model: ActorCritic, tokens: Tokens):
+def alone(model: ActorCritic, tokens: TokenRow):
     """(log-probabilities, entropies, values) of a row's response by transformers alone."""
     ids, start = torch.tensor(tokens.ids_T).long(), int(tokens.loss_mask_T.argmax())
     logp_TV = (model.policy(input_ids=ids[None]).logits[0] / T).log_softmax(-1)
@@ -411,12 +411,12 @@ def test_an_entropy_bonus_raises_the_entropy():
     assert float(sampled(ours).entropy_BT.sum()) > float(known.entropy_BT.sum()) + 0.1
 
 
-def texts() -> list[Tokens]:
+def texts() -> list[TokenRow]:
     """Each with a first token of its own."""
     found = []
     for n in range(16):
         ids = np.array([40 + n, *np.random.default_rng([9, n]).integers(3, 64, 2 + n % 5)])
-        found.append(Tokens(ids.astype(np.int32), np.arange(len(ids)) > n % 2, "texts"))
+        found.append(TokenRow(ids.astype(np.int32), np.arange(len(ids)) > n % 2, "texts"))
     return found
 
 

@@ -25,8 +25,8 @@ from aif.run import Run
 from aif.stats.calibration import accuracy, calibration, moments
 from aif.store.records import Comparison, HumanChoice
 from aif.train.reward.card import ScoredPair, report_card
-from aif.train.reward.data import Group, Preference
-from aif.train.reward.labeled import known_of, scored_pairs
+from aif.train.reward.data import Preference, PromptGroup
+from aif.train.reward.labeled import labeled_comparisons, scored_pairs
 from aif.train.reward.model import Ensemble, RewardModel
 
 
@@ -169,7 +169,7 @@ class ByLength:
 def test_each_response_gets_its_own_score_on_the_card(tmp_path):
     groups, made = [], []
     for text, responses in (("A?", ["bb", "a", "dddd"]), ("B?", ["ccc", "long", "a"])):
-        group = Group([{"role": "user", "content": text}], "labels", responses)
+        group = PromptGroup([{"role": "user", "content": text}], "labels", responses)
         for a, b in combinations(range(3), 2):
             made.append(Comparison.of(group.prompt, responses[a], responses[b]))
             group.pairs.append(Preference(made[-1].id, a, b, 0.9))
@@ -177,7 +177,7 @@ def test_each_response_gets_its_own_score_on_the_card(tmp_path):
     run = Run(tmp_path / "run", Settings())
     run.path.mkdir()
     run.write("human.jsonl", [HumanChoice(made[0].id, 0.0)])
-    found = scored_pairs(ByLength(), list(known_of(run, groups)))
+    found = scored_pairs(ByLength(), list(labeled_comparisons(run, groups)))
     by_id = {row.id: row for row in made if "long" not in (row.first, row.second)}
     assert [got.comparison_id for got in found] == list(by_id)
     for got in found:
@@ -190,8 +190,10 @@ def test_each_response_gets_its_own_score_on_the_card(tmp_path):
 @pytest.mark.parametrize(("source", "kind"), [("labels", "ai"), ("rated.jsonl", "human")])
 def test_grades_are_compared_each_with_each(tmp_path, source, kind):
     prompt = [{"role": "user", "content": "A?"}]
-    group = Group(prompt, source, ["a", "bb", "c"], [], [0.5, 1.0, 0.5])
-    found = scored_pairs(ByLength(), list(known_of(Run(tmp_path / "run", Settings()), [group])))
+    group = PromptGroup(prompt, source, ["a", "bb", "c"], [], [0.5, 1.0, 0.5])
+    found = scored_pairs(
+        ByLength(), list(labeled_comparisons(Run(tmp_path / "run", Settings()), [group]))
+    )
     by_kind = {"ai": [got.p_first for got in found], "human": [got.p_human for got in found]}
     assert by_kind.pop(kind) == [0.25, 0.5, 0.75]
     assert list(by_kind.values()) == [[None] * 3]

@@ -318,7 +318,7 @@ def test_answers_that_fit_are_the_tokens_of_their_dialogues(tokenizer, monkeypat
         assert ours.ids_T.tolist() == theirs.ids_T.tolist()
         assert ours.loss_mask_T.tolist() == theirs.loss_mask_T.tolist()
         assert ours.source == theirs.source
-    assert (tokeniser.tally.truncated, tokeniser.tally.dropped) == (0, 0)
+    assert (tokeniser.truncated, tokeniser.dropped) == (0, 0)
 
 
 def test_what_is_left_out_for_one_answer_is_left_out_for_all(tokenizer):
@@ -329,7 +329,7 @@ def test_what_is_left_out_for_one_answer_is_left_out_for_all(tokenizer):
     ((short, long),) = tokeniser.answers([group])
     assert parts(tokenizer, short) == (LAST_TURN, "Yes.<|im_end|>")
     assert parts(tokenizer, long) == (LAST_TURN, "word " * 80 + "<|im_end|>")
-    assert (tokeniser.tally.truncated, tokeniser.tally.dropped) == (1, 0)
+    assert (tokeniser.truncated, tokeniser.dropped) == (1, 0)
 
 
 def test_an_answer_too_long_even_so_is_cut_at_its_end(tokenizer):
@@ -339,7 +339,7 @@ def test_an_answer_too_long_even_so_is_cut_at_its_end(tokenizer):
     read, answer = parts(tokenizer, long)
     assert (read, len(long)) == (LAST_TURN, 40)
     assert answer.split() == ["word"] * int(long.loss_mask_T.sum())
-    assert (tokeniser.tally.truncated, tokeniser.tally.dropped) == (1, 0)
+    assert (tokeniser.truncated, tokeniser.dropped) == (1, 0)
 
 
 @pytest.mark.parametrize("room", [0, 1])
@@ -352,4 +352,4 @@ def test_a_group_without_room_for_a_token_is_none_and_counted(tokenizer, room):
     assert ends == [f"{text}<|im_end|>" for text in "xyz"]
     cut = ["Yes", "No"] if room else None
     assert (found and [parts(tokenizer, row)[1] for row in found]) == cut
-    assert (tokeniser.tally.truncated, tokeniser.tally.dropped) == (room, 1 - room)
+    assert (tokeniser.truncated, tokeniser.dropped) == (room, 1 - room)

@@ -16,7 +16,7 @@ import numpy as np
 
 from aif.config.settings import RewardSettings
 from aif.models.load import load_reward_model
-from aif.train.prefix_groups import Tree, TreeLayout
+from aif.train.prefix_groups import PrefixLayout, SharedPrefix
 from aif.train.reward import head
 from aif.train.reward.head import FOLDS, PENALTIES, _chunks, _fitted, _penalty, fit_head
 from aif.train.reward.losses import OBJECTIVES
@@ -31,7 +31,9 @@ def objective_of(name: str = "pairs"):
     return OBJECTIVES[name](RewardSettings())
 
 
-def drawn(n: int = 60, noise: float = 0.0, seed: int = 0) -> list[tuple[Tree, torch.Tensor]]:
+def drawn(
+    n: int = 60, noise: float = 0.0, seed: int = 0
+) -> list[tuple[SharedPrefix, torch.Tensor]]:
     """Trees of three responses, whose labels and grades are of the first two features."""
     draw = np.random.default_rng(seed)
     found = []
@@ -43,7 +45,7 @@ def drawn(n: int = 60, noise: float = 0.0, seed: int = 0) -> list[tuple[Tree, to
         p = [1 / (1 + math.exp(scores[b] - scores[a])) for a, b in zip(first, second, strict=True)]
         grades = [1 / (1 + math.exp(-score)) for score in scores]
         ids = draw.integers(1, 60, (4, 3)).astype(np.int32)
-        tree = Tree("labels", ids[3], list(ids[:3]), first, second, p, grades)
+        tree = SharedPrefix("labels", ids[3], list(ids[:3]), first, second, p, grades)
         found.append((tree, torch.tensor(rows, dtype=torch.float32)))
     return found
 
@@ -96,7 +98,7 @@ def test_it_is_the_models_head_whatever_the_size_of_its_features(tmp_path, share
     """Features a hundred times as large ask for a head a hundred times as small."""
     model = load_reward_model(str(save_tiny(tmp_path / "tiny")), "float32", "cpu", new_head=0)
     trees = [tree for tree, _ in drawn(40)]
-    layout = TreeLayout(256, 0, share, objective_of())
+    layout = PrefixLayout(256, 0, share, objective_of())
 
     def scores() -> torch.Tensor:
         batches = [layout.batch(some).inputs("cpu") for some in layout.groups(trees)]
@@ -115,8 +117,8 @@ def test_it_is_the_models_head_whatever_the_size_of_its_features(tmp_path, share
 def test_one_response_alone_makes_a_head_of_numbers(tmp_path):
     model = load_reward_model(str(save_tiny(tmp_path / "tiny")), "float32", "cpu", new_head=0)
     ids = np.arange(1, 4, dtype=np.int32)
-    layout = TreeLayout(256, 0, True, objective_of("grades"))
-    fit_head(model, [Tree("x", ids, [ids], grades=[0.9])], layout, torch.float32, seed=0)
+    layout = PrefixLayout(256, 0, True, objective_of("grades"))
+    fit_head(model, [SharedPrefix("x", ids, [ids], grades=[0.9])], layout, torch.float32, seed=0)
     assert model.score.weight.isfinite().all()
 
 

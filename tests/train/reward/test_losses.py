@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from aif.config.settings import RewardSettings
 from aif.errors import InputError
-from aif.train.prefix_groups import Tree
+from aif.train.prefix_groups import SharedPrefix
 from aif.train.reward.losses import (
     OBJECTIVES,
     Grades,
@@ -52,14 +52,14 @@ def loss(a: float, b: float, p: float, **options: float) -> float:
     return float(bradley_terry(*double(a, b, p), **options))
 
 
-def tree(responses: int, compared=(), grades=()) -> Tree:
+def tree(responses: int, compared=(), grades=()) -> SharedPrefix:
     """`compared` holds (first, second, p_first)."""
     one_T = np.ones(1, np.int32)
     first, second, p_first = map(list, zip(*compared, strict=True)) if compared else ([], [], [])
-    return Tree("s", one_T, [one_T] * responses, first, second, p_first, list(grades))
+    return SharedPrefix("s", one_T, [one_T] * responses, first, second, p_first, list(grades))
 
 
-def ranked(order, rng: np.random.Generator) -> Tree:
+def ranked(order, rng: np.random.Generator) -> SharedPrefix:
     """Every pair compared, either one called first; `order` names the responses, best first."""
     compared = []
     for better, worse in combinations(order, 2):
@@ -67,7 +67,7 @@ def ranked(order, rng: np.random.Generator) -> Tree:
     return tree(len(order), [compared[n] for n in rng.permutation(len(compared))])
 
 
-def told(kind, trees: list[Tree], scores_N: torch.Tensor, **options) -> torch.Tensor:
+def told(kind, trees: list[SharedPrefix], scores_N: torch.Tensor, **options) -> torch.Tensor:
     objective = kind(RewardSettings(**options))
     return objective.loss(scores_N, objective.targets(trees))
 

@@ -27,7 +27,7 @@ from aif.run import Run
 from aif.store import checkpoint
 from aif.store.records import HumanChoice, Prompt, Response, Verdict
 from aif.train.model import inner
-from aif.train.prefix_groups import TreeLayout
+from aif.train.prefix_groups import PrefixLayout
 from aif.train.reward import model as scoring
 from aif.train.reward import train as stage
 from aif.train.reward.losses import OBJECTIVES
@@ -354,7 +354,7 @@ def test_the_first_loss_and_its_gradient_are_those_of_trl(tmp_path):
         return load_reward_model(str(tmp_path / "classifier"), "float32", "cpu")
 
     ours, objective = fresh(), OBJECTIVES["pairs"](run.settings.reward)
-    step = TreeLayout(400, 0, True, objective).step(prepared.train)
+    step = PrefixLayout(400, 0, True, objective).step(prepared.train)
     assert len(step.batches) > 1
     scoring.forward_is_loss(ours, objective)
     loss = sum(ours(**batch.inputs(ours.device)) for batch in step.batches) / step.loss_items
