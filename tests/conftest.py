@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,14 @@ def shared_data() -> Path:
     return DATA
 
 
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An XDG_CACHE_HOME in which `smollm2-135m` is a tiny model; see tests/support/documents.py."""
+    from tests.support.documents import tiny_bundled
+
+    return tiny_bundled(tmp_path_factory.mktemp("cache"))
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -44,6 +53,17 @@ def aif(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [*options.pop("prefix", []), *AIF, *map(str, arguments)]
     options = {"capture_output": True, "text": True, "timeout": 120} | options
     return subprocess.run(command, check=False, **options)
+
+
+def aif_here(
+    *arguments: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`aif` in this process, which saves the start of another; `env` is added to ours."""
+    result = CliRunner(env=env).invoke(app, [str(part) for part in arguments])
+    stderr = result.stderr
+    if result.exception and not isinstance(result.exception, SystemExit):
+        stderr += "".join(traceback.format_exception(result.exception))
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, stderr)
 
 
 @dataclass
