@@ -15,7 +15,7 @@ PACKAGE = ROOT / "aif"
 # Lowest first: an import goes to a floor below, or stays in its package, without a circle.
 FLOORS = [
     "errors",
-    "dependencies progress",
+    "dependencies progress signals",
     "stats store",
     "config",
     "run",

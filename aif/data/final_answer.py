@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from aif.signals import handling
 
 TAIL = 20_000  # characters from the end in which an answer is looked for
 PHRASE = 100  # characters that a statement may take; what is longer is an explanation
@@ -90,16 +91,8 @@ def _at_most(seconds: float) -> Iterator[None]:
     def late(number: int, frame: object) -> None:
         raise TimeoutError
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling({signal.SIGALRM: late}, alarm_s=seconds):
         yield
-        return
-    handler = signal.signal(signal.SIGALRM, late)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:

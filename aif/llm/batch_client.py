@@ -17,9 +17,9 @@ import httpx2
 
 from aif.errors import Interrupted, JudgeStopped
 from aif.llm import Answer, Ask, openai_format
+from aif.llm.event_loop import Turns
 from aif.llm.openai_api import ApiLLM, Failure
 from aif.llm.rate_limit import wait_s
-from aif.llm.signals import Deferred
 from aif.llm.submissions import Submission
 
 T = TypeVar("T")
@@ -111,17 +111,13 @@ class BatchClient(ApiLLM):
         raise self._stopped("the server refused", refused.detail)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do it to its end, and let signals in between two turns of the loop."""
         task = self._loop.create_task(work)
         try:
-            with Deferred(self._loop, lambda: None) as signals:
+            with Turns(self._loop) as turns:
+                task.add_done_callback(lambda _: turns.wake())
                 while not task.done():
-                    signals.hold()
-                    try:
-                        self._loop.run_until_complete(asyncio.wait({task}, timeout=SLICE_S))
-                    finally:
-                        signals.release()
-                    signals.deliver()
+                    turns.run()
+                    turns.deliver()
             return task.result()
         finally:
             task.cancel()

@@ -21,6 +21,7 @@ from aif.errors import AifError, BudgetSpent, Interrupted, JudgeStopped, TooMany
 from aif.llm import LLM, Answer, Ask, Caller, Lasting
 from aif.llm.budget import Meter
 from aif.progress import Progress
+from aif.signals import handling
 from aif.store.journal import Journal
 from aif.store.records import FAULTS, SERVICE_FAULTS
 
@@ -190,14 +191,6 @@ def draining(progress: Progress) -> Iterator[threading.Event]:
             "interrupted, some calls in flight were given up; the same command resumes"
         )
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     handlers = {signal.SIGINT: first, signal.SIGTERM: first, signal.SIGALRM: late}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
+    with handling(handlers, alarm_s=0):
         yield stop
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,10 +10,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from aif.llm import Answer, Ask
+from aif.llm.event_loop import Turns
 from aif.llm.rate_limit import InFlight
-from aif.llm.signals import Deferred
 
-PATIENCE_S = 0.2  # the longest turn of the loop
 LINGER_S = 0.005  # from the first answer of a batch to handing the batch over
 GRACE_S = 5.0  # for the requests under way when something makes it impossible to go on
 
@@ -35,7 +34,7 @@ class Crew:
         self._ended = False  # `asks` has no more
         self._failure: BaseException | None = None
         self._ready: list[Answer] = []
-        self._wake: asyncio.Future[None] | None = None
+        self._turns = Turns(loop)
         self._working = limit.ceiling
         self._workers = [loop.create_task(self._work()) for _ in range(limit.ceiling)]
 
@@ -43,15 +42,11 @@ class Crew:
         """Every answer as it comes; then what a worker or `asks` raised, if anything."""
         give_up = None
         try:
-            with Deferred(self._loop, self._rouse) as signals:
+            with self._turns:
                 while self._working:
-                    signals.hold()
-                    try:
-                        self._loop.run_until_complete(self._turn())
-                    finally:
-                        signals.release()
+                    self._turns.run()
                     yield from self._take()
-                    signals.deliver()
+                    self._turns.deliver()
                     if self._failure is not None:
                         give_up = give_up or self._loop.time() + GRACE_S
                         if not self._limit.busy or self._loop.time() > give_up:
@@ -78,7 +73,7 @@ class Crew:
             self._fail(error)
         finally:
             self._working -= 1
-            self._rouse()
+            self._turns.wake()
 
     def _fail(self, error: Exception) -> None:
         """Ask no more."""
@@ -88,19 +83,8 @@ class Crew:
 
     def _deliver(self, answer: Answer) -> None:
         if not self._ready:
-            self._loop.call_later(LINGER_S, self._rouse)
+            self._loop.call_later(LINGER_S, self._turns.wake)
         self._ready.append(answer)
-
-    def _rouse(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
-
-    async def _turn(self) -> None:
-        """Let the workers run until there are answers, or for a little while."""
-        self._wake = self._loop.create_future()
-        timer = self._loop.call_later(PATIENCE_S, self._rouse)
-        await self._wake
-        timer.cancel()
 
     def _take(self) -> list[Answer]:
         batch, self._ready = self._ready, []

@@ -26,6 +26,7 @@ from aif.config.settings import TrainSettings
 from aif.errors import AifError, Interrupted
 from aif.models.load import torch_dtype, usable_device
 from aif.progress import Progress
+from aif.signals import handling
 from aif.store import checkpoint
 from aif.train.batch import OptimizerStep, Steps
 from aif.train.distributed import any_rank, on_main_process
@@ -344,16 +345,8 @@ def stopping(event: threading.Event, progress: Progress) -> Iterator[None]:
             progress.say("stopping after this step; again to leave at once")
         event.set()
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling({signal.SIGINT: stop, signal.SIGTERM: stop}):
         yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _only(items: Sequence[Any]) -> Any:

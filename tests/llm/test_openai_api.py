@@ -17,8 +17,8 @@ import pytest
 from aif.config.settings import LLMSettings
 from aif.errors import InputError, Interrupted, JudgeStopped
 from aif.llm import Ask, open_llm, pool
+from aif.llm.event_loop import Turns
 from aif.llm.openai_api import ApiLLM
-from aif.llm.signals import Deferred
 from tests.support.server import hash_of, p_of, serving
 
 KEY = "sk-planted-secret-0123456789"
@@ -435,12 +435,11 @@ def test_a_signal_is_kept_out_of_a_turn_of_the_loop():
     loop, heard = asyncio.new_event_loop(), []
     before = signal.signal(signal.SIGALRM, lambda number, frame: heard.append(number))
     try:
-        with Deferred(loop, lambda: None) as signals:
-            signals.hold()
-            signal.raise_signal(signal.SIGALRM)
+        with Turns(loop) as turns:
+            loop.call_soon(signal.raise_signal, signal.SIGALRM)
+            turns.run()
             assert heard == []
-            signals.release()
-            signals.deliver()
+            turns.deliver()
             assert heard == [signal.SIGALRM]
             signal.raise_signal(signal.SIGALRM)
             assert len(heard) == 2
