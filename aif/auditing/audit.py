@@ -244,22 +244,21 @@ def _of_seat(row: Label, seat: str) -> Label | None:
     if seat not in row.by_judge:
         return None
     p_first = row.by_judge[seat]
-    fault = (row.fault or "unparsed") if p_first is None else None
-    return Label(row.comparison_id, p_first, fault, 0, None)
+    if p_first is None:
+        return Label.null(row.comparison_id, row.fault or "unparsed")
+    return Label(row.comparison_id, p_first, None, 0, None)
 
 
 def _of_record(judge: str, item: Item, tallies: Tallies) -> Label:
     """A recorded judge's label: its choice, or the mean of its choices in both orders, and null
     where one of these is missing."""
-    found = item.recorded[judge]
-    for order, choice in found.items():
-        fault = "unparsed" if choice is None else None
-        row = Verdict("", item.comparison_id, "", order, judge, None, choice, fault, {})
-        tallies.add(row, item)
-    whole = None if None in found.values() else sum(found.values()) / len(found)
-    fault = "unparsed" if whole is None else None
-    n = sum(choice is not None for choice in found.values())
-    return Label(item.comparison_id, whole, fault, n, None)
+    verdicts = item.recorded[judge]
+    for verdict in verdicts:
+        tallies.add(verdict, item)
+    if not verdicts or any(verdict.p_first is None for verdict in verdicts):
+        return Label.null(item.comparison_id, "unparsed")
+    p_first = sum(verdict.p_first for verdict in verdicts) / len(verdicts)
+    return Label(item.comparison_id, p_first, None, len(verdicts), None)
 
 
 def _longer_wins(items: Sequence[Item], bootstrap: Bootstrap) -> dict[str, Any] | None:

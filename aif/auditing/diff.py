@@ -32,7 +32,7 @@ from aif.stats.intervals import wilson
 from aif.stats.odds import outcome
 from aif.store import jsonl
 from aif.store.journal import Reader
-from aif.store.records import TURNED, Comparison, Label, Verdict
+from aif.store.records import Comparison, Label, Verdict
 
 FILE = "diff.jsonl"
 
@@ -182,7 +182,7 @@ def _joined(a: Labelling, b: Labelling) -> tuple[dict[str, str], dict[str, int]]
     turned = {}
     for row in _comparisons(b.run) if both < len(ids_b) else ():
         if row.id not in ids_a:
-            id_a = Comparison.of(row.prompt, row.second, row.first).id
+            id_a = row.swapped().id
             if id_a in ids_a and id_a not in ids_b:  # else B has the pair both ways
                 turned[row.id] = id_a
     both += len(turned)
@@ -210,7 +210,7 @@ def _compared(
             continue
         labels["both"] += 1
         if id_a != now.comparison_id:
-            was = _turned(was)
+            was = was.swapped()
         for name in was.by_principle.keys() & now.by_principle.keys():
             p_a, p_b = was.by_principle[name], now.by_principle[name]
             if p_a is not None and p_b is not None:
@@ -239,14 +239,6 @@ def _compared(
     return summary, flips
 
 
-def _turned(label: Label) -> Label:
-    """The label of the same pair with the other response first."""
-    turned = {n: None if p is None else 1 - p for n, p in label.by_principle.items()}
-    p_first = None if label.p_first is None else 1 - label.p_first
-    rest = (label.fault, label.n_verdicts, label.order_agreement)
-    return Label(label.comparison_id, p_first, *rest, turned)
-
-
 def _rows(a: Labelling, b: Labelling, flips: Iterable[Flip]) -> list[dict[str, Any]]:
     """A row a flip, with the texts and the verdicts of both labellings."""
     flips = list(flips)
@@ -267,30 +259,25 @@ def _rows(a: Labelling, b: Labelling, flips: Iterable[Flip]) -> list[dict[str, A
                 "prompt": row.prompt,
                 "first": row.first,
                 "second": row.second,
-                "a": _half(flip.a, was if flip.id_a == row.id else map(_turned_verdict, was)),
+                "a": _half(flip.a, was if flip.id_a == row.id else map(Verdict.swapped, was)),
                 "b": _half(flip.b, said_b[row.id]),
             }
         )
     return rows
 
 
-def _verdicts(labelling: Labelling, ids: set[str]) -> dict[str, list[dict[str, Any]]]:
-    """What is shown of the verdicts on some comparisons, by comparison."""
+def _verdicts(labelling: Labelling, ids: set[str]) -> dict[str, list[Verdict]]:
+    """The verdicts on some comparisons, by comparison."""
     found = defaultdict(list)
     for verdict in labelling.verdicts(ids) if ids else ():
-        keys = ("principle_id", "order", "judge", "text", "p_first", "fault")
-        found[verdict.comparison_id].append({key: getattr(verdict, key) for key in keys})
+        found[verdict.comparison_id].append(verdict)
     return found
 
 
-def _turned_verdict(said: dict[str, Any]) -> dict[str, Any]:
-    p_first = None if said["p_first"] is None else 1 - said["p_first"]
-    return said | {"order": said["order"].translate(TURNED), "p_first": p_first}
-
-
-def _half(label: Label, verdicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _half(label: Label, verdicts: Iterable[Verdict]) -> dict[str, Any]:
+    keys = ("principle_id", "order", "judge", "text", "p_first", "fault")
     return {
         "p_first": label.p_first,
         "by_principle": label.by_principle,
-        "verdicts": list(verdicts),
+        "verdicts": [{key: getattr(row, key) for key in keys} for row in verdicts],
     }

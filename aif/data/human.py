@@ -22,7 +22,7 @@ from aif.data.readers import pairs_of, read_rows
 from aif.errors import InputError, shown
 from aif.run import Run
 from aif.stats.odds import outcome
-from aif.store.records import TURNED, Comparison, HumanChoice
+from aif.store.records import Comparison, HumanChoice, Verdict
 
 FIRST, SECOND, TIE = 1.0, 0.0, 0.5
 CHOICES = {
@@ -33,7 +33,6 @@ CHOICES = {
 _SAID = {name: choice for choice, names in CHOICES.items() for name in names}
 COLUMNS = ("label", "winner", "preference")
 MODELS = (("model_a", "model_b"), ("chosen_model", "rejected_model"))
-Recorded = dict[str, float | None]  # order ("ab", "ba", or "" where it is not known) -> choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,8 @@ class Item:
     choices: tuple[float, ...]  # a person each: FIRST, SECOND or TIE
     subset: str | None = None
     models: tuple[str, str] | None = None  # that wrote the first and the second
-    recorded: dict[str, Recorded] = field(default_factory=dict)  # by column
+    # By column. The order is "ab", "ba", or "" where it is not known.
+    recorded: dict[str, tuple[Verdict, ...]] = field(default_factory=dict)
 
     @property
     def people(self) -> float | None:
@@ -103,7 +103,7 @@ def _item(
         tuple(choices),
         None if subset is None else str(subset),
         _models(row, turned),
-        {column: _recorded(row, place, column, turned) for column in columns},
+        {column: _recorded(row, place, column, comparison.id, turned) for column in columns},
     )
 
 
@@ -137,20 +137,23 @@ def _models(row: dict[str, Any], turned: bool) -> tuple[str, str] | None:
     return None
 
 
-def _recorded(row: dict[str, Any], place: str, column: str, turned: bool) -> Recorded:
+def _recorded(
+    row: dict[str, Any], place: str, column: str, comparison_id: str, turned: bool
+) -> tuple[Verdict, ...]:
     """What a judge's column says: a choice, or one for each order of showing; null is none."""
     if column not in row:
         raise InputError(
             place, column, got="nothing", expected="a recorded verdict, null where there was none"
         )
-    said = row[column] if isinstance(row[column], dict) else {"": row[column]}
-    if not said.keys() <= {"", "ab", "ba"}:
-        raise InputError(place, column, got=shown(said), expected="a choice, or ab and ba of them")
-    found = {
-        order: None if one is None else _choice(one, place, column) for order, one in said.items()
-    }
-    if not turned:
-        return found
-    return {
-        order.translate(TURNED): None if one is None else 1 - one for order, one in found.items()
-    }
+    choices = row[column] if isinstance(row[column], dict) else {"": row[column]}
+    if not choices.keys() <= {"", "ab", "ba"}:
+        raise InputError(
+            place, column, got=shown(choices), expected="a choice, or ab and ba of them"
+        )
+    verdicts = []
+    for order, value in choices.items():
+        choice, fault = (
+            (None, "unparsed") if value is None else (_choice(value, place, column), None)
+        )
+        verdicts.append(Verdict("", comparison_id, "", order, column, None, choice, fault, {}))
+    return tuple(map(Verdict.swapped, verdicts) if turned else verdicts)

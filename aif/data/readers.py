@@ -143,7 +143,7 @@ def pairs_of(row: dict[str, Any], place: str) -> Iterator[Pair]:
             return
     if "chosen" in row and "rejected" in row:
         prompt, chosen, rejected = _chosen_rejected(row, place)
-        yield _ordered(prompt, chosen, rejected, 1.0, name)
+        yield _ordered(prompt, chosen, rejected, name)
     elif "responses" in row or "completions" in row:
         yield from _ranked(row, place, name)
     else:
@@ -155,12 +155,11 @@ def pairs_of(row: dict[str, Any], place: str) -> Iterator[Pair]:
         )
 
 
-def _ordered(prompt: list[Message], better: str, worse: str, p: float, source: str) -> Pair:
+def _ordered(prompt: list[Message], better: str, worse: str, source: str) -> Pair:
     """A pair whose order is decided by the texts alone, so that it tells nothing of the choice."""
     first, second = sorted((better, worse), key=lambda text: content_id("order", text))
     comparison = Comparison.of(prompt, first, second)
-    p_first = p if first == better else 1 - p
-    return Pair(comparison, HumanChoice(comparison.id, p_first, source))
+    return Pair(comparison, HumanChoice(comparison.id, float(first == better), source))
 
 
 def _ranked(row: dict[str, Any], place: str, source: str) -> Iterator[Pair]:
@@ -179,7 +178,7 @@ def _ranked(row: dict[str, Any], place: str, source: str) -> Iterator[Pair]:
             yield Pair(Comparison.of(prompt, texts[a], texts[b]))
         else:
             better, worse = (a, b) if scores[a] > scores[b] else (b, a)
-            yield _ordered(prompt, texts[better], texts[worse], 1.0, source)
+            yield _ordered(prompt, texts[better], texts[worse], source)
 
 
 def _scores(row: dict[str, Any], responses: list[Any], place: str) -> list[float] | None:

@@ -31,7 +31,7 @@ def label_of(
     """
     orders = orders or ORDERS[protocol]
     if comparison.first == comparison.second:
-        return Label(comparison.id, None, "identical", 0, None)
+        return Label.null(comparison.id, "identical")
     by_principle: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         by_principle[verdict.principle_id].append(verdict)

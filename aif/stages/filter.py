@@ -96,14 +96,15 @@ def kept(
             faults.add(row)
         if label is None:
             continue
-        p_revision = None if label.p_first is None else 1 - label.p_first
+        of_revision = label.swapped()
+        p_revision = of_revision.p_first
         yield Kept(
             revision_id=revision.id,
             response_id=revision.response_id,
             round=revision.round,
             comparison_id=comparison.id,
             p_revision=p_revision,
-            by_principle={k: None if p is None else 1 - p for k, p in label.by_principle.items()},
+            by_principle=of_revision.by_principle,
             fault=label.fault,
             kept=p_revision is not None and p_revision > run.settings.filter.threshold,
         )

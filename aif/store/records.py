@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}, as every chat API has it
-TURNED = str.maketrans("ab", "ba")  # an order, seen from the pair that stands the other way round
+_SWAPPED = str.maketrans("ab", "ba")
 
 # Why a row has no answer. No number ever stands for one of these.
 FAULTS = {
@@ -57,6 +57,11 @@ def as_row(record: Any) -> dict[str, Any]:
     if not row.get("by_judge", True):  # said only where it says something
         del row["by_judge"]
     return row
+
+
+def other(p: float | None) -> float | None:
+    """A probability seen from the other response; null stays null."""
+    return None if p is None else 1 - p
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,10 @@ class Comparison:
             second,
         )
 
+    def swapped(self) -> Comparison:
+        """The comparison with the other response first."""
+        return Comparison.of(self.prompt, self.second, self.first)
+
 
 @dataclass(frozen=True, slots=True)
 class HumanChoice:
@@ -183,10 +192,16 @@ class Verdict:
     fault: str | None
     usage: dict[str, int]
 
+    def swapped(self) -> Verdict:
+        """The verdict with the other response first. `comparison_id` stays."""
+        order = self.order.translate(_SWAPPED)
+        return replace(self, order=order, p_first=other(self.p_first))
+
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What the verdicts of one comparison come to; made from them alone, so it costs no call."""
+    """An aggregate over the verdicts of one comparison. It is made from them alone and costs no
+    call."""
 
     comparison_id: str
     p_first: float | None
@@ -195,3 +210,17 @@ class Label:
     order_agreement: float | None  # share of principles whose two orders name the same winner
     by_principle: dict[str, float | None] = field(default_factory=dict)
     by_judge: dict[str, float | None] = field(default_factory=dict)  # {} where there is one alone
+
+    @classmethod
+    def null(cls, comparison_id: str, fault: str) -> Label:
+        """A label without a number."""
+        return cls(comparison_id, None, fault, 0, None)
+
+    def swapped(self) -> Label:
+        """The label with the other response first. `comparison_id` stays."""
+        return replace(
+            self,
+            p_first=other(self.p_first),
+            by_principle={name: other(p) for name, p in self.by_principle.items()},
+            by_judge={name: other(p) for name, p in self.by_judge.items()},
+        )

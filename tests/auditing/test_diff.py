@@ -35,10 +35,6 @@ def compared(*arguments: object) -> dict:
 PAIRS = [Comparison.of([{"role": "user", "content": f"p{n}"}], "x", "y") for n in range(12)]
 
 
-def turned(row: Comparison) -> Comparison:
-    return Comparison.of(row.prompt, row.second, row.first)
-
-
 @pytest.fixture
 def written(tmp_path):
     """A run whose labels are these: a probability, or the fault that a null has."""
@@ -50,9 +46,10 @@ def written(tmp_path):
         run.write("verdicts.jsonl", [])
         labels = []
         for row, p in zip(rows, found, strict=False):
-            known = None if isinstance(p, str) else p
-            fault = p if isinstance(p, str) else None
-            labels.append(Label(row.id, known, fault, 2, None, {principle: known}))
+            if isinstance(p, str):
+                labels.append(Label.null(row.id, p))
+            else:
+                labels.append(Label(row.id, p, None, 2, None, {principle: p}))
         run.write("labels.jsonl", labels)
         return run
 
@@ -96,7 +93,7 @@ def test_two_who_say_the_same_of_all_have_no_kappa(written):
 
 def test_a_pair_the_other_way_round_has_its_label_turned(written):
     a = written("a", [0.9, 0.2, 0.7])
-    b = written("b", [0.1, 0.8, 0.2], [turned(PAIRS[0]), turned(PAIRS[1]), PAIRS[2]])
+    b = written("b", [0.1, 0.8, 0.2], [PAIRS[0].swapped(), PAIRS[1].swapped(), PAIRS[2]])
     found = diff(a, b)
     assert found["comparisons"] == {"both": 3, "turned": 2, "only_a": 9, "only_b": 0}
     assert found["all"]["flips"] == 1
@@ -106,7 +103,7 @@ def test_a_pair_the_other_way_round_has_its_label_turned(written):
 
 def test_a_pair_that_stands_both_ways_counts_once(written):
     a = written("a", [0.9], PAIRS[:1])
-    found = diff(a, written("b", [0.8, 0.7], [PAIRS[0], turned(PAIRS[0])]))
+    found = diff(a, written("b", [0.8, 0.7], [PAIRS[0], PAIRS[0].swapped()]))
     assert found["comparisons"] == {"both": 1, "turned": 0, "only_a": 0, "only_b": 1}
     assert found["all"]["n"] == 1
 
@@ -122,7 +119,7 @@ def test_nulls_are_counted_by_fault_and_never_agree(written):
 
 def test_a_null_of_a_turned_pair_keeps_its_fault(written):
     a = written("a", ["refused", 0.2])
-    found = diff(a, written("b", [0.1, 0.8], [turned(PAIRS[0]), turned(PAIRS[1])]))
+    found = diff(a, written("b", [0.1, 0.8], [PAIRS[0].swapped(), PAIRS[1].swapped()]))
     assert found["nulls"] == {"both": 0, "gained": {}, "lost": {"refused": 1}}
 
 

@@ -16,10 +16,9 @@ ODDS = st.floats(-9, 9)
 
 def label(p: float | str, by_principle: dict | None = None, orders: float | None = None) -> Label:
     """A judge's label: a probability, or the fault that a null has."""
-    known = None if isinstance(p, str) else p
-    fault = p if isinstance(p, str) else None
-    parts = {"kind": known} if by_principle is None else by_principle
-    return Label("c", known, fault, 0 if fault else 2, orders, parts)
+    if isinstance(p, str):
+        return Label.null("c", p)
+    return Label("c", p, None, 2, orders, {"kind": p} if by_principle is None else by_principle)
 
 
 def consensus(rule: str, *votes: float | str, weights=(), quorum=1.0) -> Label:

@@ -27,7 +27,7 @@ def run(tmp_path):
     made.path.mkdir()
     made.write("comparisons.jsonl", ROWS)
     labels = [
-        Label(row.id, p, None if p is not None else f"fault{n % 2}", 2, None)
+        Label.null(row.id, f"fault{n % 2}") if p is None else Label(row.id, p, None, 2, None)
         for n, (row, p) in enumerate(zip(ROWS, P_FIRST, strict=False))
     ]
     write_jsonl(made.path / "labels.jsonl", map(as_row, labels))

@@ -34,8 +34,9 @@ def item(n: int, people: tuple[float, ...] = (1.0,), **more) -> Item:
 
 
 def judgement(n: int, p_first: float | None, people=(1.0,), **more) -> Judgement:
-    fault = "refused" if p_first is None else None
-    return Judgement(item(n, people, **more), Label(f"c{n}", p_first, fault, 2, None))
+    null = Label.null(f"c{n}", "refused")
+    label = null if p_first is None else Label(f"c{n}", p_first, None, 2, None)
+    return Judgement(item(n, people, **more), label)
 
 
 def card(judgements, tallies=None, model="judge", **options):

@@ -94,7 +94,7 @@ def write_labels(run: Run, told: Iterable[tuple[Comparison, float | None]]) -> N
     told = list(told)
     run.write("comparisons.jsonl", [comparison for comparison, _ in told])
     labels = [
-        Label(comparison.id, None, "unparsed", 0, None)
+        Label.null(comparison.id, "unparsed")
         if p is None
         else Label(comparison.id, p, None, 4, 1.0, {"kind": p, "grim": 1 - p})
         for comparison, p in told

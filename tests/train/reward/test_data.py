@@ -46,8 +46,11 @@ def labelled(folder, rows, tables=None, **reward) -> Run:
     made = {}
     for comparison, label in rows:
         if label is not None:
-            p, fault = (None, label) if isinstance(label, str) else (label, None)
-            made.setdefault(comparison.id, Label(comparison.id, p, fault, 1, None))
+            if isinstance(label, str):
+                row = Label.null(comparison.id, label)
+            else:
+                row = Label(comparison.id, label, None, 1, None)
+            made.setdefault(comparison.id, row)
     run.write("labels.jsonl", made.values())
     return run
 
