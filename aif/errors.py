@@ -41,6 +41,12 @@ class BudgetSpent(AifError):
     exit_code = 4
 
 
+class TooSlow(AifError):
+    """The run is expected to take longer than `--within` allows; nothing was done."""
+
+    exit_code = 5
+
+
 class TooManyFaults(AifError):
     """The run is complete but more of its calls failed than `--max-fault-rate` allows."""
 

@@ -9,7 +9,7 @@ depends on, is not what it was; RUN/pipeline.json has the digests of both, and o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
@@ -143,20 +143,28 @@ def chosen(
     return every[begin : end + 1]
 
 
-def run_all(todo: Sequence[Step], progress: Progress) -> dict[str, Any]:
+def remaining(todo: Sequence[Step]) -> Sequence[Step]:
+    """The steps from the first that is not done: it may change what those after it read."""
+    first = next((n for n, step in enumerate(todo) if not _is_done(step, _inputs(step))), len(todo))
+    return todo[first:]
+
+
+def run_all(
+    todo: Sequence[Step], progress: Progress, expected_s: Mapping[str, float | None] | None = None
+) -> dict[str, Any]:
     """Do the steps that are not done, in their order; returns their summaries by name.
 
     Raises TooManyFaults after a stage whose calls failed more often than it is allowed: nothing is
-    learned from what it left.
+    learned from what it left. `expected_s` has the seconds that a step is expected to take.
     """
-    summaries = {}
+    summaries, expected_s = {}, expected_s or {}
     for number, step in enumerate(todo, 1):
         head = f"[{number}/{len(todo)}] {step.name}"
         inputs = _inputs(step)
         if _is_done(step, inputs):
             progress.say(f"{head}: nothing has changed since it was done")
             continue
-        progress.say(head)
+        progress.stage(head, expected_s.get(step.name))
         began = time.monotonic()
         summaries[step.name] = summary = step.stage.function()(step.run, progress)
         give_back_memory()

@@ -74,7 +74,7 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
         panel = panel_of(run, path, [llm.control_tokens for llm in llms])
         path_of_answers = run.file("journal") / f"{STAGE}.jsonl"
         journal = opened.enter_context(Reader.reading(path_of_answers, missing_ok=True))
-        works = panel.count(lambda: _comparisons(run), journal)
+        works = panel.count(lambda: comparisons_of(run), journal)
         judges = [
             _of_judge(run, seat, work, llm, journal.index)
             for (seat, work), llm in zip(works, llms, strict=True)
@@ -109,11 +109,11 @@ def _of_judge(run: Run, seat: Seat, work: Work, llm: LLM, index: Index) -> dict[
     """What one judge is asked, and what that costs; `at_most` is with every call that the answers
     to others may call for."""
     judge = seat.judge
-    tokens = Tokens.of(llm, asks_for(judge, _comparisons(run), work.missing))
+    tokens = Tokens.of(llm, asks_for(judge, comparisons_of(run), work.missing))
     cost = tokens.dollars(price_of(judge.model))
     if work.perhaps:
-        every = count(judge.cells, _comparisons(run), index).missing
-        asks = asks_for(judge, _comparisons(run), every)
+        every = count(judge.cells, comparisons_of(run), index).missing
+        asks = asks_for(judge, comparisons_of(run), every)
         cost["at_most"] = Tokens.of(llm, asks).dollars(price_of(judge.model))["at_most"]
     return {
         "judge": seat.name,
@@ -153,7 +153,7 @@ def _money(run: Run, found: dict[str, Any], sampling: dict[str, Any]) -> dict[st
     }
 
 
-def _comparisons(run: Run) -> Iterator[Comparison]:
+def comparisons_of(run: Run) -> Iterator[Comparison]:
     """What `aif label` will have to judge once what comes before it is done."""
     label = run.settings.label
     if label.pairs is not None:
@@ -174,17 +174,18 @@ def _is_to_be_sampled(run: Run) -> bool:
 def _expected(run: Run) -> Iterator[Comparison]:
     """Comparisons of responses that are as long as they may be."""
     words = "word " * run.settings.policy.response_tokens
-    texts = [f"{words}{number}" for number in range(_samples(run))]
-    for prompt in _prompts(run):
+    texts = [f"{words}{number}" for number in range(samples_of(run))]
+    for prompt in prompts_of(run):
         yield from pairs(run, prompt, texts)
 
 
-def _prompts(run: Run) -> list[Prompt]:
+def prompts_of(run: Run) -> list[Prompt]:
+    """The prompts that the run samples responses to."""
     settings = run.settings.respond
     return list(islice(read_prompts(settings.prompts), settings.limit))
 
 
-def _samples(run: Run) -> int:
+def samples_of(run: Run) -> int:
     """Of those responses to a prompt that are compared."""
     settings = run.settings.respond
     again = any(step.name == "resample" for step in steps(run))
@@ -194,10 +195,10 @@ def _samples(run: Run) -> int:
 def _sampling(run: Run) -> dict[str, int]:
     """Calls of the stages of `aif run` that come before labels, at most."""
     settings = run.settings
-    prompts = len(_prompts(run))
+    prompts = len(prompts_of(run))
     responses = prompts * settings.respond.samples
     revised = min(responses, settings.revise.limit or responses)
-    each = {"respond": responses, "resample": prompts * _samples(run)}
+    each = {"respond": responses, "resample": prompts * samples_of(run)}
     each["revise"] = revised * settings.revise.rounds * 2
     return {step.name: each[step.name] for step in steps(run) if step.name in each}
 
@@ -219,7 +220,7 @@ def _sampling_dollars(run: Run) -> dict[str, dict[str, float | None]]:
 
 def _samples_asked(run: Run) -> Iterator[Ask]:
     shots = read_shots(run.settings.respond.shots)
-    for prompt in _prompts(run):
+    for prompt in prompts_of(run):
         yield from samples_for(run, prompt, shots)
 
 
@@ -231,7 +232,7 @@ def _revisions_asked(run: Run, llm: LLM) -> Iterator[Ask]:
     text = "word " * settings.policy.response_tokens
     critique = "word " * reviser.model.response_tokens
     responses = (
-        (prompt, ask.key) for prompt in _prompts(run) for ask in samples_for(run, prompt, [])
+        (prompt, ask.key) for prompt in prompts_of(run) for ask in samples_for(run, prompt, [])
     )
     for prompt, response in islice(responses, settings.revise.limit):
         for number in range(1, settings.revise.rounds + 1):

@@ -1,8 +1,13 @@
-"""How far a stage is: a live bar on a terminal, a plain line every few seconds elsewhere."""
+"""How far a stage is: a live bar on a terminal, a plain line every few seconds elsewhere.
+
+Work that reports nothing for BEAT_S seconds (a model loads, a batch is sampled) gets a line with
+the time that it has taken.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from contextlib import suppress
 from types import TracebackType
@@ -10,10 +15,25 @@ from typing import Self
 
 PLAIN_EVERY_S = 5.0
 LIVE_EVERY_S = 0.1
+BEAT_S = 10.0
+
+
+def duration(seconds: float) -> str:
+    """A time for a person.
+
+    >>> duration(42.3), duration(400), duration(90_000)
+    ('42 s', '7 min', '25 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 class Progress:
-    """Reports on stderr, so that stdout stays clean for results. `quiet` reports nothing."""
+    """Reports on stderr, so that stdout stays clean for results. `quiet` reports nothing.
+
+    As a context manager it also reports work that is silent.
+    """
 
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
@@ -21,6 +41,15 @@ class Progress:
         self._bar = None
         self._task = None
         self._due = 0.0
+        self._what, self._since, self._expected_s = "", time.monotonic(), None
+        self._shown = self._since  # when a line was last shown
+        self._lock = threading.RLock()  # of the main thread and of the one that beats
+        self._ended = threading.Event()
+
+    def stage(self, name: str, expected_s: float | None = None) -> None:
+        """A new stage, and the seconds that it is expected to take."""
+        self.say(f"{name}, about {duration(expected_s)}" if expected_s else name)
+        self._what, self._since, self._expected_s = name, time.monotonic(), expected_s
 
     def start(self, what: str, total: int, done: int = 0) -> None:
         """A new piece of work of `total` calls or steps, `done` of them by an earlier run."""
@@ -44,27 +73,30 @@ class Progress:
         self._show(now)
 
     def _show(self, now: float) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, note=self._note)
-            self._due = now + LIVE_EVERY_S
-            return
-        rate = (self._done - self._before) / max(now - self._began, 1e-9)
-        left = f"{(self._total - self._done) / rate:,.0f} s" if rate else "?"
-        self.say(
-            f"{self._what}: {self._done:,}/{self._total:,}, {rate:,.1f}/s, {left} left, "
-            f"{self._note}"
-        )
-        self._due = now + PLAIN_EVERY_S
+        with self._lock:
+            if self._bar is not None:
+                self._bar.update(self._task, completed=self._done, note=self._note)
+                self._due, self._shown = now + LIVE_EVERY_S, now
+                return
+            rate = (self._done - self._before) / max(now - self._began, 1e-9)
+            left = f"{(self._total - self._done) / rate:,.0f} s" if rate else "?"
+            self.say(
+                f"{self._what}: {self._done:,}/{self._total:,}, {rate:,.1f}/s, {left} left, "
+                f"{self._note}"
+            )
+            self._due = now + PLAIN_EVERY_S
 
     def say(self, line: str) -> None:
         """A line for the person at the terminal."""
         if self._quiet:
             return
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            with suppress(OSError):  # whoever read stderr is gone; the work is not
-                print(line, file=sys.stderr, flush=True)
+        with self._lock:
+            self._shown = time.monotonic()
+            if self._bar is not None:
+                self._bar.console.print(line, markup=False, highlight=False)
+            else:
+                with suppress(OSError):  # whoever read stderr is gone; the work is not
+                    print(line, file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """End the current piece of work and show where it stands."""
@@ -76,7 +108,24 @@ class Progress:
             self._show(time.monotonic())
         self._due = 0.0
 
+    def _beat(self) -> None:
+        """Until the end, report work that has been silent for BEAT_S seconds."""
+        while not self._ended.wait(BEAT_S / 10):
+            with self._lock:
+                now = time.monotonic()
+                if now - self._shown >= BEAT_S:
+                    self._shown = now
+                    self.say(self._so_far(now - self._since))
+
+    def _so_far(self, seconds: float) -> str:
+        """How long the current work has taken."""
+        count = f": {self._done:,}/{self._total:,}" if self._due else ""
+        whole = f" of about {duration(self._expected_s)}" if self._expected_s else ""
+        return f"{self._what or 'working'}{count}, {duration(seconds)}{whole}"
+
     def __enter__(self) -> Self:
+        if not self._quiet:
+            threading.Thread(target=self._beat, daemon=True, name="progress").start()
         return self
 
     def __exit__(
@@ -85,6 +134,7 @@ class Progress:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        self._ended.set()
         self.finish()
 
 

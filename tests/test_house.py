@@ -27,6 +27,7 @@ FLOORS = [
     "report auditing evaluation",
     "pipeline",
     "planning status",
+    "forecast",
     "cli",
 ]
 FLOOR_OF = {name: number for number, line in enumerate(FLOORS) for name in line.split()}

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Exit codes: 0 done; 1 error; 2 wrong usage; 3 done, but more calls failed than "
-    "--max-fault-rate; 4 the budget is spent, a larger --budget resumes; 130 interrupted, the "
-    "same command resumes."
+    "--max-fault-rate; 4 the budget is spent, a larger --budget resumes; 5 the run would take "
+    "longer than --within; 130 interrupted, the same command resumes."
 )
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/first.")]

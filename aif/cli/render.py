@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aif.config.price import dollars
+from aif.progress import duration
 from aif.store.records import FAULTS
 
 
@@ -89,17 +90,6 @@ def _covered(budget: dict[str, Any]) -> str:
         goes = f"covers about {left / budget['about']:.0%} of it"
     spent = f", {dollars(budget['spent'])} of it spent" if budget["spent"] else ""
     return f"the budget of {dollars(budget['dollars'])} ({budget['setting']}{spent}) {goes}"
-
-
-def duration(seconds: float) -> str:
-    """A time for a person.
-
-    >>> duration(42.3), duration(400), duration(90_000)
-    ('42 s', '7 min', '25 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def respond(summary: dict[str, Any]) -> list[str]:

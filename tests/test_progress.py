@@ -1,0 +1,50 @@
+"""What a person sees while a stage works."""
+
+import time
+
+from aif import progress
+from aif.progress import Progress
+
+
+def test_silent_work_is_reported(monkeypatch, capsys):
+    """A batch that is sampled for minutes reports no call; the time that it takes is shown."""
+    monkeypatch.setattr(progress, "BEAT_S", 0.1)
+    with Progress() as shown:
+        shown.stage("[1/2] respond", expected_s=100)
+        time.sleep(0.3)
+        shown.start("respond", 512)
+        time.sleep(0.3)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "[1/2] respond, about 100 s"
+    assert "[1/2] respond, 0 s of about 100 s" in lines
+    assert "respond: 0/512, 0 s of about 100 s" in lines
+
+
+def test_work_that_reports_gets_no_line_besides(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "BEAT_S", 0.4)
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.05)
+    with Progress() as shown:
+        shown.start("label", 10)
+        for done in range(10):
+            shown.update(done)
+            time.sleep(0.06)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 5
+    assert all("left" in line for line in lines)
+
+
+def test_quiet_says_nothing_and_starts_no_thread(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "BEAT_S", 0.05)
+    with Progress(quiet=True) as shown:
+        shown.stage("label")
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_line_comes_after_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "BEAT_S", 0.05)
+    with Progress() as shown:
+        shown.stage("label")
+    capsys.readouterr()
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""
