@@ -1,8 +1,10 @@
 # make demo   the whole of it on the bundled model, from prompts to a policy and a report; where that
 #             is expected to take more than 20 minutes, the same stages at a smaller size
-# make test   the test suite
+# make test   the tests but those marked `slow`: at most five minutes on two cores
+# make test-all    all tests: `test`, then `test-slow`; WORKERS=4 uses four processes instead of two
 # make test-vllm   the tests that need vLLM, in an environment of its own (some GB)
-# Both set up .venv first, with nothing but Python 3.11+ and a package index.
+# A plain `pytest PATH` runs every test in PATH, the slow ones too, in one process.
+# All set up .venv first, with nothing but Python 3.11+ and a package index.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -15,7 +17,7 @@ TORCH ?= $(if $(CPU_ONLY),torch==2.13.0,torch>=2.11)
 TORCH_INDEX ?= $(if $(CPU_ONLY),https://download.pytorch.org/whl/cpu)
 FROM_TORCH_INDEX = $(if $(TORCH_INDEX),--retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-vllm lint
+.PHONY: demo test test-slow test-all test-vllm lint
 
 # Exit code 5: the run would take longer. A small demo that was begun is the one that goes on.
 demo: .venv/ready
@@ -28,8 +30,17 @@ demo: .venv/ready
 	test $$run = runs/demo || \
 	printf '\nThis was the small demo, for slow machines. The full one: .venv/bin/aif run runs/demo\n'
 
+# A file's tests run in one process, which loads its models once.
+WORKERS ?= 2
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations 20
+
 test: .venv/ready
-	.venv/bin/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/ready
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/train/ppo/test_vllm_rollouts.py

@@ -1,12 +1,13 @@
-"""What the tests share: where things are, and `aif` as a process of its own."""
+"""What the tests share: where things are, `aif` in this process and as one of its own."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,27 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from aif.cli.verbs import app
+from tests.support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 AIF = [sys.executable, "-m", "aif"]
+
+
+def pytest_configure() -> None:
+    # Before torch is loaded: bits depend on the number of threads, and models this small need one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    processes.adopt()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """End what the test has started and left, also when it has run into its time limit."""
+    before = processes.children()
+    try:
+        return (yield)
+    finally:
+        processes.end_children(before)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +69,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def aif(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `aif` to its end; the caller looks at the exit code."""
     command = [*options.pop("prefix", []), *AIF, *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "timeout": 120} | options
+    options = {"capture_output": True, "text": True} | options
     return subprocess.run(command, check=False, **options)
 
 

@@ -34,6 +34,7 @@ def test_pandalm(cards, shared_data, tmp_path):
     assert 0.4 < found["alpha"] < 0.6
 
 
+@pytest.mark.slow
 def test_llmbar(cards, shared_data, tmp_path):
     rows = {row["name"]: row for row in cards.llmbar(shared_data, tmp_path / "run", ["Vanilla"])}
     assert len(rows) == 6

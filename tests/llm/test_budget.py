@@ -257,6 +257,7 @@ def test_what_was_paid_for_and_never_seen_counts(make_job):
         assert min(row["cost"] for row in refused) == 0
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_stays_below(make_job):
     draw = random.Random(3)
     budget = 0.06

@@ -412,6 +412,7 @@ def cpu_ms(session) -> float:
     return 1000 * next(row["value"] for row in found if row["name"] == "TaskDuration")
 
 
+@pytest.mark.slow
 def test_five_thousand_comparisons_do_not_lag(chromium, many):
     context = chromium.new_context()
     context.set_default_timeout(PATIENCE)

@@ -382,6 +382,7 @@ def test_what_came_in_before_an_interrupt_is_written(place, monkeypatch):
     assert len(llm.asked) == 6 * 4 - 4
 
 
+@pytest.mark.slow
 def test_kills_lose_nothing_and_end_in_the_same_rows(tmp_path):
     constitution = tmp_path / "three.toml"
     constitution.write_text(constitution_text())

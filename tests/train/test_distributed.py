@@ -24,6 +24,7 @@ from tests.conftest import aif, read_jsonl, write_jsonl
 from tests.support.tiny import demonstrations, reward_run, save_tiny, tiny_run
 from tests.support.toy import save_toy, toy_run
 
+pytestmark = pytest.mark.slow  # ppo/test_update.py has two processes that are quick
 # What `accelerate launch` calls; it starts several processes on CPUs by MPI alone.
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TWO += ["--module", "aif"]

@@ -188,6 +188,7 @@ def child(run: Path, model: Path, data: dict[str, float]) -> subprocess.Popen[st
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130)])
 def test_killed_it_goes_on_to_the_same_bits(tmp_path, model, data, straight, number, code):
     process = child(tmp_path / "run", model, data)

@@ -95,6 +95,7 @@ ppo(toy_run(Path(sys.argv[2]), Path(sys.argv[3]), **json.loads(sys.argv[4])), To
 """
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_bits(tmp_path, model, straight):
     command = [sys.executable, "-c", CHILD, ROOT, tmp_path / "run", model, json.dumps(STEPS)]
     process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True)

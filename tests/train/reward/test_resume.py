@@ -109,6 +109,7 @@ reward(reward_run(Path(sys.argv[2]), Path(sys.argv[3]), **settings), Told(quiet=
 """
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_bits(tmp_path, model, straight):
     command = [sys.executable, "-c", CHILD, ROOT, tmp_path / "run", model, json.dumps(STRAIGHT)]
     process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True)
