@@ -169,17 +169,16 @@ def run_all(
         summaries[step.name] = summary = step.stage.function()(step.run, progress)
         give_back_memory()
         if "fault_rate" in summary:
-            check_faults(summary, _most_faults(step))
+            check_faults(summary, max_fault_rate(step.run, step.stage.name))
         if not summary.get("faults") and not summary.get("unfinished"):
             _keep_done(step, inputs, time.monotonic() - began)
     return summaries
 
 
-def _most_faults(step: Step) -> float:
-    """The share of the step's calls that may fail."""
-    settings = step.run.settings
-    table = settings.revise if step.stage.name == "revise" else settings.label
-    return table.max_fault_rate
+def max_fault_rate(run: Run, stage: str) -> float:
+    """The share of a stage's calls that may fail."""
+    settings = run.settings
+    return (settings.revise if stage == "revise" else settings.label).max_fault_rate
 
 
 def _is_done(step: Step, inputs: str) -> bool:

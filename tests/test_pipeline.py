@@ -18,13 +18,13 @@ pytest.importorskip("transformers")
 
 import tomli_w
 
-from aif import status
-from aif.cli import render_run
+from aif.cli.run import run_lines, status_lines
 from aif.config.settings import load_settings
 from aif.errors import InputError, TooManyFaults
 from aif.pipeline import STAGES, chosen, run_all, steps
 from aif.planning import plan
 from aif.run import Run
+from aif.status import status
 from tests.conftest import AIF, ROOT, aif, read_jsonl, write_jsonl
 from tests.support.tiny import Said, save_tiny
 
@@ -207,8 +207,8 @@ def test_matches_without_a_result_are_told(place):
     do(place, only="evaluate", **changes)
     run = opened(place)
     assert run.state("evaluate")["matches"][0]["win_rate"]["mean"] is None
-    assert "wins are against sft" in "\n".join(render_run.lines(run, {}))
-    assert "has no result against sft" in "\n".join(status.lines(status.status(run)))
+    assert "wins are against sft" in "\n".join(run_lines(run, {}))
+    assert "has no result against sft" in "\n".join(status_lines(status(run)))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`aif batches`: what a run has at a Batch API."""
+"""`aif batches`: the batches of a run at a Batch API."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from typing import Annotated, Any
 
 import typer
 
-from aif.cli.options import BaseUrl, Json, RunFolder, Set, existing_run, show_summary, verb
+from aif.cli.options import BASE_URL, Console, RunFolder, existing_run, verb
 
 batches_app = typer.Typer()
 
 
-@verb(batches_app)
+@verb(batches_app, BASE_URL, quiet=False)
 def batches(
     run: RunFolder,
-    cancel: Annotated[bool, typer.Option("--cancel", help="Have the server stop them.")] = False,
-    base_url: BaseUrl = None,
-    set_: Set = None,
-    json_: Json = False,
+    *,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Ask the server to stop them.")] = False,
+    settings: dict[str, Any],
+    console: Console,
 ) -> None:
     """List the batches of openai-batch: models whose answers are not in yet.
 
-    What a cancelled batch has answered is paid for, and taken by the next command that wants it.
+    The answers of a cancelled batch are paid for; the next command that needs them uses them.
     """
-    from aif.llm.batches import batches as listed
+    from aif.llm.batches import batches as list_batches
 
-    opened = existing_run(run, set_, {"judge.base_url": base_url})
-    show_summary(listed(opened, cancel), json_, False, _lines)
+    console.show(list_batches(existing_run(run, settings), cancel), _lines)
 
 
 def _lines(summary: dict[str, Any]) -> list[str]:

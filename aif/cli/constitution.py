@@ -1,84 +1,97 @@
-"""`aif constitution ...`: looking at a constitution file."""
+"""`aif constitution ...`: check, show and compare constitution files."""
 
 from __future__ import annotations
 
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aif.cli.options import File, Json, show_summary, verb
+from aif.cli.options import Console, File, verb
+
+if TYPE_CHECKING:
+    from aif.constitution.file import Constitution
 
 constitution_app = typer.Typer(
-    help="Look at a constitution file.", no_args_is_help=True, rich_markup_mode=None
+    help="Check, show and compare constitution files.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
-@verb(constitution_app)
-def check(file: File, json_: Json = False) -> None:
+@verb(constitution_app, quiet=False)
+def check(file: File, console: Console) -> None:
     """Check a constitution: an error ends with exit code 1, a note does not."""
     from aif.constitution.file import load
 
-    found = load(file)
-    notes = found.lint()
-    show_summary(
-        {"file": str(file), "principles": len(found.principle), "notes": notes},
-        json_,
-        False,
-        lambda s: [
-            *(f"note: {note}" for note in notes),
-            f"{file}: {s['principles']} principles, ok",
-        ],
+    constitution = load(file)
+    notes, principles = constitution.lint(), len(constitution.principle)
+    console.show(
+        {"file": str(file), "principles": principles, "notes": notes},
+        lambda _: [*(f"note: {note}" for note in notes), f"{file}: {principles} principles, ok"],
     )
 
 
-@verb(constitution_app)
-def show(file: File, json_: Json = False) -> None:
-    """Print a constitution as it is understood, defaults filled in."""
+@verb(constitution_app, quiet=False)
+def show(file: File, console: Console) -> None:
+    """Print a constitution with its defaults filled in."""
     from aif.constitution.file import load
-    from aif.status import constitution_lines
 
-    found = load(file)
-    summary = found.model_dump() | {"digest": found.digest()}
-    show_summary(summary, json_, False, lambda _: constitution_lines(found))
+    constitution = load(file)
+    summary = constitution.model_dump() | {"digest": constitution.digest()}
+    console.show(summary, lambda _: _constitution_lines(constitution))
 
 
-@verb(constitution_app)
+def _constitution_lines(constitution: Constitution) -> list[str]:
+    lines = [f"{constitution.name}: {constitution.description or 'no description'}"]
+    lines.append(f"{constitution.principles} principles, combined by {constitution.combine}")
+    lines.append(f"digest {constitution.digest()}")
+    for principle in constitution.principle:
+        lines.append(f"\n{principle.id}  weight {principle.weight:g}")
+        for key in ("critique", "revision", "compare", "grade"):
+            if text := getattr(principle, key):
+                lines.append(f"  {key:9} {text}")
+        if principle.example:
+            yes = sum(example.verdict for example in principle.example)
+            lines.append(f"  examples  {yes} yes, {len(principle.example) - yes} no")
+    return lines
+
+
+@verb(constitution_app, quiet=False)
 def diff(
     file: File,
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The file as it is now.")],
-    json_: Json = False,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The edited file.")],
+    console: Console,
 ) -> None:
-    """Say what differs between two constitutions, and which calls it costs."""
+    """Say what differs between two constitutions, and which calls the edit costs."""
     from aif.constitution.diff import constitution_diff
     from aif.constitution.file import load
 
-    found = {"a": str(file), "b": str(other)} | constitution_diff(load(file), load(other))
-    show_summary(found, json_, False, _told_diff)
+    summary = {"a": str(file), "b": str(other)} | constitution_diff(load(file), load(other))
+    console.show(summary, _diff_lines)
 
 
-def _told_diff(found: dict[str, Any]) -> list[str]:
-    lines = [f"{found['a']} -> {found['b']}"]
-    lines += [_moved(key, pair) for key, pair in found["changed"].items()]
-    for principle in found["principles"]:
+def _diff_lines(summary: dict[str, Any]) -> list[str]:
+    lines = [f"{summary['a']} -> {summary['b']}"]
+    lines += [_changed(key, pair) for key, pair in summary["changed"].items()]
+    for principle in summary["principles"]:
         lines.append(f"principle {principle['id']!r} {_IS[principle['is']]}")
-        lines += [f"  {_moved(key, pair)}" for key, pair in principle["changed"].items()]
-    lines += ["the order of the principles changed"] if found["reordered"] else []
+        lines += [f"  {_changed(key, pair)}" for key, pair in principle["changed"].items()]
+    lines += ["the order of the principles changed"] if summary["reordered"] else []
     lines += ["nothing differs"] if len(lines) == 1 else []
     lines.append("asks again")
-    for way, again in found["asks_again"].items():
-        lines += [f"  {way}: {told}" for told in _asked(again)]
-    revise = found["revise"]
-    told = [f"each chain from its first {', '.join(revise['edited'])} on"] * bool(revise["edited"])
-    told += ["chains whose draws move"] * revise["draws_move"]
-    return [*lines, f"  aif revise: {'; '.join(told) or 'no call'}"]
+    for way, again in summary["asks_again"].items():
+        lines += [f"  {way}: {part}" for part in _asks_again(again)]
+    revise = summary["revise"]
+    edited = ", ".join(revise["edited"])
+    chains = [f"each chain from its first {edited} on"] if edited else []
+    chains += ["chains whose draws move"] if revise["draws_move"] else []
+    return [*lines, f"  aif revise: {'; '.join(chains) or 'no call'}"]
 
 
 _IS = {"new": "is new", "gone": "is gone", "edited": "was edited"}
 
 
-def _asked(again: dict[str, str] | None) -> list[str]:
+def _asks_again(again: dict[str, str] | None) -> list[str]:
     """The principles that are asked again, a line for each set of comparisons."""
     if again is None:
         return ["cannot be asked, as a principle lacks its question"]
@@ -88,8 +101,8 @@ def _asked(again: dict[str, str] | None) -> list[str]:
     return [f"{', '.join(names)} ({which})" for which, names in by_which.items()] or ["no call"]
 
 
-def _moved(key: str, pair: list[Any]) -> str:
-    """A key with its old and new value, from shortly before where they part."""
+def _changed(key: str, pair: list[Any]) -> str:
+    """A key with its old and new value, from shortly before the first difference."""
     from aif.errors import shown
 
     old, new = pair

@@ -6,26 +6,25 @@ from typing import Any
 
 import typer
 
-from aif.cli.options import Json, Quiet, RunFolder, existing_run, show_summary, verb
+from aif.cli.options import Console, RunFolder, existing_run, verb
 
 report_app = typer.Typer()
 
 
 @verb(report_app)
-def report(run: RunFolder, json_: Json = False, quiet: Quiet = False) -> None:
-    """Write a run's report.html: judge, labels, training, evaluation, and a browser of the texts.
+def report(run: RunFolder, console: Console) -> None:
+    """Write report.html: the judge, labels, training, evaluation, and a browser of the texts.
 
-    Reads the run's files and asks no model. The page stands alone and works without a network.
+    Reads the run's files and makes no call. The page is one file and needs no network.
     """
-    from aif.progress import Progress
     from aif.report import report as written
 
-    with Progress(quiet) as progress:
+    with console.progress() as progress:
         summary = written(existing_run(run), progress)
-    show_summary(summary, json_, quiet, _told)
+    console.show(summary, _lines)
 
 
-def _told(summary: dict[str, Any]) -> list[str]:
+def _lines(summary: dict[str, Any]) -> list[str]:
     lines = [f"{', '.join(summary['parts'])}; {summary['bytes'] / 1e6:.1f} MB"]
     for kind, (here, every) in summary["browsed"].items():
         if here < every:

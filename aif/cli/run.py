@@ -1,65 +1,125 @@
-"""The verbs for a run as a whole."""
+"""`aif run` and `aif status`: a run as a whole."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aif.cli.options import Budget, Json, Quiet, RunFolder, Set, existing_run, show_summary, verb
+from aif.cli.evaluate import standing
+from aif.cli.options import Console, RunFolder, budget, existing_run, verb
+from aif.cli.render import counts, tokens
+from aif.config.price import dollars
+from aif.data.visible import visible
+
+if TYPE_CHECKING:
+    from aif.run import Run
 
 run_app = typer.Typer()
-From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin with it.")]
-Until = Annotated[str | None, typer.Option(metavar="STAGE", help="End with it.")]
+
+SHOWN = 3  # prompts with their responses before and after
+WIDTH = 240  # characters of a text
+From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start with STAGE.")]
+Until = Annotated[str | None, typer.Option(metavar="STAGE", help="End with STAGE.")]
 Within = Annotated[
     float | None,
-    typer.Option(
-        metavar="MINUTES",
-        help="If the run is expected to take longer, do nothing and exit with 5.",
-    ),
+    typer.Option(metavar="MINUTES", help="If it is expected to take longer, exit with 5 at once."),
 ]
-Only = Annotated[str | None, typer.Option(metavar="STAGE", help="Do it alone.")]
+Only = Annotated[str | None, typer.Option(metavar="STAGE", help="Do only STAGE.")]
 
 
-@verb(run_app, "run")
+@verb(run_app, budget("pipeline"), name="run")
 def run_(
     run: RunFolder,
+    *,
     from_: From = None,
     until: Until = None,
     only: Only = None,
-    budget: Budget = None,
     within: Within = None,
-    set_: Set = None,
-    json_: Json = False,
-    quiet: Quiet = False,
+    settings: dict[str, Any],
+    console: Console,
 ) -> None:
     """Do all stages of a run in their order, as run.toml says.
 
-    Run again, it does what is missing or has changed: a stage whose inputs are as they were is
-    passed over.
+    A second call does what is missing or has changed: it skips a stage whose inputs are the same.
     """
-    from aif.cli.render_run import lines
     from aif.forecast import check_time, forecast
     from aif.forecast import lines as forecast_lines
     from aif.pipeline import chosen, remaining, run_all, steps
-    from aif.progress import Progress
 
-    opened = existing_run(run, set_, {"pipeline.budget": budget})
+    opened = existing_run(run, settings)
     todo = chosen(steps(opened), from_, until, only)
-    with Progress(quiet) as progress:
+    with console.progress() as progress:
         left = remaining(todo)
-        expected_s = {} if quiet and within is None else forecast(opened, left, progress)
+        quiet = console.quiet and within is None
+        expected_s = {} if quiet else forecast(opened, left, progress)
         check_time(expected_s, within, f"aif run {run}")
         for line in forecast_lines(expected_s):
             progress.say(line)
-        summary = run_all(todo, progress, expected_s)
-    show_summary(summary, json_, quiet, lambda _: lines(opened, summary))
+        summaries = run_all(todo, progress, expected_s)
+    console.show(summaries, lambda summaries: run_lines(opened, summaries))
 
 
-@verb(run_app)
-def status(run: RunFolder, json_: Json = False) -> None:
+def run_lines(run: Run, summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The stages that were done now, the policies' standing, and what they say before and after."""
+    done = ", ".join(summaries) or "nothing, as nothing has changed"
+    lines = [f"{run.path}: done: {done}"]
+    evaluation = run.state("evaluate")
+    if evaluation.get("policies"):
+        lines += ["", *standing(evaluation), *_samples(run, evaluation)]
+    report = run.file("report.html")
+    return [*lines, "", str(report)] if report.exists() else lines
+
+
+def _samples(run: Run, evaluation: Mapping[str, Any]) -> list[str]:
+    """The first prompts with the responses of the baseline and of the policy that learned last."""
+    from aif.store import jsonl
+    from aif.store.records import Prompt
+
+    learned = [one["name"] for one in evaluation["policies"] if one["name"].endswith("ppo")]
+    path = run.file("evaluation.jsonl")
+    if not learned or not path.exists():
+        return []
+    rows = (row for _, row in jsonl.read(path))
+    texts = {(row["policy"], row["prompt_id"]): row["response"] for row in rows}
+    lines = []
+    for _, row in islice(jsonl.read(run.file("evaluation") / "prompts.jsonl"), SHOWN):
+        prompt = Prompt.of(row["prompt"])
+        lines += ["", f"> {_short(prompt.messages[-1]['content'])}"]
+        for name in (evaluation["against"], learned[-1]):
+            lines.append(f"  {name}: {_short(texts.get((name, prompt.id)))}")
+    return lines
+
+
+def _short(text: str | None) -> str:
+    plain = visible(" ".join((text or "-").split()))
+    return plain if len(plain) <= WIDTH else plain[: WIDTH - 1] + "…"
+
+
+@verb(run_app, quiet=False)
+def status(run: RunFolder, console: Console) -> None:
     """Say where a run stands, and what is next."""
-    from aif.status import lines
-    from aif.status import status as found
+    from aif.status import status as status_of
 
-    show_summary(found(existing_run(run)), json_, False, lines)
+    console.show(status_of(existing_run(run)), status_lines)
+
+
+def status_lines(summary: Mapping[str, Any]) -> list[str]:
+    """A line a stage, and the command that comes next."""
+    lines = [summary["run"]]
+    for name in dict.fromkeys([*summary["due"], *summary["stages"]]):
+        line = _stage(summary["stages"][name]) if name in summary["stages"] else "-"
+        lines.append(f"  {name:8} {line}")
+    return [*lines, f"next: {summary['next']}"]
+
+
+def _stage(stage: Mapping[str, Any]) -> str:
+    from aif.status import COUNTS
+
+    keys = (*COUNTS, "null", "answers", "faults", "damaged_lines")
+    facts = tokens({key: stage[key] for key in keys if stage.get(key)} | stage["tokens"])
+    parts = [counts(facts)] if facts else []
+    parts += [f"{dollars(stage['cost'])} spent"] if stage["cost"] else []
+    return ", ".join([*parts, *stage["outcome"]])

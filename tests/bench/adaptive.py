@@ -86,10 +86,10 @@ def of_run(folder: Path, by: str) -> list[Row]:
 
     def panel_at(threshold: float | None) -> Panel:
         given = {"label.escalate_below": threshold, "label.escalate": by}
-        run = open_run(folder, given, None)
+        run = open_run(folder, given)
         return panel_of(run, constitution_path(run))
 
-    run = open_run(folder, {}, None)
+    run = open_run(folder, {})
     with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:
         return table(panel_at, list(comparisons(run)), journal)
 

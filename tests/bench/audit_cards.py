@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from aif.auditing.audit import audit
-from aif.cli import render_audit
+from aif.cli.audit import audit_lines
 from aif.config.settings import Settings
 from aif.config.toml import checked
 from aif.progress import Progress
@@ -146,7 +146,7 @@ def ask(given: argparse.Namespace) -> dict[str, Any]:
         }
         found[name] = audited(folder, given.data / file, [given.ask], **tables)
         if not given.json:
-            print(f"\n== {name}", *render_audit.audit(found[name]), sep="\n", flush=True)
+            print(f"\n== {name}", *audit_lines(found[name]), sep="\n", flush=True)
     return found
 
 

@@ -11,7 +11,7 @@ from peer_clock import MAX_TOKENS, MODEL, measure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import aif.llm.openai_api
-from aif.cli.verbs import open_run
+from aif.cli.options import open_run
 from aif.progress import Progress
 from aif.stages.label import label
 
@@ -31,7 +31,7 @@ def run_aif(
         "judge.max_tokens": MAX_TOKENS,
     }
     run = Path(folder) / "run"
-    label(open_run(run, given, None), Progress(quiet=True))
+    label(open_run(run, given), Progress(quiet=True))
     return [json.loads(line)["text"] for line in (run / "verdicts.jsonl").open()]
 
 

@@ -1,9 +1,12 @@
 """Settings: where they come from, which one wins, and what is refused."""
 
+import json
 import shutil
 import tomllib
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from aif.config.settings import LLMSettings, Settings, load_settings, without_secrets
 from aif.config.toml import parse_set
@@ -26,11 +29,18 @@ def test_defaults_then_file_then_command_line(tmp_path):
 
 
 def test_set_wins_over_a_flag(tmp_path, monkeypatch):
-    from aif.cli.verbs import open_run
+    from aif.cli.options import Console, RunFolder, limit, open_run, seed, verb
 
-    given = {"label.seed": 1, "label.limit": 5}
-    found = open_run(tmp_path / "r", given, ["label.seed=2"]).settings.label
-    assert (found.seed, found.limit) == (2, 5)
+    app = typer.Typer()
+
+    @verb(app, seed("label"), limit("label"))
+    def show(run: RunFolder, settings: dict, console: Console) -> None:
+        label = open_run(run, settings).settings.label
+        console.show({"seed": label.seed, "limit": label.limit}, lambda summary: [])
+
+    arguments = [str(tmp_path / "r"), "--seed=1", "--limit=5", "--set=label.seed=2", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert json.loads(result.stdout) == {"seed": 2, "limit": 5}
 
 
 @pytest.mark.parametrize(

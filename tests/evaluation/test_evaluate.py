@@ -20,7 +20,7 @@ pytest.importorskip("sacrebleu")
 
 from typer.testing import CliRunner
 
-from aif.cli import render_evaluate
+from aif.cli.evaluate import evaluate_lines
 from aif.cli.verbs import app
 from aif.config.settings import Settings
 from aif.config.toml import checked
@@ -629,7 +629,7 @@ def test_a_bound_is_told_as_one_and_small_numbers_have_no_sign():
         "against": "sft", "matches": [], "human": None, "faults": {},
         "policies": [{"name": "best-of-4", "faults": {}, "kl": kl} | figures],
     }  # fmt: skip
-    assert render_evaluate.evaluate(summary)[3] == (
+    assert evaluate_lines(summary)[3] == (
         "best-of-4       -                -   0.00   <0.6    12     -"
     )
 
