@@ -508,7 +508,7 @@ class Counting:
     def __init__(self, monkeypatch):
         self.asked: list[str] = []
         self.gone_after = 10**9
-        for stage in ("evaluate", "respond", "label", "grading"):
+        for stage in ("evaluation.evaluate", "stages.respond", "stages.label", "judge.live"):
             monkeypatch.setattr(f"aif.{stage}.open_llm", self.opened)
 
     def opened(self, settings):

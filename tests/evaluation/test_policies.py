@@ -41,7 +41,7 @@ PROMPTS = [{"role": "user", "content": f"question {n}"} for n in range(4)]
 def quickly():
     once = functools.cache(load_tokenizer)
     with quick(), pytest.MonkeyPatch.context() as patch:
-        for module in ("llm.local", "train.divergence"):
+        for module in ("llm.local", "train.ppo.kl"):
             patch.setattr(f"aif.{module}.load_tokenizer", once)
         yield
 
