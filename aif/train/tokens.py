@@ -29,14 +29,18 @@ CHUNK = 256  # examples given to the tokenizer at once, which works on them in p
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One sequence; `loss_mask_T[t]` is True where token t is learned from the tokens before it."""
+    """One sequence of T tokens."""
 
     ids_T: np.ndarray  # int32
-    loss_mask_T: np.ndarray  # bool; its first is False, as nothing comes before it
+    loss_mask_T: np.ndarray  # bool, True where a token is learned from those before it
     source: str
 
     def __len__(self) -> int:
         return len(self.ids_T)
+
+    def cut(self, length: int) -> TokenRow:
+        """Its first `length` tokens."""
+        return TokenRow(self.ids_T[:length], self.loss_mask_T[:length], self.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +52,14 @@ class _Rendered:
 
 
 class Tokeniser:
-    """Dialogues to tokens, as `tokenizer` and its template have it.
+    """Turns dialogues into tokens by `tokenizer` and its chat template.
 
-    `chat` is False for a model that is sampled from plain text: the dialogue then is a transcript,
-    "User: ...\\n\\nAssistant: ...", and EOS follows. `ends` collects what tokens end a response.
+    `chat` is False for a model of plain text: the dialogue is then a transcript,
+    "User: ...\\n\\nAssistant: ...", and EOS follows. `ends` collects the tokens that end a response.
 
-    Too long is more than `max_tokens`. Then the oldest whole turns are left out, but for a system
-    message, until it fits; if the last prompt is too long even alone, the response is cut at its
-    end, whose EOS is then not learned; and if not one token of it fits, the example is dropped.
+    A dialogue of more than `max_tokens` loses its oldest whole turns, but not its system message,
+    until it fits. If the last prompt is too long even alone, the response is cut at its end, and
+    its EOS is not learned. If no token of the response fits, the dialogue is dropped.
     """
 
     def __init__(
@@ -77,32 +81,23 @@ class Tokeniser:
     def dialogues(self, examples: Sequence[Example]) -> Iterator[TokenRow]:
         """The tokens of each example that is not dropped, in order.
 
-        Raises InputError where the template cannot take a dialogue or hides where its turns are.
+        Raises InputError if the template refuses a dialogue or hides where its turns are.
         """
-        for start in range(0, len(examples), CHUNK):
-            part = examples[start : start + CHUNK]
-            rendered = [self._rendered(_clean(example.messages)) for example in part]
-            for example, ids_mask in zip(part, self._tokenised(rendered, part), strict=True):
-                found = self._fitted(example, *ids_mask)
-                if found is None:
-                    self.dropped += 1
-                else:
-                    yield found
+        for rows in self.answers([[example] for example in examples]):
+            yield from rows or ()
 
     def answers(self, groups: Sequence[Sequence[Example]]) -> Iterator[list[TokenRow] | None]:
-        """The tokens of each group of examples, which answer one prompt; None for one that does
-        not fit.
+        """The tokens of each group of answers to one prompt; None for a group that is dropped.
 
-        They are cut alike, since a comparison is of answers to the same words: what is left out
-        of the prompt for one is left out for all.
+        All answers of a group keep the same turns of their prompt, since a comparison is of answers
+        to the same words.
         """
         for start in range(0, len(groups), CHUNK):
             part = groups[start : start + CHUNK]
             flat = [example for group in part for example in group]
-            rendered = [self._rendered(_clean(example.messages)) for example in flat]
-            found = self._tokenised(rendered, flat)
+            rows = self._tokenised([_clean(example.messages) for example in flat], flat)
             for group in part:
-                yield self._fitted_alike(group, [next(found) for _ in group])
+                yield self._fitted(group, [next(rows) for _ in group])
 
     def prompts(self, dialogues: Iterable[list[Message]], room: int) -> Iterator[np.ndarray | None]:
         """Each prompt as a model is given it to answer, with `room` tokens to spare for that; None
@@ -118,43 +113,21 @@ class Tokeniser:
             self.dropped += talk is None
             yield None if talk is None else np.array(ids, np.int32)
 
-    def _fitted_alike(
-        self, group: Sequence[Example], found: list[tuple[list[int], list[bool]]]
-    ) -> list[TokenRow] | None:
-        talks: list[list[Message] | None] = [_clean(example.messages) for example in group]
+    def _fitted(self, group: Sequence[Example], rows: list[TokenRow]) -> list[TokenRow] | None:
+        """The group within `max_tokens` by the rule above; None if it is dropped."""
+        dialogues: list[list[Message] | None] = [_clean(example.messages) for example in group]
         too_long = False
-        while max(len(ids) for ids, _ in found) > self.max_tokens:
+        while max(map(len, rows)) > self.max_tokens:
             too_long = True
-            talks = [_without_oldest(talk) for talk in talks]
-            if None in talks:
+            dialogues = [_without_oldest(messages) for messages in dialogues]
+            if None in dialogues:
                 break
-            found = list(self._tokenised([self._rendered(talk) for talk in talks], group))
-        self.truncated += too_long
-        if not all(any(mask[: self.max_tokens]) for _, mask in found):
-            self.truncated -= too_long
-            self.dropped += 1
-            return None
-        return [
-            TokenRow(
-                np.array(ids[: self.max_tokens], np.int32),
-                np.array(mask[: self.max_tokens], bool),
-                example.source,
-            )
-            for (ids, mask), example in zip(found, group, strict=True)
-        ]
-
-    def _fitted(self, example: Example, ids: list[int], mask: list[bool]) -> TokenRow | None:
-        """Within `max_tokens` by the rule above, or None."""
-        messages = _clean(example.messages)
-        if len(ids) > self.max_tokens:
-            while len(ids) > self.max_tokens and (fewer := _without_oldest(messages)):
-                messages = fewer
-                ((ids, mask),) = self._tokenised([self._rendered(messages)], [example])
-            ids, mask = ids[: self.max_tokens], mask[: self.max_tokens]
-            self.truncated += any(mask)
-        if not any(mask):
-            return None
-        return TokenRow(np.array(ids, np.int32), np.array(mask, bool), example.source)
+            rows = list(self._tokenised(dialogues, group))
+        rows = [row.cut(self.max_tokens) for row in rows]
+        fits = all(row.loss_mask_T.any() for row in rows)
+        self.truncated += too_long and fits
+        self.dropped += not fits
+        return rows if fits else None
 
     def _rendered(self, messages: list[Message]) -> _Rendered:
         text = self._text(messages)
@@ -191,9 +164,10 @@ class Tokeniser:
         return self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"] if texts else []
 
     def _tokenised(
-        self, rendered: list[_Rendered], examples: Sequence[Example]
-    ) -> Iterator[tuple[list[int], list[bool]]]:
-        """(ids, which are learned) of each text."""
+        self, dialogues: Sequence[list[Message]], examples: Sequence[Example]
+    ) -> Iterator[TokenRow]:
+        """The tokens of each dialogue, of any length; `examples` are where they come from."""
+        rendered = [self._rendered(messages) for messages in dialogues]
         borders = [sorted({*sum(r.turns, ()), len(r.text)}) for r in rendered]
         prefixes = [r.text[:b] for r, bs in zip(rendered, borders, strict=True) for b in bs]
         encoded = iter(self._encoded(prefixes))
@@ -211,11 +185,9 @@ class Tokeniser:
                 at[border] = len(ids)
                 before = border
             spans = [(at[start], at[end]) for start, end in r.turns]
-            yield self._marked(ids, spans, example.ended)
+            yield self._marked(ids, spans, example)
 
-    def _marked(
-        self, ids: list[int], spans: list[tuple[int, int]], ended: bool
-    ) -> tuple[list[int], list[bool]]:
+    def _marked(self, ids: list[int], spans: list[tuple[int, int]], example: Example) -> TokenRow:
         """Mark each turn up to the token that ends it; the sequence ends with its last turn."""
         mask = [False] * len(ids)
         for start, end in spans[:-1]:
@@ -224,15 +196,16 @@ class Tokeniser:
         start, end = spans[-1]
         stop = self._stop(ids, start, end)
         ids = ids[: stop or end]
-        if not ended:
+        if not example.ended:
             ids = ids[:-1] if stop else ids
         elif not stop:
             if self.tokenizer.eos_token_id is None:
                 raise InputError("model", "", got="a tokenizer without EOS", expected="one with it")
             ids = [*ids, self.tokenizer.eos_token_id]
-        if ended:
+        if example.ended:
             self.ends.add(ids[-1])
-        return ids, mask[:start] + [True] * (len(ids) - start)
+        mask = mask[:start] + [True] * (len(ids) - start)
+        return TokenRow(np.array(ids, np.int32), np.array(mask, bool), example.source)
 
     def _stop(self, ids: list[int], start: int, end: int) -> int | None:
         """After the control token that ends the turn, if the template writes one.
