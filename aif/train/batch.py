@@ -41,7 +41,7 @@ class Batch:
     branch: torch.Tensor | None = None
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
-        """The keyword arguments of `losses.nll_forward` and `ActorCritic.forward`, on `device`."""
+        """The keyword arguments of `logprobs.nll_loss` and `ActorCritic.forward`, on `device`."""
         tensors = {"input_ids": self.input_ids, "loss_mask": self.loss_mask}
         tensors |= {"position_ids": self.position_ids, "branch": self.branch}
         return {k: None if v is None else v.to(device) for k, v in tensors.items()}

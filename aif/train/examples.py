@@ -159,6 +159,12 @@ def _dialogue(messages: list[Message], source: str, *, ended: bool = True) -> Ex
     return Example(content_id("dialogue", messages), key, source, messages, ended=ended)
 
 
+def answers_of(prompt: list[Message], texts: Iterable[str], source: str = "") -> list[Example]:
+    """Each text as an answer to `prompt`."""
+    answers = [[*prompt, {"role": "assistant", "content": text}] for text in texts]
+    return [Example("", "", source, messages) for messages in answers]
+
+
 def split_key(messages: list[Message]) -> str:
     """What decides on which side of a split a dialogue is: its opening, up to the user's first
     turn.

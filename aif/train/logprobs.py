@@ -8,8 +8,8 @@ the positions before a learned token, in chunks whose logits are made again in t
 
 from __future__ import annotations
 
-from types import MethodType
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +18,35 @@ from torch.utils.checkpoint import checkpoint
 LOGITS_BYTES = 1 << 28  # of one chunk in float32
 
 
+class TokenLogprobs(NamedTuple):
+    """What a model says of N target tokens, in float32."""
+
+    logprobs_N: torch.Tensor  # log p of each target
+    entropy_N: torch.Tensor | None  # of the distribution that each target is from, in nats
+
+
+class LearnedTokens(NamedTuple):
+    """The N learned tokens of a batch, row by row."""
+
+    hidden_ND: torch.Tensor  # the hidden state that predicts each
+    targets_N: torch.Tensor  # their ids
+
+
 def token_logprobs(
     head: Any,
     hidden_ND: torch.Tensor,
     targets_N: torch.Tensor,
     temperature: float = 1.0,
     entropy: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(log p of each target token, entropy of the distribution that it is from if wanted) at a
-    temperature, [N] each, in float32; `head` maps [n, D] to logits [n, V]."""
+) -> TokenLogprobs:
+    """Log-probabilities, and entropies if wanted, at a temperature; `head` maps [n, D] to logits
+    [n, V]."""
 
-    def part(
-        hidden_ND: torch.Tensor, targets_N: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def part(hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> TokenLogprobs:
         logits_NV = head(hidden_ND).float()
         logits_NV = logits_NV if temperature == 1.0 else logits_NV / temperature
         logprobs_N = -F.cross_entropy(logits_NV, targets_N, reduction="none")
-        return logprobs_N, _entropy(logits_NV) if entropy else None
+        return TokenLogprobs(logprobs_N, _entropy(logits_NV) if entropy else None)
 
     vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
@@ -45,7 +57,7 @@ def token_logprobs(
         for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
     ]
     logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+    return TokenLogprobs(torch.cat(logprobs), torch.cat(entropies) if entropy else None)
 
 
 def _entropy(logits_NV: torch.Tensor) -> torch.Tensor:
@@ -55,50 +67,43 @@ def _entropy(logits_NV: torch.Tensor) -> torch.Tensor:
 
 def token_nll(head: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """-log p of each target token, [N], in float32; `head` maps [n, D] to logits [n, V]."""
-    return -token_logprobs(head, hidden_ND, targets_N)[0]
+    return -token_logprobs(head, hidden_ND, targets_N).logprobs_N
 
 
 def learned(
     hidden_BTD: torch.Tensor, input_ids: torch.Tensor, loss_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden states [N, D] that predict a learned token, those tokens [N]), row by row."""
+) -> LearnedTokens:
+    """The tokens under `loss_mask` [B, T], each with the state of the token before it."""
     mask = loss_mask[:, 1:]
-    return hidden_BTD[:, :-1][mask], input_ids[:, 1:][mask]
+    return LearnedTokens(hidden_BTD[:, :-1][mask], input_ids[:, 1:][mask])
 
 
-def nll_forward(
-    model: Any,
-    input_ids: torch.Tensor,
-    loss_mask: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    """The summed -log p of all learned tokens of a batch (see `batch.Batch`); a scalar."""
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-    if not model.head_is_all:
-        logits_BTV = type(model).forward(model, **inputs).logits
-        logits_NV, targets_N = learned(logits_BTV, input_ids, loss_mask)
-        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
-    hidden_BTD = model.base_model(**inputs).last_hidden_state
-    hidden_ND, targets_N = learned(hidden_BTD, input_ids, loss_mask)
-    return token_nll(model.get_output_embeddings(), hidden_ND, targets_N).sum()
+def nll_loss(model: Any) -> Callable[..., torch.Tensor]:
+    """The loss of a causal language model for `model.forward_is`: the summed -log p of all learned
+    tokens of a `batch.Batch`, a scalar.
 
-
-def forward_is_nll(model: Any) -> None:
-    """Make the forward of a causal language model `nll_forward`.
-
-    So the loss is inside of whatever wraps the model: autocast, adapters, data parallelism. Models
-    that do more to their logits than the head (a soft cap, a scale) are found by trying, and take
-    the long way: all logits at once.
+    A model that does more to its logits than the head (a soft cap, a scale) is found by trying, and
+    takes the long way: all logits at once.
     """
-    model.head_is_all = head_is_all(model)
-    model.forward = MethodType(nll_forward, model)
+    plain_head = head_is_all(model)
 
+    def loss(
+        model: Any,
+        input_ids: torch.Tensor,
+        loss_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if not plain_head:
+            logits_BTV = type(model).forward(model, **inputs).logits
+            logits_NV, targets_N = learned(logits_BTV, input_ids, loss_mask)
+            return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        hidden_BTD = model.base_model(**inputs).last_hidden_state
+        hidden_ND, targets_N = learned(hidden_BTD, input_ids, loss_mask)
+        return token_nll(model.get_output_embeddings(), hidden_ND, targets_N).sum()
 
-def forward_is_own(model: Any) -> None:
-    """Undo `forward_is_nll`."""
-    vars(model).pop("forward", None)
-    vars(model).pop("head_is_all", None)
+    return loss
 
 
 @torch.no_grad()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -75,6 +77,19 @@ def _with_adapters(model: Any, lora: LoraSettings) -> Any:
 def inner(model: Any) -> Any:
     """The transformers model itself, adapters or not."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def forward_is(model: Any, loss: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside of it `model(**batch)` is `loss(model, **batch)`, the summed loss of a batch.
+
+    So the loss is inside of whatever wraps the model: autocast, adapters, data parallelism.
+    """
+    model.forward = MethodType(loss, model)
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
 
 
 def learning_rate(settings: TrainSettings) -> float:

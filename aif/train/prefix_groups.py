@@ -20,7 +20,7 @@ from aif.train.prefix_mask import PAD
 from aif.train.tokens import TokenRow
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SharedPrefix:
     """A group in tokens: what all responses begin with, and how each goes on (never empty).
 

@@ -24,9 +24,10 @@ from aif.run import Run
 from aif.train.batch import Layout, OptimizerStep, Steps
 from aif.train.distributed import ends_process_group
 from aif.train.examples import Example, read_examples, split
-from aif.train.logprobs import forward_is_nll, forward_is_own
+from aif.train.logprobs import nll_loss
 from aif.train.metrics import Metrics
 from aif.train.model import (
+    forward_is,
     generation_ends,
     inner,
     load_for_training,
@@ -89,9 +90,8 @@ def sft(run: Run, progress: Progress) -> dict[str, Any]:
             return last
         model = load_for_training(name, settings)
         training = _training(run, model, prepared, about, progress)
-        forward_is_nll(inner(model))
-        trained = train(training)
-        forward_is_own(inner(model))
+        with forward_is(inner(model), nll_loss(inner(model))):
+            trained = train(training)
         if not run.leads:
             return about
         save(

@@ -27,7 +27,7 @@ from aif.train.examples import Example
 CHUNK = 256  # examples given to the tokenizer at once, which works on them in parallel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenRow:
     """One sequence of T tokens."""
 
@@ -55,7 +55,8 @@ class Tokeniser:
     """Turns dialogues into tokens by `tokenizer` and its chat template.
 
     `chat` is False for a model of plain text: the dialogue is then a transcript,
-    "User: ...\\n\\nAssistant: ...", and EOS follows. `ends` collects the tokens that end a response.
+    "User: ...\\n\\nAssistant: ...", and EOS follows. `ends` collects the tokens that end a
+    response.
 
     A dialogue of more than `max_tokens` loses its oldest whole turns, but not its system message,
     until it fits. If the last prompt is too long even alone, the response is cut at its end, and

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from types import MethodType
 
 import numpy as np
 
@@ -66,11 +67,11 @@ def measured(args: argparse.Namespace, length: int, share: bool) -> dict[str, fl
     from aif.models.load import load_reward_model, torch_dtype
     from aif.train.prefix_groups import PrefixLayout, SharedPrefix
     from aif.train.reward.losses import Pairs
-    from aif.train.reward.model import forward_is_loss
+    from aif.train.reward.model import score_loss
 
     model = load_reward_model(args.model, "float32", args.device, new_head=0).train()
     objective = Pairs(RewardSettings())
-    forward_is_loss(model, objective)
+    model.forward = MethodType(score_loss(objective), model)
     draw = np.random.default_rng(0)
     made = [
         SharedPrefix(

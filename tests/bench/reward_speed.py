@@ -24,6 +24,7 @@ import gc
 import sys
 import tempfile
 from pathlib import Path
+from types import MethodType
 
 import torch
 import transformers
@@ -41,7 +42,7 @@ from aif.train.model import load_for_training, micro_batch, without_dropout
 from aif.train.prefix_groups import PrefixLayout
 from aif.train.reward.data import Preference, PromptGroup
 from aif.train.reward.losses import OBJECTIVES
-from aif.train.reward.model import forward_is_loss, scores_of
+from aif.train.reward.model import score_loss, scores_of
 from aif.train.reward.train import trees
 from aif.train.tokens import Tokeniser
 from aif.train.trainer import StepTrainer, Training
@@ -95,7 +96,7 @@ def aif_trainer(work: Work, scratch: str, clock: Clock, **options) -> StepTraine
     steps = Steps(
         work.trees, {}, layout, batch_size=args.batch_size, epochs=1.0, max_steps=None, seed=0
     )
-    forward_is_loss(model, layout.objective)
+    model.forward = MethodType(score_loss(layout.objective), model)
     run = Run(Path(scratch), Settings())
     training = Training(
         "reward", model, steps, None, settings, Path(scratch) / "c", {}, Metrics(run, "reward"),

@@ -24,6 +24,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from types import MethodType
 
 import torch
 import transformers
@@ -37,7 +38,7 @@ from aif.progress import Progress
 from aif.run import Run
 from aif.train.batch import Layout, Steps
 from aif.train.examples import Example
-from aif.train.logprobs import forward_is_nll
+from aif.train.logprobs import nll_loss
 from aif.train.metrics import Metrics
 from aif.train.model import load_for_training, micro_batch, packs
 from aif.train.tokens import Tokeniser
@@ -119,7 +120,7 @@ def aif_run(work: Work, scratch: str, steps: int, **options) -> tuple[float, flo
     made = Steps(
         work.tokens, {}, layout, batch_size=args.batch_size, epochs=1.0, max_steps=steps, seed=0
     )
-    forward_is_nll(model)
+    model.forward = MethodType(nll_loss(model), model)
     run = Run(Path(scratch), Settings())
     training = Training(
         "sft", model, made, None, settings, Path(scratch) / "c", {}, Metrics(run, "sft"),

@@ -15,7 +15,8 @@ import numpy as np
 
 from aif.train import logprobs
 from aif.train.batch import Layout, Steps
-from aif.train.logprobs import forward_is_nll, forward_is_own, token_nll
+from aif.train.logprobs import nll_loss, token_nll
+from aif.train.model import forward_is
 from aif.train.tokens import TokenRow
 from tests.support.tiny import tiny_model
 
@@ -38,13 +39,12 @@ def small(**changes):
 
 def loss_and_gradients(model, made) -> tuple[float, list]:
     model.zero_grad()
-    forward_is_nll(model)
     total = 0.0
-    for batch in made.batches:
-        loss = model(**batch.inputs(model.device)) / made.loss_items
-        loss.backward()
-        total += float(loss)
-    forward_is_own(model)
+    with forward_is(model, nll_loss(model)):
+        for batch in made.batches:
+            loss = model(**batch.inputs(model.device)) / made.loss_items
+            loss.backward()
+            total += float(loss)
     return total, [p.grad.clone() for p in model.parameters()]
 
 

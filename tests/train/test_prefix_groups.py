@@ -29,10 +29,11 @@ from transformers import (
 
 from aif.config.settings import RewardSettings
 from aif.errors import InputError
+from aif.train.model import forward_is
 from aif.train.prefix_groups import PrefixLayout, SharedPrefix, prefix_digest
 from aif.train.prefix_mask import PAD, branch_mask, shares
 from aif.train.reward.losses import OBJECTIVES, Pairs
-from aif.train.reward.model import forward_is_loss, forward_is_own, scores_of
+from aif.train.reward.model import score_loss, scores_of
 from aif.train.tokens import TokenRow
 
 KINDS = {
@@ -141,12 +142,11 @@ def ours(model, found: list[SharedPrefix], name: str = "pairs", **layout) -> tup
     objective = objective_of(name)
     options = {"micro_tokens": 10_000, "pad_id": 0, "share": True} | layout
     made, total = PrefixLayout(objective=objective, **options).step(found), 0.0
-    forward_is_loss(model, objective)
-    for batch in made.batches:
-        loss = model(**batch.inputs(model.device)) / made.loss_items
-        loss.backward()
-        total += float(loss.detach())
-    forward_is_own(model)
+    with forward_is(model, score_loss(objective)):
+        for batch in made.batches:
+            loss = model(**batch.inputs(model.device)) / made.loss_items
+            loss.backward()
+            total += float(loss.detach())
     return total, gradients(model)
 
 

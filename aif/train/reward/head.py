@@ -17,7 +17,7 @@ import torch
 
 from aif.train.prefix_groups import Objective, PrefixLayout, SharedPrefix
 from aif.train.reward.losses import Targets
-from aif.train.reward.model import hidden_of
+from aif.train.reward.model import hidden_of, of_each_row
 
 SAMPLE = 4096  # prompts that it is fitted to, at most
 CHUNK = 64  # prompts whose loss is taken at once
@@ -43,7 +43,7 @@ def fit_head(
     """
     draw = random.Random(f"head {seed}")
     sample = draw.sample(list(trees), min(SAMPLE, len(trees)))
-    features = _features(model, sample, layout, dtype)
+    features = list(of_each_row(hidden_of, model, sample, layout, dtype))
     draw.shuffle(features)
     # A penalty is fair to features of one size; one that never varies stays as it is.
     scale_D = torch.cat([rows_ND for _, rows_ND in features]).std(0, correction=0)
@@ -53,21 +53,6 @@ def fit_head(
     weight_D = _fitted(_chunks(found, layout.objective), penalty, layout.objective)
     with torch.no_grad():
         model.score.weight.copy_(weight_D / scale_D)
-
-
-def _features(
-    model: Any, trees: Sequence[SharedPrefix], layout: PrefixLayout, dtype: torch.dtype
-) -> list[tuple[SharedPrefix, torch.Tensor]]:
-    """Each tree with what the body makes of its responses, [n, D]."""
-    found = []
-    for group in layout.groups(trees):
-        batch = layout.batch(group).inputs(model.device)
-        batch.pop("targets")
-        mixed = dtype != torch.float32
-        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=mixed):
-            hidden_ND = hidden_of(model, **batch).cpu()
-        found += zip(group, hidden_ND.split([tree.responses for tree in group]), strict=True)
-    return found
 
 
 def _chunks(

@@ -6,11 +6,9 @@ wherever it was cut off), found by its place and never by looking for padding.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from aif.models.load import load_reward_model, load_tokenizer, torch_dtype
 from aif.run import Run
 from aif.store import checkpoint
 from aif.store.records import Message
-from aif.train.examples import Example
+from aif.train.examples import answers_of
 from aif.train.model import micro_batch
 from aif.train.prefix_groups import Objective, PrefixLayout, SharedPrefix
 from aif.train.prefix_mask import body_inputs, shares
@@ -32,7 +30,7 @@ Asked = tuple[list[Message], Sequence[str]]  # a prompt and responses to it
 
 
 def scores_of(model: Any, **batch: Any) -> torch.Tensor:
-    """The scores [N] of a batch's responses (see `trees.PrefixBatch`), in float32."""
+    """The scores [N] of a batch's responses (see `prefix_groups.PrefixBatch`), in float32."""
     hidden_ND = hidden_of(model, **batch)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         # The head in float32: scores in bfloat16 near 4 would be 0.03 apart.
@@ -56,21 +54,30 @@ def hidden_of(
     return hidden_BTD.flatten(0, 1)[ends_N].float()
 
 
-def forward_is_loss(model: Any, objective: Objective) -> None:
-    """Make the forward of a reward model the summed loss of a batch.
+def score_loss(objective: Objective) -> Callable[..., torch.Tensor]:
+    """The loss of a reward model for `model.forward_is`: the objective's, of a batch's scores."""
 
-    So the loss is inside of whatever wraps the model: autocast, adapters, data parallelism.
-    """
+    def loss(model: Any, targets: dict[str, torch.Tensor], **batch: Any) -> torch.Tensor:
+        return objective.loss(scores_of(model, **batch), targets)
 
-    def forward(self: Any, targets: dict[str, torch.Tensor], **batch: Any) -> torch.Tensor:
-        return objective.loss(scores_of(self, **batch), targets)
-
-    model.forward = MethodType(forward, model)
+    return loss
 
 
-def forward_is_own(model: Any) -> None:
-    """Undo `forward_is_loss`."""
-    vars(model).pop("forward", None)
+def of_each_row(
+    forward: Callable[..., torch.Tensor],
+    model: Any,
+    rows: Sequence[SharedPrefix],
+    layout: PrefixLayout,
+    dtype: torch.dtype,
+) -> Iterator[tuple[SharedPrefix, torch.Tensor]]:
+    """Each row, in the layout's order, with what `forward` makes of its K responses, [K, ...] on
+    the CPU: `scores_of` or `hidden_of`, without gradients, matrix products in `dtype`."""
+    mixed = dtype != torch.float32
+    for group in layout.groups(rows):
+        batch = layout.batch(group).inputs(model.device)
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=mixed):
+            values_N = forward(model, **batch).cpu()
+        yield from zip(group, values_N.split([row.responses for row in group]), strict=True)
 
 
 class RewardModel:
@@ -113,41 +120,25 @@ class RewardModel:
         None for all of a group in which not a token of one fits into `reward.max_tokens`. Raises
         AifError where a score is no number.
         """
-        talks = [
-            [
-                Example("", "", "", [*prompt, {"role": "assistant", "content": text}])
-                for text in texts
-            ]
-            for prompt, texts in groups
-        ]
-        found: list[list[float | None]] = [[None] * len(texts) for _, texts in groups]
-        trees, place = [], {}
-        asked = [n for n, talk in enumerate(talks) if talk]
-        answers = self._tokeniser.answers([talks[n] for n in asked])
-        for n, sequences in zip(asked, answers, strict=True):
-            if sequences is not None:
-                trees.append(SharedPrefix.of(sequences))
-                place[id(trees[-1])] = n
-        for group in self._layout.groups(trees):
-            values = iter(self._batch_scores(group))
-            for tree in group:
-                found[place[id(tree)]] = [next(values) for _ in range(tree.responses)]
-        return found
+        scores: list[list[float | None]] = [[None] * len(texts) for _, texts in groups]
+        answered = [n for n, (_, texts) in enumerate(groups) if texts]
+        dialogues = [answers_of(*groups[n]) for n in answered]
+        place = {
+            SharedPrefix.of(rows): n
+            for n, rows in zip(answered, self._tokeniser.answers(dialogues), strict=True)
+            if rows is not None
+        }
+        for row, scores_K in of_each_row(
+            scores_of, self.model, list(place), self._layout, self._dtype
+        ):
+            if not scores_K.isfinite().all():
+                raise AifError("reward: a score is not a finite number")
+            scores[place[row]] = scores_K.tolist()
+        return scores
 
     def normalised(self, score: float) -> float:
         """The score with mean 0 and standard deviation 1 on the reference responses."""
         return (score - self.mean) / self.std
-
-    @torch.no_grad()
-    def _batch_scores(self, trees: Sequence[SharedPrefix]) -> list[float]:
-        batch = self._layout.batch(trees).inputs(self.model.device)
-        batch.pop("targets")
-        mixed = self._dtype != torch.float32
-        with torch.autocast(self.model.device.type, self._dtype, enabled=mixed):
-            values = scores_of(self.model, **batch).tolist()
-        if not all(map(math.isfinite, values)):
-            raise AifError("reward: a score is not a finite number")
-        return values
 
 
 class Ensemble:

@@ -25,9 +25,9 @@ from aif.stats.calibration import accuracy, moments
 from aif.store.records import Prompt, Response, Revision, content_id
 from aif.train.batch import Steps
 from aif.train.distributed import ends_process_group
-from aif.train.examples import Example
+from aif.train.examples import answers_of
 from aif.train.metrics import Metrics
-from aif.train.model import inner, load_for_training, micro_batch, save, without_dropout
+from aif.train.model import forward_is, inner, load_for_training, micro_batch, save, without_dropout
 from aif.train.prefix_groups import PrefixLayout, SharedPrefix, prefix_digest
 from aif.train.prefix_mask import shares
 from aif.train.resume import check_start, digest_of, done_before, start_model, training_in
@@ -42,10 +42,9 @@ from aif.train.reward.model import (
     Asked,
     Ensemble,
     RewardModel,
-    forward_is_loss,
-    forward_is_own,
     load_ensemble,
     member_name,
+    score_loss,
 )
 from aif.train.tokens import Tokeniser
 from aif.train.trainer import Trained, Training, train
@@ -79,14 +78,8 @@ class Prepared:
 
 def trees(groups: Sequence[PromptGroup], tokeniser: Tokeniser) -> Iterator[SharedPrefix]:
     """The groups in tokens, but for those that do not fit."""
-    talks = [
-        [
-            Example("", "", group.source, [*group.prompt, {"role": "assistant", "content": text}])
-            for text in group.responses
-        ]
-        for group in groups
-    ]
-    for group, sequences in zip(groups, tokeniser.answers(talks), strict=True):
+    dialogues = [answers_of(group.prompt, group.responses, group.source) for group in groups]
+    for group, sequences in zip(groups, tokeniser.answers(dialogues), strict=True):
         if sequences is not None:
             yield SharedPrefix.of(
                 sequences,
@@ -201,9 +194,8 @@ def _trained(
     training = Training(
         stage, model, steps, held_out, settings, folder, about, Metrics(run, stage), progress
     )
-    forward_is_loss(inner(model), layout.objective)
-    trained = train(training)
-    forward_is_own(inner(model))
+    with forward_is(inner(model), score_loss(layout.objective)):
+        trained = train(training)
     return model, trained, steps
 
 

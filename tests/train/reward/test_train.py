@@ -26,12 +26,11 @@ from aif.models.load import load_reward_model, load_tokenizer
 from aif.run import Run
 from aif.store import checkpoint
 from aif.store.records import HumanChoice, Prompt, Response, Verdict
-from aif.train.model import inner
+from aif.train.model import forward_is, inner
 from aif.train.prefix_groups import PrefixLayout
-from aif.train.reward import model as scoring
 from aif.train.reward import train as stage
 from aif.train.reward.losses import OBJECTIVES
-from aif.train.reward.model import RewardModel
+from aif.train.reward.model import RewardModel, score_loss
 from aif.train.reward.train import TOGETHER, by_prompt, policy_responses, reward
 from tests.conftest import read_jsonl, write_jsonl
 from tests.support.tiny import (
@@ -356,9 +355,9 @@ def test_the_first_loss_and_its_gradient_are_those_of_trl(tmp_path):
     ours, objective = fresh(), OBJECTIVES["pairs"](run.settings.reward)
     step = PrefixLayout(400, 0, True, objective).step(prepared.train)
     assert len(step.batches) > 1
-    scoring.forward_is_loss(ours, objective)
-    loss = sum(ours(**batch.inputs(ours.device)) for batch in step.batches) / step.loss_items
-    loss.backward()
+    with forward_is(ours, score_loss(objective)):
+        loss = sum(ours(**batch.inputs(ours.device)) for batch in step.batches) / step.loss_items
+        loss.backward()
 
     def row(comparison, p):
         better, worse = (comparison.first, comparison.second)[:: 1 if p else -1]
