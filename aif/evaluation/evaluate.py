@@ -315,10 +315,11 @@ def _people(
     scored = None
     if sealed(run.file("reward")) is not None:
         from aif.stats.odds import probability
-        from aif.train.reward.labeled import LabeledComparison, scored_pairs
+        from aif.train.reward.evaluate import score_comparisons
+        from aif.train.reward.labeled import LabeledComparison
         from aif.train.reward.model import load_ensemble
 
-        scores = scored_pairs(load_ensemble(run), [LabeledComparison(row) for row in asked])
+        scores = score_comparisons(load_ensemble(run), [LabeledComparison(row) for row in asked])
         scored = bootstrap.rate(
             [_agrees(probability(s.delta), choices[s.comparison_id]) for s in scores]
         )

@@ -20,7 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError
 
-from aif.errors import InputError, shown
+from aif.errors import AifError, InputError, shown
+from aif.models.load import load_tokenizer
+from aif.run import Run
 from aif.store.records import LONE_SURROGATE, Message
 from aif.train.examples import Example
 
@@ -220,6 +222,22 @@ class Tokeniser:
             if self.tokenizer.decode(ids[n - 1 : n]).strip():
                 return None
         return None
+
+
+def tokeniser_of(run: Run, name: str, max_tokens: int, **options: Any) -> Tokeniser:
+    """For the model `name`, in the form of the run's policy; no longer than the model's context."""
+    tokenizer, context = load_tokenizer(name)
+    chat = run.settings.policy.form != "text"
+    return Tokeniser(tokenizer, min(max_tokens, context), chat=chat, **options)
+
+
+def check_any(stage: str, rows: Sequence[Any], of: str, tokeniser: Tokeniser) -> None:
+    """Raise AifError unless some row is left to train on; `of` says of how many."""
+    if not rows:
+        raise AifError(
+            f"{stage}: none of {of} is left to learn from; {tokeniser.dropped:,} do not fit into "
+            f"{tokeniser.max_tokens:,} tokens ({stage}.max_tokens)"
+        )
 
 
 def transcript(messages: list[Message], prompt: bool = False) -> str:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from aif.config.settings import TrainSettings
 from aif.errors import AifError, Interrupted
 from aif.models.load import torch_dtype, usable_device
 from aif.progress import Progress
+from aif.run import Run
 from aif.signals import handling
 from aif.store import checkpoint
-from aif.train.batch import OptimizerStep, Steps
+from aif.train.batch import Layouts, OptimizerStep, Row, Steps
 from aif.train.distributed import any_rank, on_main_process
 from aif.train.metrics import Metrics
 from aif.train.model import learning_rate
@@ -44,7 +45,7 @@ class Training:
     stage: str
     model: Any  # its forward gives the summed loss of a batch
     steps: Steps
-    held_out: OptimizerStep | None
+    held_out: OptimizerStep | None  # what is evaluated on
     settings: TrainSettings
     checkpoints: Path
     about: dict[str, Any]  # enters every checkpoint; only one with the same is resumed
@@ -52,18 +53,37 @@ class Training:
     progress: Progress
     stop: threading.Event = field(default_factory=threading.Event)
 
+    @classmethod
+    def of(
+        cls, run: Run, stage: str, settings: TrainSettings, model: Any, layout: Layouts,
+        rows: Sequence[Row], held_out: Sequence[Row], about: dict[str, Any], progress: Progress,
+    ) -> Training:  # fmt: skip
+        """A stage of a run that trains on `rows`, weighed by `settings.data`, and evaluates on
+        `held_out`."""
+        steps = Steps(
+            rows, settings.data, layout, batch_size=settings.batch_size, epochs=settings.epochs,
+            max_steps=settings.max_steps, seed=settings.seed,
+        )  # fmt: skip
+        evaluated = layout.step(held_out) if held_out else None
+        folder = run.file("checkpoints") / stage
+        metrics = Metrics(run, stage)
+        return cls(stage, model, steps, evaluated, settings, folder, about, metrics, progress)
+
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it."""
+    """How a training went, under the names of a stage's summary."""
 
     steps: int
     resumed_from: int
     best_step: int | None
     train_loss: float  # mean over steps
-    eval_loss: float | None  # of the weights that the model ends with
     eval_loss_before: float | None
+    eval_loss: float | None  # of the weights that the model ends with
     tokens_per_s: float | None  # real tokens, without padding, in this process
+
+    def summary(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def train(training: Training) -> Trained:

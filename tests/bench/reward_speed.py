@@ -40,10 +40,10 @@ from aif.train.batch import Steps
 from aif.train.metrics import Metrics
 from aif.train.model import load_for_training, micro_batch, without_dropout
 from aif.train.prefix_groups import PrefixLayout
-from aif.train.reward.data import Preference, PromptGroup
+from aif.train.reward.data import tokenised
+from aif.train.reward.labeled import LabeledComparison, PromptGroup
 from aif.train.reward.losses import OBJECTIVES
 from aif.train.reward.model import score_loss, scores_of
-from aif.train.reward.train import trees
 from aif.train.tokens import Tokeniser
 from aif.train.trainer import StepTrainer, Training
 from tests.bench.training import Clock, Contenders, compare, quiet
@@ -66,9 +66,8 @@ class Work:
             found = pair.comparison
             # One group a pair, so that a step has as many pairs for both.
             group = groups.setdefault(found.id, PromptGroup(found.prompt, "hh"))
-            places = group.place(found.first), group.place(found.second)
-            group.pairs.append(Preference(found.id, *places, pair.human.p_first))
-        self.trees = list(trees(list(groups.values()), Tokeniser(self.tokenizer, MAX_TOKENS)))
+            group.add(LabeledComparison(found, p_human=pair.human.p_first))
+        self.trees = list(tokenised(list(groups.values()), Tokeniser(self.tokenizer, MAX_TOKENS)))
         self.rows = []
         for tree in self.trees:
             both = [[*tree.shared_T.tolist(), *branch.tolist()] for branch in tree.branches]

@@ -148,7 +148,7 @@ def quick() -> Iterator[None]:
     torch.set_num_threads(1)
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aif.train.reward.train.load_tokenizer", once)
+        patch.setattr("aif.train.tokens.load_tokenizer", once)
         patch.setattr("aif.train.reward.model.load_tokenizer", once)
         yield
     gc.unfreeze()

@@ -11,56 +11,53 @@ through the model as a whole, as InstructGPT did (Ouyang et al. 2022, 2203.02155
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from aif.config.settings import RewardSettings
 from aif.constitution import file as constitutions
-from aif.data.readers import Pair, read_pairs, read_rated
+from aif.data.readers import read_pairs, read_rated
 from aif.errors import AifError, InputError, shown
 from aif.run import Run
 from aif.stats.odds import log_odds, probability
-from aif.store.records import Comparison, Label, Message, Verdict, content_id
-from aif.train.examples import held_out, split_key
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """How two of a group's responses compare: `first` and `second` are places among them."""
-
-    comparison_id: str
-    first: int
-    second: int
-    p_first: float
-
-
-@dataclass(slots=True)
-class PromptGroup:
-    """A prompt, the distinct responses to it, and all that is known of how good they are."""
-
-    prompt: list[Message]
-    source: str
-    responses: list[str] = field(default_factory=list)
-    pairs: list[Preference] = field(default_factory=list)
-    grades: list[float] = field(default_factory=list)  # probability of being good; [] for pairs
-
-    @property
-    def split_key(self) -> str:
-        return split_key(self.prompt)
-
-    def place(self, text: str) -> int:
-        """The number of a response, which joins the others if it is new."""
-        if text not in self.responses:
-            self.responses.append(text)
-        return self.responses.index(text)
+from aif.store.records import Comparison, HumanChoice, Label, Message, Verdict, content_id
+from aif.train.examples import answers_of, held_out
+from aif.train.prefix_groups import SharedPrefix
+from aif.train.reward.labeled import LabeledComparison, PromptGroup
+from aif.train.tokens import Tokeniser, check_any, tokeniser_of
 
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """All groups, and how many rows were left out by reason."""
+    """All groups, and how many rows were left out, by reason."""
 
     groups: list[PromptGroup]
     left_out: dict[str, int]
+
+
+class RewardData:
+    """What a run's reward models learn from and are measured by, in tokens; reads no weights."""
+
+    def __init__(self, run: Run, name: str):
+        """`name` is the model to start from. Raises as `read_preferences`, and AifError if nothing
+        fits into `reward.max_tokens`."""
+        self.run, self.name = run, name
+        self.chat = run.settings.policy.form != "text"
+        self.tokeniser = tokeniser_of(run, name, run.settings.reward.max_tokens)
+        self.preferences = read_preferences(run)
+        groups = self.preferences.groups
+        self.train_groups, self.eval_groups = split(groups, run.settings.reward)
+        self.train = list(tokenised(self.train_groups, self.tokeniser))
+        self.held_out = list(tokenised(self.eval_groups, self.tokeniser))
+        check_any("reward", self.train, f"{len(groups):,} prompts", self.tokeniser)
+
+
+def tokenised(groups: Sequence[PromptGroup], tokeniser: Tokeniser) -> Iterator[SharedPrefix]:
+    """The groups in tokens, without those that do not fit."""
+    dialogues = [answers_of(group.prompt, group.responses, group.source) for group in groups]
+    for group, rows in zip(groups, tokeniser.answers(dialogues), strict=True):
+        if rows is not None:
+            yield SharedPrefix.of(rows, **group.labels())
 
 
 def read_preferences(run: Run) -> Preferences:
@@ -72,16 +69,16 @@ def read_preferences(run: Run) -> Preferences:
     settings = run.settings.reward
     left_out: Counter[str] = Counter()
     groups: list[PromptGroup] = []
-    read = _graded if settings.objective == "grades" else _paired
+    read = _graded if settings.objective == "grades" else _compared
     for source in settings.data:
-        found = list(read(run, source, left_out))
-        if not found:
+        some = list(read(run, source, left_out))
+        if not some:
             why = ", ".join(f"{n:,} {kind}" for kind, n in left_out.items())
             raise InputError(
                 f"reward.data.{source}", "", got=f"nothing to learn from{why and f' ({why})'}",
                 expected="at least one prompt",
             )  # fmt: skip
-        groups += found
+        groups += some
     if not groups:
         raise InputError("reward", "data", got="no source", expected="labels, a JSONL file, ...")
     _check_not_constant(groups, settings)
@@ -100,69 +97,70 @@ def split(
 def _check_not_constant(groups: Iterable[PromptGroup], settings: RewardSettings) -> None:
     if settings.objective == "grades":
         values = {g > 0.5 if settings.hard else g for group in groups for g in group.grades}
-        told = "one and the same grade everywhere"
+        got = "one and the same grade everywhere"
     else:
-        values = {0.5} | {pair.p_first for group in groups for pair in group.pairs}
-        told = "even labels alone"
+        values = {0.5} | {row.target for group in groups for row in group.comparisons}
+        got = "even labels alone"
     if len(values) < 2:
-        raise InputError("reward", "data", got=told, expected="something that tells good from bad")
+        raise InputError("reward", "data", got=got, expected="something that tells good from bad")
 
 
-def _paired(run: Run, source: str, left_out: Counter[str]) -> Iterator[PromptGroup]:
+def _compared(run: Run, source: str, left_out: Counter[str]) -> Iterator[PromptGroup]:
     """Groups with comparisons."""
-    found = _labelled(run, left_out) if source == "labels" else _chosen(source, left_out)
+    rows = _labeled(run, left_out) if source == "labels" else _chosen(source, left_out)
     groups: dict[str, PromptGroup] = {}
     seen: set[str] = set()
-    for comparison, p_first in found:
+    for row in rows:
+        comparison = row.comparison
         if comparison.id in seen:
             left_out["repeated"] += 1
         elif comparison.first == comparison.second:
             left_out["identical"] += 1
-        elif run.settings.reward.hard and p_first == 0.5:
+        elif run.settings.reward.hard and row.target == 0.5:
             left_out["even"] += 1
         else:
-            group = groups.setdefault(comparison.prompt_id, PromptGroup(comparison.prompt, source))
-            first, second = group.place(comparison.first), group.place(comparison.second)
-            group.pairs.append(Preference(comparison.id, first, second, p_first))
+            group = PromptGroup(comparison.prompt, source)
+            groups.setdefault(comparison.prompt_id, group).add(row)
         seen.add(comparison.id)
     yield from groups.values()
 
 
-def _labelled(run: Run, left_out: Counter[str]) -> Iterator[tuple[Comparison, float]]:
-    """Every comparison whose label is not null, with it."""
-    _check_labelled(run)
-    labels = {label.comparison_id: label for label in run.read("labels.jsonl", Label)}
+def _labeled(run: Run, left_out: Counter[str]) -> Iterator[LabeledComparison]:
+    """Every comparison of the run whose label is not null, with people's choice if there is one."""
+    _check_labeled(run)
+    labels = {row.comparison_id: row for row in run.read("labels.jsonl", Label)}
+    human = run.read("human.jsonl", HumanChoice) if run.file("human.jsonl").exists() else ()
+    choices = {row.comparison_id: row.p_first for row in human}
     for comparison in run.read("comparisons.jsonl", Comparison):
-        label = labels.get(comparison.id)
+        label, choice = labels.get(comparison.id), choices.get(comparison.id)
         if label is None or label.p_first is None:
             left_out[(label and label.fault) or "not labelled"] += 1
         else:
-            yield comparison, label.p_first
+            yield LabeledComparison(comparison, label.p_first, label.by_principle, choice)
 
 
-def _check_labelled(run: Run) -> None:
+def _check_labeled(run: Run) -> None:
     if run.state("label").get("in_progress"):
         raise AifError(f"{run.path}: labelling was cut off; `aif label --out {run.path}` first")
     if not run.file("labels.jsonl").exists():
         raise AifError(f"{run.file('labels.jsonl')}: not there; `aif label --out {run.path}` first")
 
 
-def _chosen(source: str, left_out: Counter[str]) -> Iterator[tuple[Comparison, float]]:
-    """Every pair of a file that a person chose from, with the choice."""
-    pair: Pair
+def _chosen(source: str, left_out: Counter[str]) -> Iterator[LabeledComparison]:
+    """Every pair of a file for which a person's choice is known."""
     for pair in read_pairs(source):
         if pair.human is None:
             left_out["no choice"] += 1
         else:
-            yield pair.comparison, pair.human.p_first
+            yield LabeledComparison(pair.comparison, p_human=pair.human.p_first)
 
 
 def _graded(run: Run, source: str, left_out: Counter[str]) -> Iterator[PromptGroup]:
-    """Groups with a grade for each response."""
-    found = _judged(run, left_out) if source == "labels" else read_rated(source)
+    """Groups with a grade for each response: the mean of its grades."""
+    rows = _judge_grades(run, left_out) if source == "labels" else read_rated(source)
     groups: dict[str, PromptGroup] = {}
     grades: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for prompt, text, grade in found:
+    for prompt, text, grade in rows:
         key = content_id("prompt", prompt)
         group = groups.setdefault(key, PromptGroup(prompt, source))
         grades[key][group.place(text)].append(grade)
@@ -178,14 +176,15 @@ def _graded(run: Run, source: str, left_out: Counter[str]) -> Iterator[PromptGro
             yield group
 
 
-def _judged(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], str, float]]:
-    """The judge's grade of every response that `aif label` had graded by itself (pointwise or
-    rating): the principles' log-odds, by weight; of several judges their mean."""
-    _check_labelled(run)
+def _judge_grades(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], str, float]]:
+    """(prompt, response, grade) of every response that the judge graded by itself (pointwise or
+    rating). The grade is the weighted mean of the principles' log-odds, over all judges, as a
+    probability."""
+    _check_labeled(run)
     path = run.settings.label.constitution or run.settings.revise.constitution
     weights = {p.id: p.weight for p in constitutions.load(path).principle} if path else {}
     comparisons = {row.id: row for row in run.read("comparisons.jsonl", Comparison)}
-    found: dict[tuple[str, str], dict[tuple[str, str], float]] = defaultdict(dict)
+    odds: dict[tuple[str, str], dict[tuple[str, str], float]] = defaultdict(dict)
     prompts = {row.prompt_id: row.prompt for row in comparisons.values()}
     for verdict in run.read("verdicts.jsonl", Verdict):
         comparison = comparisons.get(verdict.comparison_id)
@@ -200,8 +199,8 @@ def _judged(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], s
         first = verdict.order == "a"
         p = verdict.p_first if first else 1 - verdict.p_first
         text = comparison.first if first else comparison.second
-        found[comparison.prompt_id, text][verdict.principle_id, verdict.judge] = log_odds(p)
-    for (prompt_id, text), said in found.items():
-        weight = sum(weights.get(name, 1.0) for name, _ in said)
-        total = sum(weights.get(name, 1.0) * value for (name, _), value in said.items())
+        odds[comparison.prompt_id, text][verdict.principle_id, verdict.judge] = log_odds(p)
+    for (prompt_id, text), by_principle in odds.items():
+        weight = sum(weights.get(name, 1.0) for name, _ in by_principle)
+        total = sum(weights.get(name, 1.0) * value for (name, _), value in by_principle.items())
         yield prompts[prompt_id], text, probability(total / weight)

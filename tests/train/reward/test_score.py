@@ -29,8 +29,8 @@ from aif.run import Run
 from aif.train.prefix_mask import shares
 from aif.train.reward import model as scoring
 from aif.train.reward import train as stage
-from aif.train.reward.model import RewardModel
-from aif.train.reward.train import load_ensemble, reward
+from aif.train.reward.model import RewardModel, load_ensemble
+from aif.train.reward.train import reward
 from tests.conftest import read_jsonl, write_jsonl
 from tests.support.tiny import Said, preferred, quick, reward_run, save_tiny, tiny_model
 

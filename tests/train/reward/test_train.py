@@ -29,9 +29,11 @@ from aif.store.records import HumanChoice, Prompt, Response, Verdict
 from aif.train.model import forward_is, inner
 from aif.train.prefix_groups import PrefixLayout
 from aif.train.reward import train as stage
+from aif.train.reward.data import RewardData
+from aif.train.reward.evaluate import TOGETHER, by_prompt, policy_responses
 from aif.train.reward.losses import OBJECTIVES
 from aif.train.reward.model import RewardModel, score_loss
-from aif.train.reward.train import TOGETHER, by_prompt, policy_responses, reward
+from aif.train.reward.train import reward
 from tests.conftest import read_jsonl, write_jsonl
 from tests.support.tiny import (
     Said,
@@ -288,7 +290,7 @@ def test_with_lora_adapters_and_the_head_learn_and_the_model_is_merged(tmp_path,
     merged = flat(loaded(run).scores(asked))
     assert merged == pytest.approx(flat(apart.scores(asked)), abs=1e-4)
     # And those that it had while it was trained, of what it learned from.
-    out = stage.Prepared(run, str(model)).train_groups
+    out = RewardData(run, str(model)).train_groups
     values = flat(loaded(run).scores([(group.prompt, group.responses) for group in out]))
     assert found["reference"]["mean"] == pytest.approx(fmean(values), abs=1e-4)
 
@@ -347,7 +349,7 @@ def test_the_first_loss_and_its_gradient_are_those_of_trl(tmp_path):
         part.save_pretrained(tmp_path / "classifier")
     told = [(c, round(p)) for c, p in preferred(12)]
     run = reward_run(tmp_path / "run", tmp_path / "classifier", told, eval_fraction=0.0)
-    prepared = stage.Prepared(run, str(tmp_path / "classifier"))
+    prepared = RewardData(run, str(tmp_path / "classifier"))
 
     def fresh():
         return load_reward_model(str(tmp_path / "classifier"), "float32", "cpu")
