@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from aif.config.settings import LLMSettings, TrainSettings
 from aif.data.readers import read_prompts
 from aif.errors import TooSlow
-from aif.judge.calls import asks_for, constitution_path, judge_of
+from aif.judge.panel import constitution_path, judge_of
 from aif.llm import Ask
 from aif.pipeline import Step
 from aif.planning import comparisons_of, prompts_of, samples_of
@@ -146,10 +146,10 @@ def _label(run: Run) -> list[Work]:
 
 
 def _judging(run: Run, rows: Iterable[Comparison], model: LLMSettings | None = None) -> Work:
-    judge = judge_of(run, constitution_path(run), model=model)
+    judge = judge_of(run.settings, constitution_path(run.settings), model)
     rows = list(rows)
-    calls = {bytes.fromhex(call.id) for row in rows for call in judge.cells(row)}
-    return Work(judge.model, read=_new_tokens(asks_for(judge, rows, calls)))
+    calls = {call.digest for row in rows for call in judge.calls_for(row)}
+    return Work(judge.model, read=_new_tokens(judge.asks(rows, calls)))
 
 
 def _new_tokens(asks: Iterable[Ask]) -> float:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from aif.config.price import Price
 from aif.data.readers import read_pairs, read_prompts, unique
-from aif.judge.calls import Work, asks_for, constitution_path, count
-from aif.judge.panel import Seat, models_of, panel_of, summed
+from aif.judge.calls import PendingCalls, check_models
+from aif.judge.judge import Judge
+from aif.judge.panel import constitution_path, panel_of
 from aif.judge.provenance import changes, facts
 from aif.llm import LLM, Ask, open_llm
-from aif.llm.budget import LABELS, Meter, journals, most_tokens, price_of, spent_in
+from aif.llm.budget import LABELS, journals, most_tokens, price_of, spent_in
 from aif.pipeline import steps
 from aif.run import Run
 from aif.stages.compare import pairs
@@ -64,61 +64,57 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
     settings allow: calls and tokens are then at most what is said. `rate` is calls a second; None:
     as in the last labelling by the same judges. Raises InputError for a budget without a price.
     """
-    path = constitution_path(run)
-    models = models_of(run.settings)
-    for model in models:
-        Meter.of(run, STAGE, model)
+    path = constitution_path(run.settings)
+    check_models(run, STAGE, [run.settings.judge, *run.settings.panel])
+    panel = panel_of(run.settings, path)
     sampled = _is_to_be_sampled(run)
-    with ExitStack() as opened:
-        llms = [opened.enter_context(open_llm(model)) for model in models]
-        panel = panel_of(run, path, [llm.control_tokens for llm in llms])
-        path_of_answers = run.file("journal") / f"{STAGE}.jsonl"
-        journal = opened.enter_context(Reader.reading(path_of_answers, missing_ok=True))
-        works = panel.count(lambda: comparisons_of(run), journal)
-        judges = [
-            _of_judge(run, seat, work, llm, journal.index)
-            for (seat, work), llm in zip(works, llms, strict=True)
-        ]
-        work = summed(works, journal.index)
+    path_of_answers = run.file("journal") / f"{STAGE}.jsonl"
+    with Reader.reading(path_of_answers, missing_ok=True) as journal:
+        pending = PendingCalls.of(panel, comparisons_of(run), journal)
+        judges = [_of_judge(run, judge, pending, journal.index) for judge in panel.judges]
+    principles = Counter(name for calls in pending.missing.values() for name in calls.values())
     rate = rate or measured_rate(run, panel)
     exact = all(judge["prompt_tokens_are"] == "exact" for judge in judges)
     found = {
         "run": str(run.path),
         "sampling": _sampling(run) if sampled else {},
-        "comparisons": work.comparisons,
-        "calls": len(work.missing),
-        "calls_perhaps": work.perhaps,
-        "calls_kept": work.kept,
-        "calls_after_fault": work.failed_before,
-        "answers_unused": work.unused,
-        "calls_by_principle": dict(Counter(work.missing.values()).most_common()),
+        "comparisons": pending.comparisons,
+        "calls": pending.calls,
+        "calls_perhaps": pending.conditional_calls,
+        "calls_kept": pending.kept,
+        "calls_after_fault": pending.failed_before,
+        "answers_unused": pending.unused,
+        "calls_by_principle": dict(principles.most_common()),
         "prompt_tokens": sum(judge["prompt_tokens"] for judge in judges),
         "prompt_tokens_are": "at most" if sampled else "exact" if exact else "an estimate",
         "completion_tokens_at_most": sum(judge["completion_tokens_at_most"] for judge in judges),
         "judges": judges,
         "calls_per_s": rate,
-        "seconds": len(work.missing) / rate if rate else None,
+        "seconds": pending.calls / rate if rate else None,
         "changes": changes(run.state(STAGE), facts(panel, path, {})),
-        "protocol": panel.first.protocol,
-        "judge": ", ".join(seat.name for seat in panel.seats),
+        "protocol": panel.judges[0].protocol,
+        "judge": ", ".join(judge.name for judge in panel.judges),
     }
     return found | _money(run, found, _sampling_dollars(run) if sampled else {})
 
 
-def _of_judge(run: Run, seat: Seat, work: Work, llm: LLM, index: Index) -> dict[str, Any]:
+def _of_judge(run: Run, judge: Judge, pending: PendingCalls, index: Index) -> dict[str, Any]:
     """What one judge is asked, and what that costs; `at_most` is with every call that the answers
     to others may call for."""
-    judge = seat.judge
-    tokens = Tokens.of(llm, asks_for(judge, comparisons_of(run), work.missing))
-    cost = tokens.dollars(price_of(judge.model))
-    if work.perhaps:
-        every = count(judge.cells, comparisons_of(run), index).missing
-        asks = asks_for(judge, comparisons_of(run), every)
-        cost["at_most"] = Tokens.of(llm, asks).dollars(price_of(judge.model))["at_most"]
+    missing, perhaps = pending.missing[judge.name], pending.conditional[judge.name]
+    price = price_of(judge.model)
+    with open_llm(judge.model) as llm:
+        tokens = Tokens.of(llm, judge.asks(comparisons_of(run), missing, llm.control_tokens))
+        cost = tokens.dollars(price)
+        if perhaps:
+            calls = (call for row in comparisons_of(run) for call in judge.calls_for(row))
+            most = {call.digest for call in calls} - index.answered.keys()
+            asks = judge.asks(comparisons_of(run), most, llm.control_tokens)
+            cost["at_most"] = Tokens.of(llm, asks).dollars(price)["at_most"]
     return {
-        "judge": seat.name,
-        "calls": len(work.missing),
-        "calls_perhaps": work.perhaps,
+        "judge": judge.name,
+        "calls": len(missing),
+        "calls_perhaps": len(perhaps),
         "prompt_tokens": tokens.prompt,
         "prompt_tokens_are": "exact" if tokens.exact else "an estimate",
         "completion_tokens_at_most": tokens.completion_most,

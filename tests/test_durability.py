@@ -113,14 +113,14 @@ def wait_for(condition, seconds: float = 20) -> None:
 
 
 def prompt_hashes(job: Job, base_url: str) -> dict[str, str]:
-    """Cell id -> what the test server calls the request of that cell."""
+    """Call id -> what the test server calls the request of that call."""
     model = LLMSettings(model="openai:test-model", base_url=base_url)
     judge = Judge(constitutions.load(job.constitution), model, LabelSettings())
     found = {}
     for pair in read_pairs(str(job.pairs)):
-        for cell in judge.cells(pair.comparison):
-            messages = judge.ask(cell, pair.comparison).messages
-            found[cell.id] = hash_of(json.dumps(messages, ensure_ascii=False, sort_keys=True))
+        for call in judge.calls_for(pair.comparison):
+            messages = judge.ask(call, pair.comparison).messages
+            found[call.id] = hash_of(json.dumps(messages, ensure_ascii=False, sort_keys=True))
     return found
 
 

@@ -215,8 +215,8 @@ MARKERS = {"pairwise": BOTH, "reasoned": BOTH, "pointwise": ONE, "rating": ONE}
 def said_to(protocol: str, row: Comparison) -> list[tuple[str, str]]:
     """(delimiter, all that the call says) of each call."""
     judge = JUDGES[protocol]
-    cells = judge.cells(row)
-    return [(delimiter(row, cell.order), words(judge.ask(cell, row))) for cell in cells]
+    calls = judge.calls_for(row)
+    return [(delimiter(row, call.order), words(judge.ask(call, row))) for call in calls]
 
 
 @pytest.mark.parametrize("protocol", JUDGES)

@@ -25,7 +25,7 @@ from aif.config.settings import Settings, load_settings
 from aif.data.human import Item, items_of, read_items
 from aif.dependencies import require
 from aif.errors import AifError, InputError
-from aif.judge.calls import constitution_path, judge_of
+from aif.judge.panel import constitution_path, judge_of
 from aif.llm import open_llm
 from aif.llm.dispatch import Faults
 from aif.progress import Progress
@@ -160,7 +160,8 @@ def _check(asked: Sequence[Judged]) -> None:
     """Raise InputError for a judge or a constitution that is none, before anyone is asked."""
     for one in asked:
         with open_llm(one.run.settings.judge) as llm:
-            judge_of(one.run, constitution_path(one.run), llm.control_tokens)
+            _ = llm.control_tokens
+        judge_of(one.run.settings, constitution_path(one.run.settings))
 
 
 def _recorded(run: Run) -> list[Judged]:

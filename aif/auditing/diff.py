@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 from aif.dependencies import require
 from aif.errors import AifError, InputError
-from aif.judge.calls import constitution_path
-from aif.judge.panel import panel_of
+from aif.judge.panel import constitution_path, panel_of
 from aif.judge.provenance import changes, facts
 from aif.run import Run
 from aif.stages.label import STAGE, comparisons
@@ -152,8 +151,8 @@ def _second(run: Run, other: Run | None) -> AbstractContextManager[Labelling]:
 @contextmanager
 def _from_answers(run: Run) -> Iterator[Labelling]:
     """The labelling that the settings make of the answers that a run has, without any call."""
-    path = constitution_path(run)
-    panel = panel_of(run, path)
+    path = constitution_path(run.settings)
+    panel = panel_of(run.settings, path)
     with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:
 
         def found() -> Iterator[tuple[Comparison, list[Verdict], Label | None]]:
@@ -162,7 +161,7 @@ def _from_answers(run: Run) -> Iterator[Labelling]:
                 yield comparison, [verdict for verdict, _ in pairs], label
 
         yield Labelling(
-            name=f"{path}, by {', '.join(seat.name for seat in panel.seats)}",
+            name=f"{path}, by {', '.join(judge.name for judge in panel.judges)}",
             run=run,
             used=facts(panel, path, {}),
             labels=lambda: (label for _, _, label in found() if label),

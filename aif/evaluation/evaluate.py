@@ -23,9 +23,9 @@ from aif.dependencies import require
 from aif.errors import InputError, shown
 from aif.evaluation.policies import NAMES, REFERENCE, Policy, chosen, start_of
 from aif.evaluation.responses import Measured, comparison, figures
-from aif.judge.calls import constitution_path, judge_of
 from aif.judge.judge import Judge
 from aif.judge.live import LiveJudge
+from aif.judge.panel import constitution_path, judge_of
 from aif.llm import open_llm
 from aif.llm.dispatch import Faults
 from aif.progress import Progress
@@ -57,7 +57,8 @@ def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
     require("evaluate", "scipy", "sklearn", "sacrebleu")
     settings = run.settings.evaluate
     with open_llm(run.settings.judge) as llm:  # what is wrong with it is told before others work
-        judge = judge_of(run, constitution_path(run), llm.control_tokens)
+        _ = llm.control_tokens
+    judge = judge_of(run.settings, constitution_path(run.settings))
     policies, against = chosen(run)
     _check(run, policies)
     faults, bootstrap = Faults(), Bootstrap(settings.seed, settings.resamples)
@@ -235,7 +236,7 @@ def _judged(
         label=run.settings.label.model_copy(update={"pairs": str(shown), "limit": None}),
     )
     labels = _labels(sub, faults, progress) if asked else {}
-    if judge.grades:
+    if not judge.compares:
         told = [row for found in rows.values() for row in found if row.response is not None]
         # Most grades are there from the labelling, in whose journal the rest goes: those of texts
         # that both policies wrote, or that had none to be held against.

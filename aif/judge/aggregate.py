@@ -1,20 +1,20 @@
-"""From verdicts to a label: pure arithmetic, so re-weighting or another rule costs no call."""
+"""From verdicts to a label: pure arithmetic, so another weight or rule costs no call."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from aif.constitution.file import Constitution, Principle
-from aif.judge.judge import ORDERS
+from aif.judge.protocols import PROTOCOLS
 from aif.stats.odds import log_odds, probability, winner
 from aif.store.records import Comparison, Label, Verdict
 
-ROUNDING = 1e-9  # in log-odds: what is even is exactly even, thresholds hold from both sides
+ROUNDING = 1e-9  # in log-odds: less than this is even, and a threshold may be missed by this
 
 
-def label_of(
+def aggregate_verdicts(
     comparison: Comparison,
     verdicts: Sequence[Verdict],
     constitution: Constitution,
@@ -22,82 +22,95 @@ def label_of(
     quorum: float = 1.0,
     orders: Sequence[str] | None = None,
 ) -> Label:
-    """The label that these verdicts of one comparison come to.
+    """The label of one judge, from its verdicts on one comparison.
 
-    A principle counts when all of `orders` have a verdict: the protocol's (one order alone is
-    position-biased), or those that were asked where it was meant to be fewer. The label is null,
-    with the commonest fault, when those that count hold less than `quorum` of the weight of the
-    principles that were asked.
+    A principle counts if it has a verdict in each of `orders` (default: all of the protocol's,
+    since one order alone has a position bias). The label is null with the most common fault if the
+    principles that count have less than `quorum` of the total weight.
     """
-    orders = orders or ORDERS[protocol]
+    orders = orders or PROTOCOLS[protocol].orders
+    compares = PROTOCOLS[protocol].compares
     if comparison.first == comparison.second:
         return Label.null(comparison.id, "identical")
     by_principle: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         by_principle[verdict.principle_id].append(verdict)
-    evidence = {name: _evidence(group, orders) for name, group in by_principle.items()}
-    asked = [p for p in constitution.principle if p.id in evidence]
-    counted = [(p, e) for p in asked if (e := evidence[p.id]) is not None]
-    fault = _fault(verdicts, asked, counted, quorum)
+    evidence = {
+        name: _evidence(group, len(orders), compares) for name, group in by_principle.items()
+    }
+    principles = [p for p in constitution.principle if p.id in evidence]
+    counted = [(p, odds) for p in principles if (odds := evidence[p.id]) is not None]
+    weight, total = sum(p.weight for p, _ in counted), sum(p.weight for p in principles)
+    fault = None
+    if not has_quorum(weight, total, quorum):
+        fault = _most_common(verdict.fault for verdict in verdicts)
     return Label(
         comparison_id=comparison.id,
         p_first=None if fault else probability(_combined(counted, constitution)),
         fault=fault,
         n_verdicts=sum(verdict.p_first is not None for verdict in verdicts),
         order_agreement=_order_agreement(by_principle, evidence)
-        if both_shown(orders) and len(orders) > 1
+        if compares and len(orders) > 1
         else None,
         by_principle={
-            name: None if found is None else probability(found) for name, found in evidence.items()
+            name: None if odds is None else probability(odds) for name, odds in evidence.items()
         },
     )
 
 
-def consensus_of(
+def aggregate_judges(
     labels: Mapping[str, Label], rule: str, weights: Mapping[str, float], quorum: float = 1.0
 ) -> Label:
-    """The label that those of several judges of one comparison come to; each judge has a weight.
+    """The label of a panel, from the labels of its judges for one comparison.
 
-    `mean` is the mean of their log-odds. `majority` is the same over the judges of the side that
-    has most weight; a tie of sides is null ("tied"), and a judge that finds both even is on
-    neither. `unanimous` is null ("no_consensus") unless all are on one side. The label is also
-    null, with the commonest fault, when the judges that have one hold less than `quorum` of the
-    weight of those that were asked. By principle the same rule holds, over those that answered.
+    `mean` is the weighted mean of their log-odds. `majority` is the mean over the judges on the
+    side with more weight; equal sides give null ("tied"), and a judge with an even label is on
+    neither. `unanimous` gives null ("no_consensus") unless all judges are on one side. The label is
+    null with the most common fault if the judges with a label have less than `quorum` of the total
+    weight. The same rule gives the number of each principle, over the judges that have one.
     """
-    found = list(labels.values())
-    known = {name: label for name, label in labels.items() if label.p_first is not None}
-    total, held = (sum(weights[name] for name in names) for names in (labels, known))
-    if held and held >= quorum * total * (1 - 1e-9):
-        votes = [(weights[name], label.p_first) for name, label in known.items()]
-        p_first, fault = _agreed(votes, rule)
+    votes = _votes(weights, {name: label.p_first for name, label in labels.items()})
+    weight, total = sum(weight for weight, _ in votes), sum(weights[name] for name in labels)
+    if has_quorum(weight, total, quorum):
+        p_first, fault = _consensus(votes, rule)
     else:
-        faults = sorted(label.fault for label in found if label.fault)
-        p_first, fault = None, max(faults, key=faults.count) if faults else "unparsed"
-    names = dict.fromkeys(name for label in found for name in label.by_principle)
-    orders = [label.order_agreement for label in found if label.order_agreement is not None]
+        p_first, fault = None, _most_common(label.fault for label in labels.values())
+    by_principle: dict[str, float | None] = {}
+    for principle in dict.fromkeys(p for label in labels.values() for p in label.by_principle):
+        p_first_by_judge = {n: label.by_principle.get(principle) for n, label in labels.items()}
+        by_principle[principle], _ = _consensus(_votes(weights, p_first_by_judge), rule)
+    agreements = [label.order_agreement for label in labels.values()]
+    agreements = [agreement for agreement in agreements if agreement is not None]
     return Label(
-        comparison_id=found[0].comparison_id,
+        comparison_id=next(iter(labels.values())).comparison_id,
         p_first=p_first,
         fault=fault,
-        n_verdicts=sum(label.n_verdicts for label in found),
-        order_agreement=fmean(orders) if orders else None,
-        by_principle={
-            name: _agreed(
-                [
-                    (weights[judge], p)
-                    for judge, label in labels.items()
-                    if (p := label.by_principle.get(name)) is not None
-                ],
-                rule,
-            )[0]
-            for name in names
-        },
+        n_verdicts=sum(label.n_verdicts for label in labels.values()),
+        order_agreement=fmean(agreements) if agreements else None,
+        by_principle=by_principle,
         by_judge={name: label.p_first for name, label in labels.items()},
     )
 
 
-def _agreed(votes: Sequence[tuple[float, float]], rule: str) -> tuple[float | None, str | None]:
-    """(p_first, fault) of votes, each a weight and a p_first: one of the two is None."""
+def has_quorum(weight: float, total: float, quorum: float) -> bool:
+    """Whether those with an answer have enough of the total weight."""
+    return weight > 0 and weight >= quorum * total * (1 - 1e-9)
+
+
+def _most_common(faults: Iterable[str | None]) -> str:
+    names = sorted(fault for fault in faults if fault)
+    return max(names, key=names.count) if names else "unparsed"
+
+
+def _votes(
+    weights: Mapping[str, float], p_first: Mapping[str, float | None]
+) -> list[tuple[float, float]]:
+    """(weight, p_first) of each judge that has a p_first."""
+    return [(weights[judge], p) for judge, p in p_first.items() if p is not None]
+
+
+def _consensus(votes: Sequence[tuple[float, float]], rule: str) -> tuple[float | None, str | None]:
+    """(p_first, fault) of the votes: one of the two is None."""
     votes = [vote for vote in votes if vote[0]]
     if not votes:
         return None, "unparsed"
@@ -110,75 +123,58 @@ def _agreed(votes: Sequence[tuple[float, float]], rule: str) -> tuple[float | No
             return None, "tied"
         votes = [(weight, p) for weight, p in votes if winner(p) * lead > 0]
     if len(votes) == 1:
-        return votes[0][1], None  # as it stands: log-odds and back would round it
+        return votes[0][1], None  # log-odds and back would round it
     total = sum(weight for weight, _ in votes)
     mean = sum(weight * log_odds(p) for weight, p in votes) / total
     return probability(_settled(mean)), None
 
 
-def both_shown(orders: Sequence[str]) -> bool:
-    """Whether these are orders of two responses, rather than of one that is graded alone."""
-    return len(orders[0]) == 2
-
-
-def _evidence(verdicts: Sequence[Verdict], orders: Sequence[str]) -> float | None:
+def _evidence(verdicts: Sequence[Verdict], orders: int, compares: bool) -> float | None:
     """Log-odds that the first response wins under one principle; None if an order is missing."""
-    found = [log_odds(v.p_first) for v in verdicts if v.p_first is not None]
-    if len(found) < len(orders):
+    odds = [log_odds(v.p_first) for v in verdicts if v.p_first is not None]
+    if len(odds) < orders:
         return None
-    # pairwise: half the difference of log-odds in the two orders, as both speak of the first
-    # response here. pointwise: the difference of two grades is the log-odds of the comparison
-    # (Bradley-Terry with the grade's log-odds as strength).
-    return _settled(sum(found) / len(orders) if both_shown(orders) else sum(found))
+    # Comparing: the mean over both orders, in which a constant position bias cancels. Grading: the
+    # sum is the difference of two grades, the log-odds of the comparison under Bradley-Terry with
+    # a grade's log-odds as strength. (Both signs are turned to the first response already.)
+    return _settled(sum(odds) / orders if compares else sum(odds))
 
 
-def _settled(found: float) -> float:
-    return 0.0 if abs(found) < ROUNDING else found
-
-
-def _fault(
-    verdicts: Sequence[Verdict],
-    asked: Sequence[Principle],
-    counted: Sequence[tuple[Principle, float]],
-    quorum: float,
-) -> str | None:
-    total = sum(principle.weight for principle in asked)
-    held = sum(principle.weight for principle, _ in counted)
-    if counted and held >= quorum * total * (1 - 1e-9):
-        return None
-    faults = sorted(verdict.fault for verdict in verdicts if verdict.fault)
-    return max(faults, key=faults.count) if faults else "unparsed"
+def _settled(odds: float) -> float:
+    return 0.0 if abs(odds) < ROUNDING else odds
 
 
 def _combined(counted: Sequence[tuple[Principle, float]], constitution: Constitution) -> float:
+    """Log-odds of the comparison, by the constitution's `combine` rule."""
     if constitution.combine == "veto":
         if (vetoed := _veto(counted, constitution.veto)) is not None:
             return vetoed
     elif constitution.combine == "lexicographic":
         enough = log_odds(0.5 + constitution.margin) - ROUNDING
-        for _, found in counted:  # the file's order is the order of rank
-            if abs(found) >= enough:
-                return found
-    weight = sum(principle.weight for principle, _ in counted)
-    return _settled(sum(principle.weight * found for principle, found in counted) / weight)
+        for _, odds in counted:  # in the file's order, which is the rank
+            if abs(odds) >= enough:
+                return odds
+    total = sum(principle.weight for principle, _ in counted)
+    return _settled(sum(principle.weight * odds for principle, odds in counted) / total)
 
 
 def _veto(counted: Sequence[tuple[Principle, float]], threshold: float) -> float | None:
     """The strongest veto, unless both responses are vetoed or neither is."""
     enough = log_odds(1 - threshold) - ROUNDING
-    against_first = [found for _, found in counted if found <= -enough]
-    against_second = [found for _, found in counted if found >= enough]
+    against_first = [odds for _, odds in counted if odds <= -enough]
+    against_second = [odds for _, odds in counted if odds >= enough]
     if bool(against_first) == bool(against_second):
         return None
     return min(against_first) if against_first else max(against_second)
 
 
 def _order_agreement(
-    by_principle: dict[str, list[Verdict]], evidence: dict[str, float | None]
+    by_principle: Mapping[str, Sequence[Verdict]], evidence: Mapping[str, float | None]
 ) -> float | None:
+    """The share of principles for which both orders name the same winner."""
     agree = [
         len({winner(v.p_first) for v in by_principle[name] if v.p_first is not None}) == 1
-        for name, found in evidence.items()
-        if found is not None
+        for name, odds in evidence.items()
+        if odds is not None
     ]
     return sum(agree) / len(agree) if agree else None

@@ -1,126 +1,150 @@
-"""Judging comparisons: which calls are missing, and what the journal's answers come to.
+"""Which calls of a panel are missing, and how they are asked: the part that every labelling shares.
 
-What every stage that asks a judge shares; where its comparisons come from and which files it
-leaves is the stage's own.
+comparisons -> Panel.needed -> PendingCalls -> schedule -> Judge.asks -> journal
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from itertools import islice
+from math import ceil
 
-from aif.config.settings import LabelSettings, LLMSettings
-from aif.constitution import file as constitutions
-from aif.errors import InputError
-from aif.judge.aggregate import label_of
-from aif.judge.judge import Cell, Judge
-from aif.llm import Ask
+from aif.config.settings import LLMSettings
+from aif.errors import JudgeStopped
+from aif.judge.judge import Judge
+from aif.judge.panel import Panel
+from aif.llm import open_llm
+from aif.llm.budget import Meter
+from aif.llm.dispatch import Tally, ask_all
+from aif.progress import Progress
 from aif.run import Run
-from aif.store.journal import Index, Reader
-from aif.store.records import Comparison, Label, Verdict
+from aif.store.journal import Journal, Reader
+from aif.store.records import Comparison
+
+Rows = Callable[[], Iterable[Comparison]]  # the comparisons, from the first one at each call
+SLICE, SLICES = 64, 20  # comparisons in a slice at least, and slices at most
 
 
-def constitution_path(run: Run) -> Path:
-    """The file that `label.constitution` names, or else `revise.constitution`; InputError if
-    neither does."""
-    path = run.settings.label.constitution or run.settings.revise.constitution
-    if not path:
-        raise InputError("label", "constitution", got="nothing", expected="--constitution FILE")
-    return Path(path)
+@dataclass(slots=True)
+class PendingCalls:
+    """The calls that comparisons need, by what a journal has of them. Each counts once."""
 
+    missing: dict[str, dict[bytes, str]]  # judge -> call -> principle, of calls to make
+    conditional: dict[str, set[bytes]]  # judge -> calls to make if all first passes leave it open
+    comparisons: int = 0
+    kept: int = 0  # calls that have an answer
+    failed_before: int = 0  # missing calls that were made before, without an answer
+    unused: int = 0  # answers in the journal that no comparison needs now
 
-def judge_of(
-    run: Run,
-    constitution: Path,
-    control_tokens: Iterable[str] = (),
-    model: LLMSettings | None = None,
-    label: LabelSettings | None = None,
-) -> Judge:
-    """The judge that a run's settings describe, with its constitution checked; `[judge]` asked as
-    `[label]` says, unless others are given."""
-    settings = run.settings
-    judge = Judge(
-        constitutions.load(constitution),
-        model or settings.judge,
-        label or settings.label,
-        tuple(control_tokens),
-    )
-    judge.constitution.require(judge.protocol, constitution)
-    return judge
+    @classmethod
+    def of(cls, panel: Panel, rows: Iterable[Comparison], journal: Reader) -> PendingCalls:
+        """The calls of these comparisons."""
+        names = [judge.name for judge in panel.judges]
+        pending = cls({name: {} for name in names}, {name: set() for name in names})
+        answered, failed = journal.index.answered, journal.index.failed
+        kept: set[bytes] = set()
+        for comparison in rows:
+            pending.comparisons += 1
+            needed, conditional = panel.needed(comparison, journal)
+            for judge, calls in needed:
+                for call in calls:
+                    if (digest := call.digest) in answered:
+                        kept.add(digest)
+                    else:
+                        pending.missing[judge.name][digest] = call.principle.id
+            for judge, calls in conditional:
+                pending.conditional[judge.name].update(call.digest for call in calls)
+        for name, missing in pending.missing.items():
+            pending.conditional[name] -= missing.keys() | answered.keys()
+            pending.failed_before += sum(digest in failed for digest in missing)
+        pending.kept, pending.unused = len(kept), len(answered) - len(kept)
+        return pending
 
+    @property
+    def calls(self) -> int:
+        """How many calls are to be made."""
+        return sum(map(len, self.missing.values()))
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The calls that some comparisons need, and which of them are still to be made."""
-
-    comparisons: int
-    kept: int  # distinct calls that have an answer
-    missing: dict[bytes, str]  # id -> principle id, of calls to be made
-    failed_before: int  # of these, asked before without an answer
-    unused: int  # answers in the journal that nothing needs now
-    perhaps: int = 0  # calls besides, if what is missing leaves every comparison open
+    @property
+    def conditional_calls(self) -> int:
+        """How many more there are if every first pass leaves its comparison open."""
+        return sum(map(len, self.conditional.values()))
 
     def line(self) -> str:
-        parts = [f"{self.comparisons:,} comparisons, {len(self.missing):,} calls to make"]
-        parts += [f"{self.perhaps:,} more at most where they leave it open"] if self.perhaps else []
+        """The counts for a person."""
+        parts = [f"{self.comparisons:,} comparisons, {self.calls:,} calls to make"]
+        if more := self.conditional_calls:
+            parts.append(f"{more:,} more at most where they leave it open")
         parts += [f"{self.kept:,} answers kept"] if self.kept else []
         parts += [f"{self.failed_before:,} asked again after a fault"] if self.failed_before else []
         parts += [f"{self.unused:,} answers no longer used"] if self.unused else []
         return "; ".join(parts)
 
 
-def count(
-    cells: Callable[[Comparison], Iterable[Cell]], rows: Iterable[Comparison], index: Index
-) -> Work:
-    """Hold the cells of these comparisons against what the journal has."""
-    kept: set[bytes] = set()
-    missing: dict[bytes, str] = {}
-    total = 0
-    for comparison in rows:
-        total += 1
-        for cell in cells(comparison):
-            key = bytes.fromhex(cell.id)
-            if key in index.answered:
-                kept.add(key)
-            else:
-                missing[key] = cell.principle.id
-    failed = sum(key in index.failed for key in missing)
-    return Work(total, len(kept), missing, failed, len(index.answered) - len(kept))
+def check_models(run: Run, stage: str, models: Iterable[LLMSettings]) -> None:
+    """Raise InputError for a model that cannot be opened or that a budget has no price for."""
+    for model in models:
+        Meter.of(run, stage, model)
+        with open_llm(model) as llm:
+            _ = llm.control_tokens  # reads the tokenizer of a model in this process
 
 
-def asks_for(judge: Judge, rows: Iterable[Comparison], missing: Iterable[bytes]) -> Iterator[Ask]:
-    """The missing calls, each once, made when they are wanted."""
-    left = set(missing)
-    for comparison in rows:
-        for cell in judge.cells(comparison):
-            key = bytes.fromhex(cell.id)
-            if key in left:
-                left.remove(key)
-                yield judge.ask(cell, comparison)
+def ask_missing(
+    run: Run,
+    stage: str,
+    panel: Panel,
+    pending: PendingCalls,
+    rows: Rows,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[Tally, float | None]:
+    """Make the pending calls, one judge after the other; returns the tally and the cost in dollars.
 
-
-def judged(
-    judge: Judge, comparison: Comparison, journal: Reader, quorum: float
-) -> tuple[list[tuple[Verdict, dict[str, Any]]], Label | None]:
-    """The verdicts on a comparison with their journal rows, and the label they come to.
-
-    The label is None while a call that the comparison needs was never made.
+    Under a budget several judges go through the comparisons in slices, so that the calls paid for
+    make whole labels when the budget is spent.
     """
-    cells = judge.cells(comparison)
-    found = list(verdicts_of(judge, cells, comparison, journal))
-    if len(found) < len(cells):
-        return found, None
-    verdicts = [verdict for verdict, _ in found]
-    return found, label_of(comparison, verdicts, judge.constitution, judge.protocol, quorum)
+    tally, costs = Tally(), []
+    total = pending.comparisons
+    has_budget = run.settings.label.budget or run.settings.pipeline.budget
+    in_slices = has_budget and (panel.several or panel.escalates)
+    size = max(SLICE, ceil(total / SLICES)) if in_slices else max(1, total)
+    for start in range(0, total, size):
+        part = partial(_slice, rows, start, start + size)
+        due = pending if size >= total else PendingCalls.of(panel, part(), journal)
+        for judge, missing in schedule(panel, due, part, journal):
+            meter = Meter.of(run, stage, judge.model)
+            name = f"{stage}, {judge.name}" if panel.several else stage
+            progress.start(name, len(missing))
+            with open_llm(judge.model) as llm:  # in memory for these calls and no longer
+                asks = judge.asks(part(), missing, llm.control_tokens)
+                tally.add(ask_all(llm, asks, journal, judge.journal_row, progress, meter))
+            progress.finish()
+            costs += [] if meter.cost is None else [meter.cost]
+            if tally.stopped:
+                if panel.several and isinstance(tally.stopped, JudgeStopped):
+                    tally.stopped = JudgeStopped(f"{judge.name}: {tally.stopped}")
+                return tally, sum(costs) if costs else None
+    return tally, sum(costs) if costs else None
 
 
-def verdicts_of(
-    judge: Judge, cells: Iterable[Cell], comparison: Comparison, journal: Reader
-) -> Iterator[tuple[Verdict, dict[str, Any]]]:
-    """The verdicts that these cells have, each with its journal row."""
-    for cell in cells:
-        row = journal.newest(cell.id)
-        if row is not None:
-            yield judge.verdict(cell, comparison, row), row
+def _slice(rows: Rows, start: int, stop: int) -> Iterator[Comparison]:
+    return islice(rows(), start, stop)
+
+
+def schedule(
+    panel: Panel, pending: PendingCalls, rows: Rows, journal: Reader
+) -> Iterator[tuple[Judge, set[bytes]]]:
+    """(judge, its missing calls) in turn, until no answer makes more calls necessary. No call comes
+    twice, even if it fails."""
+    scheduled: set[bytes] = set()
+    while True:
+        before = len(scheduled)
+        for judge in panel.judges:
+            if fresh := pending.missing[judge.name].keys() - scheduled:
+                scheduled |= fresh
+                yield judge, fresh
+        if len(scheduled) == before or not panel.escalates:
+            return
+        pending = PendingCalls.of(panel, rows(), journal)

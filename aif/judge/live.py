@@ -1,10 +1,10 @@
-"""A live judge: its grades are the reward while a policy learns, and none is paid for twice.
+"""A live judge: its grades are the reward while a policy learns, and no grade is paid for twice.
 
     prompts, responses -> (calls, journal/ppo.jsonl) -> the grade of each response, in log-odds
 
-Direct RLAIF (Lee et al. 2023, 2309.00267): no reward model stands between the judge and the policy.
-A response is graded by itself, so the protocol is pointwise or rating, and a grade has the same id
-here as in a labelling: what `aif label` paid for is read from its journal.
+Direct RLAIF (Lee et al. 2023, 2309.00267): there is no reward model between the judge and the
+policy. The protocol is pointwise or rating, which grade a response alone. A grade has the same id
+as in a labelling, so the answers of `aif label` are read from its journal.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from functools import cached_property
 from typing import Any
 
 from aif.errors import InputError
-from aif.judge.calls import asks_for, constitution_path, judge_of
-from aif.judge.judge import Cell, Judge, resolved
+from aif.judge.aggregate import has_quorum
+from aif.judge.judge import JudgeCall, protocol_of
+from aif.judge.panel import constitution_path, judge_of
 from aif.judge.protocols import PROTOCOLS
 from aif.llm import LLM, Answer, open_llm
 from aif.llm.budget import Meter
@@ -28,36 +29,35 @@ from aif.store.journal import Journal, Reader
 from aif.store.records import Comparison, Message, content_id
 
 STAGE = "ppo"
-LABELS = "label"  # the stage whose answers are served, too
-NOBODY = ""  # what a response is compared with: its grade does not depend on it
+LABELS = "label"  # the stage whose answers are used too
+NOBODY = ""  # the other response of a comparison: a grade does not depend on it
 
 
 class LiveJudge(AbstractContextManager["LiveJudge"]):
-    """A run's judge as a reward: `judge(prompts, responses)` are their grades.
+    """A run's judge as a reward: `judge(prompts, responses)` returns their grades.
 
-    Raises InputError where the settings, the constitution or the template are not what they should
-    be. Nothing is opened before the first call of it, and no model before there is something to
-    ask. From that first call to `close` the caller holds the run (`Run.writing`).
+    Raises InputError for wrong settings, constitution or template. The journals open at the first
+    call, the model once there is something to ask. From the first call to `close` the caller holds
+    the run (`Run.writing`).
 
-    `faults` counts what was asked in this process and what came to nothing; the answers are in the
-    journal of `stage`.
+    `faults` counts the calls of this process and their faults; the answers are in the journal of
+    `stage`.
     """
 
     def __init__(self, run: Run, stage: str = STAGE):
         _require_grades(run)
         self.faults = Faults()
         self._run, self._stage = run, stage
-        self._judge = judge_of(run, constitution_path(run))
+        self._judge = judge_of(run.settings, constitution_path(run.settings))
         self._meter = Meter.of(run, stage, run.settings.judge)
-        self._llm: LLM | None = None
         self._opened = ExitStack()
         trial = Comparison.of([{"role": "user", "content": "?"}], "?", NOBODY)
-        for cell in self._cells(trial):  # a bad template fails now, not after the first rollout
-            self._judge.ask(cell, trial)
+        for call in self._calls_for(trial):  # a wrong template fails now, not after a rollout
+            self._judge.ask(call, trial)
 
     @property
     def calls(self) -> int:
-        """Calls made in this process; grades that a journal had are none."""
+        """Calls made in this process; a grade from a journal is none."""
         return self.faults.calls
 
     @property
@@ -68,12 +68,12 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
     def __call__(
         self, prompts: Sequence[list[Message]], responses: Sequence[str]
     ) -> list[float | None]:
-        """The grades of responses to prompts [N], in their order.
+        """The grades of responses to prompts, both of length N, in their order.
 
-        A grade is the mean of the principles' log-odds by weight, in +-30 (of yes, or of a rating
-        as a share of its scale; `combine` and its rules are for comparisons). It is None for a
-        response that is blank, and where the principles with an answer hold less than
-        `label.quorum` of the weight of those asked; what failed is asked again by the next call.
+        A grade is the weighted mean of the principles' log-odds, in +-30 (of yes, or of a rating as
+        a share of its scale; the `combine` rules are for comparisons). It is None for a blank
+        response, and if the principles with an answer have less than `label.quorum` of the total
+        weight; the next call asks again after a fault.
 
         Raises Interrupted or JudgeStopped when it ended early; every answer so far is kept.
         """
@@ -81,86 +81,70 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
             Comparison.of(prompt, response, NOBODY)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        self._pay(rows)
+        self._ask_missing(rows)
         return [self._grade(row) for row in rows]
 
     def close(self) -> None:
-        """Free the model and close the journal; another call would open them again."""
+        """Free the model and close the journals; another call opens them again."""
         self.__exit__(None, None, None)
 
     def __exit__(self, *error: Any) -> None:
-        self._llm = None
-        for name in ("_journal", "_labelled"):
+        for name in ("_llm", "_journal", "_labels_journal"):
             vars(self).pop(name, None)
         self._opened.__exit__(*error)
+
+    @cached_property
+    def _llm(self) -> LLM:
+        return self._opened.enter_context(open_llm(self._run.settings.judge))
 
     @cached_property
     def _journal(self) -> Journal:
         return self._opened.enter_context(self._run.journal(self._stage))
 
     @cached_property
-    def _labelled(self) -> Reader:
+    def _labels_journal(self) -> Reader:
         path = self._run.file("journal") / f"{LABELS}.jsonl"
         return self._opened.enter_context(Reader.reading(path, missing_ok=True))
 
-    def _model(self) -> LLM:
-        """The model. Once it is open, the judge knows its control tokens."""
-        if self._llm is None:
-            settings, constitution = self._run.settings, self._judge.constitution
-            self._llm = self._opened.enter_context(open_llm(settings.judge))
-            tokens = self._llm.control_tokens
-            self._judge = Judge(constitution, settings.judge, settings.label, tokens)
-        return self._llm
+    def _calls_for(self, row: Comparison) -> list[JudgeCall]:
+        """The calls that grade a response: one per principle, and none for a blank text."""
+        return self._judge.calls_for(row, "a") if row.first.strip() else []
 
-    def _cells(self, row: Comparison) -> list[Cell]:
-        """The calls that grade a response: one a principle, and none for a blank text."""
-        if not row.first.strip():
-            return []
-        return [cell for cell in self._judge.cells(row) if cell.order == "a"]
-
-    def _pay(self, rows: Sequence[Comparison]) -> None:
-        """Ask what neither journal has an answer to, each once."""
-        wanted = {bytes.fromhex(cell.id) for row in rows for cell in self._cells(row)}
-        missing = (
-            wanted - self._journal.index.answered.keys() - self._labelled.index.answered.keys()
-        )
-        if not missing:
+    def _ask_missing(self, rows: Sequence[Comparison]) -> None:
+        """Make the calls that have an answer in neither journal, each once."""
+        digests = {call.digest for row in rows for call in self._calls_for(row)}
+        for journal in (self._journal, self._labels_journal):
+            digests -= journal.index.answered.keys()
+        if not digests:
             return
-        llm = self._model()
-        asks = asks_for(self._judge, rows, missing)
-        # Quiet: the progress on the terminal is that of the training.
-        quiet = Progress(quiet=True)
-        tally = ask_all(llm, asks, self._journal, self._counted, quiet, self._meter)
+        asks = self._judge.asks(rows, digests, self._llm.control_tokens)
+        quiet = Progress(quiet=True)  # the terminal shows the progress of the training
+        tally = ask_all(self._llm, asks, self._journal, self._journal_row, quiet, self._meter)
         if tally.stopped:
             raise tally.stopped
 
-    def _counted(self, answer: Answer) -> dict[str, Any]:
+    def _journal_row(self, answer: Answer) -> dict[str, Any]:
         row = self._judge.journal_row(answer)
         self.faults.add(row)
         return row
 
     def _grade(self, row: Comparison) -> float | None:
-        total = held = graded = 0.0
-        for cell in self._cells(row):
-            weight = cell.principle.weight
+        total = answered = graded = 0.0
+        for call in self._calls_for(row):
+            weight = call.principle.weight
             total += weight
-            found = self._newest(cell)
-            p_yes = None if found is None else self._judge.verdict(cell, row, found).p_first
-            if p_yes is not None:
-                held += weight
-                graded += weight * log_odds(p_yes)
-        enough = self._run.settings.label.quorum * total * (1 - 1e-9)  # as in `combine`
-        return graded / held if held and held >= enough else None
-
-    def _newest(self, cell: Cell) -> dict[str, Any] | None:
-        """The journal row that counts for a cell, if there is any."""
-        is_labelled = bytes.fromhex(cell.id) in self._labelled.index.answered
-        return (self._labelled if is_labelled else self._journal).newest(cell.id)
+            is_labelled = call.digest in self._labels_journal.index.answered
+            journal = self._labels_journal if is_labelled else self._journal
+            for verdict, _ in self._judge.verdicts([call], row, journal):
+                if verdict.p_first is not None:
+                    answered += weight
+                    graded += weight * log_odds(verdict.p_first)
+        enough = has_quorum(answered, total, self._run.settings.label.quorum)
+        return graded / answered if enough else None
 
 
 def _require_grades(run: Run) -> None:
-    protocol, _ = resolved(run.settings.judge, run.settings.label)
-    if PROTOCOLS[protocol].compares:
+    if PROTOCOLS[protocol_of(run.settings.judge, run.settings.label)].compares:
         raise InputError(
             "label",
             "protocol",

@@ -1,4 +1,4 @@
-"""What a labelling used, and what differs from the one before it."""
+"""What a labelling used, and what changed since the last one."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from aif.store.records import content_id
 
 def facts(panel: Panel, constitution: Path, data: dict[str, Any]) -> dict[str, Any]:
     """What a labelling used, so that the next one can say what changed."""
-    judge = panel.first
-    sampled = judge.constitution.principles == "sample"
-    others = {seat.name: _asked(seat.judge) for seat in panel.seats[1:]}
+    first, *others = panel.judges
+    sampled = first.constitution.principles == "sample"
     return {
         "data": data,
-        "draw": f"one principle, seed {judge.seed}" if sampled else "all principles",
-        "judge": judge.model.identity(),
-        "protocol": judge.protocol,
-        "template": content_id(judge.template.text),
-        **({"panel": others} if others else {}),
+        "draw": f"one principle, seed {first.seed}" if sampled else "all principles",
+        "judge": first.model.identity(),
+        "protocol": first.protocol,
+        "template": content_id(first.template.text),
+        **({"panel": {judge.name: _other(judge) for judge in others}} if others else {}),
         **panel.rules(),
         "constitution": {
             "file": str(constitution),
-            "name": judge.constitution.name,
-            "digest": judge.constitution.digest(),
-            "preamble": content_id(judge.constitution.preamble),
-            "principles": _digests(judge),
+            "name": first.constitution.name,
+            "digest": first.constitution.digest(),
+            "preamble": content_id(first.constitution.preamble),
+            "principles": _digests(first),
         },
     }
 
 
-def _asked(judge: Judge) -> dict[str, Any]:
-    """What a further judge's calls depend on."""
-    how = {"protocol": judge.protocol, "template": content_id(judge.template.text)}
-    return judge.model.identity() | how | {"principles": _digests(judge)}
+def _other(judge: Judge) -> dict[str, Any]:
+    """What the calls of a judge besides the first depend on."""
+    protocol = {"protocol": judge.protocol, "template": content_id(judge.template.text)}
+    return judge.model.identity() | protocol | {"principles": _digests(judge)}
 
 
 def _digests(judge: Judge) -> dict[str, str]:
@@ -45,22 +44,21 @@ def _digests(judge: Judge) -> dict[str, str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs from the last labelling in what calls depend on, a line each."""
+    """What calls depend on that differs from the last labelling, a line each."""
     if "constitution" not in before:
         return []
     lines = []
     for key in ("judge", "protocol", "template", "draw"):
         if before.get(key) != now[key]:
             lines.append(f"{key} changed{_difference(before.get(key), now[key])}")
-    was, is_now = before.get("panel", {}), now.get("panel", {})
-    lines += [f"judge {name!r} left" for name in was if name not in is_now]
-    lines += [f"judge {name!r} joined" for name in is_now if name not in was]
-    both = [(was[name], is_now[name]) for name in is_now if name in was]
+    others, others_now = before.get("panel", {}), now.get("panel", {})
+    lines += [f"judge {name!r} left" for name in others if name not in others_now]
+    lines += [f"judge {name!r} joined" for name in others_now if name not in others]
+    both = [(others[name], others_now[name]) for name in others_now if name in others]
     for old, new in both:
         if old | {"principles": ()} != new | {"principles": ()}:
             lines.append(f"judge {new['model']!r} changed")
-    rules = ("consensus", "escalation") if is_now and was else ("escalation",)
-    for key in rules:
+    for key in ("consensus", "escalation") if others_now and others else ("escalation",):
         if before.get(key) != now.get(key):
             lines.append(f"{key} changed{_difference(before.get(key), now.get(key) or 'none')}")
     if now["data"] and before["data"].get("digest") != now["data"].get("digest"):
@@ -68,9 +66,9 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = before["constitution"], now["constitution"]
     if old["preamble"] != new["preamble"]:
         lines.append("the constitution's preamble changed")
-    asked = [(before, now, old["principles"], new["principles"])]
-    asked += [(was, is_now, was["principles"], is_now["principles"]) for was, is_now in both]
-    lines += dict.fromkeys(line for each in asked for line in _edits(*each))
+    judges = [(before, now, old["principles"], new["principles"])]
+    judges += [(was, is_now, was["principles"], is_now["principles"]) for was, is_now in both]
+    lines += dict.fromkeys(line for judge in judges for line in _edits(*judge))
     if not lines and old["digest"] != new["digest"]:
         moved = "the draws move with them" if now["draw"].startswith("one") else "no call is needed"
         lines.append(f"only weights or rules of the constitution changed: {moved}")
@@ -80,18 +78,19 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _edits(
     judge: dict[str, Any], judge_now: dict[str, Any], old: dict[str, str], new: dict[str, str]
 ) -> Iterator[str]:
-    """Which of the questions that one judge was asked are others now."""
-    same = judge.get("protocol") == judge_now["protocol"]  # else each puts another question
+    """A line for each principle whose question to a judge is new, gone or edited."""
+    # Another protocol has another question for every principle: that is one change, not many.
+    same_protocol = judge.get("protocol") == judge_now["protocol"]
     for name in old | new:
         was, is_now = old.get(name), new.get(name)
-        if was != is_now and (same or None in (was, is_now)):
+        if was != is_now and (same_protocol or None in (was, is_now)):
             what = "is new" if was is None else "is gone" if is_now is None else "was edited"
             yield f"principle {name!r} {what}"
 
 
 def _difference(before: Any, now: Any) -> str:
-    """What changed in a setting, or in a table of them."""
+    """What changed in a setting, or in a table of settings."""
     if not isinstance(now, dict):
-        return f": {before} -> {now}" if len(str(now)) < 64 else ""  # a digest tells nothing
-    moved = [key for key in now if now[key] != (before or {}).get(key)]
-    return ": " + ", ".join(f"{key} {(before or {}).get(key)} -> {now[key]}" for key in moved)
+        return f": {before} -> {now}" if len(str(now)) < 64 else ""  # a digest says nothing
+    changed = [key for key in now if now[key] != (before or {}).get(key)]
+    return ": " + ", ".join(f"{key} {(before or {}).get(key)} -> {now[key]}" for key in changed)

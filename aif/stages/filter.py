@@ -1,28 +1,26 @@
-"""Hold revisions against the response they came from, and keep those that the judge prefers.
+"""Compare each revision with its response, and keep the revisions that the judge prefers.
 
     responses.jsonl + revisions.jsonl -> (calls, journal/filter.jsonl) -> kept.jsonl
 
-Each is a comparison like any other, under `[label]`'s constitution and by `[judge]`, so a weak
-reviser cannot make the training data worse than the responses were. A revision without a label is
-not kept.
+The judge is `[judge]` alone, by the full protocol, under the constitution of `[label]`. So a weak
+reviser cannot make the training data worse than the responses. A revision without a label is not
+kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
 from aif.errors import InputError
-from aif.judge.calls import asks_for, constitution_path, count, judge_of, judged
-from aif.judge.judge import Judge
-from aif.llm import open_llm
-from aif.llm.budget import Meter
-from aif.llm.dispatch import Faults, ask_all
+from aif.judge.calls import PendingCalls, ask_missing, check_models
+from aif.judge.panel import Panel, constitution_path, judge_of
+from aif.llm.dispatch import Faults
 from aif.progress import Progress
 from aif.run import Run
-from aif.store.journal import Journal
+from aif.store.journal import Reader
 from aif.store.records import Comparison, Kept, Prompt, Response, Revision
 
 STAGE = "filter"
@@ -31,32 +29,32 @@ STAGE = "filter"
 def filter(run: Run, progress: Progress) -> dict[str, Any]:
     """Judge every revision that has no fault; returns the summary, with the kept rate by round.
 
-    Raises Interrupted or JudgeStopped when it ended early; the files are in order all the same.
+    Raises Interrupted or JudgeStopped if it ended early; the files are complete for the answers so
+    far.
     """
-    path = constitution_path(run)
-    meter = Meter.of(run, STAGE, run.settings.judge)
-    with open_llm(run.settings.judge) as llm, run.writing():
-        judge = judge_of(run, path, llm.control_tokens)
+    settings = run.settings
+    constitution = constitution_path(settings)
+    check_models(run, STAGE, [settings.judge])
+    full = settings.label.model_copy(update={"escalate_below": None})
+    panel = Panel([judge_of(settings, constitution)], full, {})
+    with run.writing():
         pairs = list(revised_pairs(run))
-        comparisons = [comparison for _, comparison in pairs]
         run.keep_settings()
         with run.journal(STAGE) as journal:
-            work = count(judge.cells, comparisons, journal.index)
-            for line in [*journal.damage(), work.line()]:
+            rows = [comparison for _, comparison in pairs]
+            pending = PendingCalls.of(panel, rows, journal)
+            for line in [*journal.damage(), pending.line()]:
                 progress.say(line)
-            progress.start(STAGE, len(work.missing))
-            asks = asks_for(judge, comparisons, work.missing)
-            tally = ask_all(llm, asks, journal, judge.journal_row, progress, meter)
-            progress.finish()
+            tally, _ = ask_missing(run, STAGE, panel, pending, lambda: rows, journal, progress)
             faults = Faults()
-            rows = list(kept(run, judge, journal, pairs, faults))
-        run.write("kept.jsonl", rows)
+            kept = list(kept_rows(panel, journal, pairs, settings.filter.threshold, faults))
+        run.write("kept.jsonl", kept)
         summary = {
             "run": str(run.path),
             "calls_made": tally.answered + tally.faults.total(),
-            "calls_kept": work.kept,
-            "unfinished": len(pairs) - len(rows),
-        } | summarised(rows, faults)
+            "calls_kept": pending.kept,
+            "unfinished": len(pairs) - len(kept),
+        } | summarised(kept, faults)
         run.write_state(STAGE, summary)
     if tally.stopped:
         raise tally.stopped
@@ -64,7 +62,7 @@ def filter(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def revised_pairs(run: Run) -> Iterator[tuple[Revision, Comparison]]:
-    """Every good revision with the comparison that puts it second to its response."""
+    """Every revision without a fault, and its comparison: the response first, it second."""
     prompts = {prompt.id: prompt.messages for prompt in run.read("prompts.jsonl", Prompt)}
     texts = {row.id: row.text for row in run.read("responses.jsonl", Response)}
     path = run.file("revisions.jsonl")
@@ -82,16 +80,16 @@ def revised_pairs(run: Run) -> Iterator[tuple[Revision, Comparison]]:
         raise InputError(path, "", got="no revision without a fault", expected="at least one")
 
 
-def kept(
-    run: Run,
-    judge: Judge,
-    journal: Journal,
-    pairs: list[tuple[Revision, Comparison]],
+def kept_rows(
+    panel: Panel,
+    journal: Reader,
+    pairs: Sequence[tuple[Revision, Comparison]],
+    threshold: float,
     faults: Faults,
 ) -> Iterator[Kept]:
-    """What became of each revision; one that still misses a call has no row. Counts `faults`."""
+    """A row for each revision; none yet if one of its calls was never made. Counts `faults`."""
     for revision, comparison in pairs:
-        verdicts, label = judged(judge, comparison, journal, run.settings.label.quorum)
+        verdicts, label = panel.judged(comparison, journal)
         for _, row in verdicts:
             faults.add(row)
         if label is None:
@@ -106,7 +104,7 @@ def kept(
             p_revision=p_revision,
             by_principle=of_revision.by_principle,
             fault=label.fault,
-            kept=p_revision is not None and p_revision > run.settings.filter.threshold,
+            kept=p_revision is not None and p_revision > threshold,
         )
 
 
@@ -119,16 +117,16 @@ def summarised(rows: list[Kept], faults: Faults) -> dict[str, Any]:
         "revisions": len(rows),
         "kept": sum(row.kept for row in rows),
         "kept_rate": sum(row.kept for row in rows) / max(1, len(rows)),
-        "by_round": {str(number): _of_round(found) for number, found in sorted(rounds.items())},
+        "by_round": {str(number): _of_round(group) for number, group in sorted(rounds.items())},
         "labels_null": dict(Counter(row.fault for row in rows if row.fault)),
         **faults.summary(),
     }
 
 
 def _of_round(rows: list[Kept]) -> dict[str, Any]:
-    known = [row.p_revision for row in rows if row.p_revision is not None]
+    labeled = [row.p_revision for row in rows if row.p_revision is not None]
     return {
         "revisions": len(rows),
         "kept_rate": sum(row.kept for row in rows) / len(rows),
-        "mean_p_revision": fmean(known) if known else None,
+        "mean_p_revision": fmean(labeled) if labeled else None,
     }

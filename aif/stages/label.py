@@ -2,8 +2,8 @@
 
     pairs -> comparisons.jsonl -> (calls, journal/label.jsonl) -> verdicts.jsonl + labels.jsonl
 
-A call whose id is in the journal is never made again, whatever else changed; a call whose id is not
-there is made, whether the run is new, was killed, or had its constitution edited.
+A call whose id is in the journal is never made again; a call whose id is not there is made. So a
+new run, a killed run and an edited constitution need no code of their own.
 """
 
 from __future__ import annotations
@@ -13,55 +13,52 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from math import ceil
 from pathlib import Path
 from typing import Any
 
-from aif.config.settings import LLMSettings
 from aif.data.readers import read_pairs, unique
-from aif.errors import AifError, BudgetSpent, InputError, JudgeStopped
-from aif.judge.calls import Work, asks_for, constitution_path
-from aif.judge.panel import Panel, Saving, Seat, models_of, panel_of, summed, turns
+from aif.errors import AifError, BudgetSpent, InputError
+from aif.judge.calls import PendingCalls, ask_missing, check_models
+from aif.judge.panel import EscalationStats, Panel, constitution_path, panel_of
 from aif.judge.provenance import changes, facts
-from aif.llm import open_llm
-from aif.llm.budget import Meter
-from aif.llm.dispatch import Faults, Tally, ask_all
+from aif.llm.dispatch import Faults
 from aif.llm.usage import Paid
 from aif.progress import Progress
 from aif.run import Run
 from aif.store import jsonl
-from aif.store.journal import Journal
+from aif.store.journal import Reader
 from aif.store.records import Comparison, HumanChoice, as_row
 
 STAGE = "label"
-SLICE, SLICES = 64, 20  # comparisons in a slice at least, and slices at most
 
 
 def label(run: Run, progress: Progress) -> dict[str, Any]:
-    """Do what `run.settings` says; returns the summary, which is also kept as label.json.
+    """Label the comparisons of a run; returns the summary, which is also written to label.json.
 
-    Raises Interrupted, JudgeStopped or BudgetSpent when it ended early; the files are in order all
-    the same. Whether the summary has more faults than allowed is `asking.check_faults`' to say.
+    Raises Interrupted, JudgeStopped or BudgetSpent if it ended early; the files are complete for
+    the answers so far. `dispatch.check_faults` checks the summary's share of faults.
     """
-    path = constitution_path(run)
-    panel = panel_of(run, path, [known_to(run, model) for model in models_of(run.settings)])
+    settings = run.settings
+    constitution = constitution_path(settings)
+    check_models(run, STAGE, [settings.judge, *settings.panel])
+    panel = panel_of(settings, constitution)
     with run.writing():
         data = take_in(run)
         run.keep_settings()
         with run.journal(STAGE) as journal:
-            used = facts(panel, path, data)
-            works = panel.count(lambda: comparisons(run), journal)
-            work = summed(works, journal.index)
-            for line in [*journal.damage(), *changes(run.state(STAGE), used), work.line()]:
+            used = facts(panel, constitution, data)
+            rows = partial(comparisons, run)
+            pending = PendingCalls.of(panel, rows(), journal)
+            for line in [*journal.damage(), *changes(run.state(STAGE), used), pending.line()]:
                 progress.say(line)
             rate = measured_rate(run, panel)
             begun = {"run": str(run.path), "in_progress": True, "calls_per_s": rate}
             run.write_state(STAGE, begun | used)
-            tally, cost = pay(run, panel, works, journal, progress)
+            tally, cost = ask_missing(run, STAGE, panel, pending, rows, journal, progress)
             results = write_results(run, panel, journal)
         made = tally.answered + tally.faults.total()
         summary = (
-            {"run": str(run.path), "calls_made": made, "calls_kept": work.kept}
+            {"run": str(run.path), "calls_made": made, "calls_kept": pending.kept}
             | {"calls_per_s": tally.calls_per_s or rate, "cost": cost}
             | results
             | used
@@ -73,7 +70,7 @@ def label(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _with_labels(stopped: AifError, summary: dict[str, Any]) -> AifError:
-    """Why it ended early; where the budget is spent, with how far it went."""
+    """The error that ended it early, with the number of labels if the budget is spent."""
     if not isinstance(stopped, BudgetSpent):
         return stopped
     done, left = summary["labels"], summary["unfinished"]
@@ -83,76 +80,16 @@ def _with_labels(stopped: AifError, summary: dict[str, Any]) -> AifError:
     )
 
 
-def pay(
-    run: Run, panel: Panel, works: list[tuple[Seat, Work]], journal: Journal, progress: Progress
-) -> tuple[Tally, float | None]:
-    """Ask what is missing, one judge after the other; what came of it, and its price in dollars.
-
-    Under a budget the comparisons are gone through in slices, each by all judges before the next,
-    so that what has been paid for when it is spent makes whole labels.
-    """
-    tally, costs = Tally(), []
-    total = works[0][1].comparisons
-    in_turns = len(panel.seats) > 1 or panel.escalates
-    limited = run.settings.label.budget or run.settings.pipeline.budget
-    size = max(SLICE, ceil(total / SLICES)) if limited and in_turns else max(1, total)
-    for start in range(0, total, size):
-        rows = partial(_slice, run, start, start + size)
-        for seat, missing in turns(
-            panel, works if size >= total else panel.count(rows, journal), rows, journal
-        ):
-            meter = Meter.of(run, STAGE, seat.judge.model)
-            tally.add(ask(run, seat, missing, rows(), journal, progress, meter))
-            costs += [] if meter.cost is None else [meter.cost]
-            if tally.stopped:
-                return tally, sum(costs) if costs else None
-    return tally, sum(costs) if costs else None
-
-
-def _slice(run: Run, start: int, stop: int) -> Iterator[Comparison]:
-    return islice(comparisons(run), start, stop)
-
-
 def measured_rate(run: Run, panel: Panel) -> float | None:
-    """Calls a second in the last labelling by these judges that made any."""
+    """Calls per second of the last labelling by the same judges, if it made any call."""
     last, now = run.state(STAGE), facts(panel, Path(), {})
     same = all(last.get(key) == now.get(key) for key in ("judge", "panel"))
     return last.get("calls_per_s") if same else None
 
 
-def known_to(run: Run, model: LLMSettings) -> tuple[str, ...]:
-    """A model's control tokens. What is wrong with one is told now, before any is asked."""
-    Meter.of(run, STAGE, model)
-    with open_llm(model) as llm:
-        return llm.control_tokens
-
-
-def ask(
-    run: Run,
-    seat: Seat,
-    missing: set[bytes],
-    rows: Iterator[Comparison],
-    journal: Journal,
-    progress: Progress,
-    meter: Meter,
-) -> Tally:
-    """Have one judge make these calls; its model is in memory for them and no longer."""
-    judge = seat.judge
-    several = bool(run.settings.panel)
-    progress.start(f"label, {seat.name}" if several else "label", len(missing))
-    with open_llm(judge.model) as llm:
-        asks = asks_for(judge, rows, missing)
-        tally = ask_all(llm, asks, journal, judge.journal_row, progress, meter)
-    progress.finish()
-    if several and isinstance(tally.stopped, JudgeStopped):
-        tally.stopped = JudgeStopped(f"{seat.name}: {tally.stopped}")
-    return tally
-
-
 def take_in(run: Run) -> dict[str, Any]:
-    """Turn `label.pairs` into comparisons.jsonl and human.jsonl, once all of it has been checked.
-
-    Without `label.pairs` the comparisons that an earlier stage left are taken.
+    """Read `label.pairs` into comparisons.jsonl and human.jsonl; a wrong row leaves both as they
+    are. Without `label.pairs`, use the comparisons of an earlier stage. Returns the facts.
     """
     source = run.settings.label.pairs
     if source is None:
@@ -184,7 +121,7 @@ def take_in(run: Run) -> dict[str, Any]:
 
 
 def own_comparisons(run: Run) -> Path:
-    """The file of comparisons that an earlier stage left; InputError where there is none."""
+    """The comparisons file of an earlier stage; InputError if there is none."""
     path = run.file("comparisons.jsonl")
     if not path.exists():
         raise InputError("label", "pairs", got="nothing", expected="--pairs FILE")
@@ -192,43 +129,41 @@ def own_comparisons(run: Run) -> Path:
 
 
 def comparisons(run: Run) -> Iterator[Comparison]:
-    """What is to be judged, a row at a time."""
+    """The comparisons to label, one by one."""
     return islice(run.read("comparisons.jsonl", Comparison), run.settings.label.limit)
 
 
-def write_results(run: Run, panel: Panel, journal: Journal) -> dict[str, Any]:
-    """Make verdicts.jsonl and labels.jsonl again from the journal; returns what they hold.
+def write_results(run: Run, panel: Panel, journal: Reader) -> dict[str, Any]:
+    """Write verdicts.jsonl and labels.jsonl anew from the journal; returns their counts.
 
-    A comparison with a call that was never made has no label row yet.
+    A comparison has no label row yet if one of its calls was never made.
     """
-    saving = Saving(panel)
-    by_judge: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    faults, paid, escalated = Faults(), Paid(), EscalationStats(panel)
     totals: Counter[str] = Counter()
-    faults = Faults()
     null_labels: Counter[str] = Counter()
-    paid = Paid()
+    by_judge: defaultdict[str, Counter[str]] = defaultdict(Counter)
     with (
         jsonl.replacing(run.file("verdicts.jsonl")) as verdict_file,
         jsonl.replacing(run.file("labels.jsonl")) as label_file,
     ):
         for comparison in comparisons(run):
-            verdicts, found = panel.judged(comparison, journal)
+            verdicts, label = panel.judged(comparison, journal)
             for verdict, row in verdicts:
                 totals["hard_verdicts"] += row["logprobs"] is None and verdict.fault is None
                 faults.add(row)
                 paid.add(verdict)
                 verdict_file.write(jsonl.dumps(as_row(verdict)) + "\n")
-            if found is None:
+            if label is None:
                 totals["unfinished"] += 1
                 continue
-            null_labels.update([found.fault] if found.fault else [])
-            for name, p_first in found.by_judge.items():
+            totals["labels"] += 1
+            totals["first_wins"] += (label.p_first or 0) > 0.5
+            null_labels.update([label.fault] if label.fault else [])
+            for name, p_first in label.by_judge.items():
                 by_judge[name].update(labels=1, null=p_first is None)
             if panel.escalates:
-                saving.add(comparison, verdicts)
-            totals["labels"] += 1
-            totals["first_wins"] += (found.p_first or 0) > 0.5
-            label_file.write(jsonl.dumps(as_row(found)) + "\n")
+                escalated.add(comparison, verdicts)
+            label_file.write(jsonl.dumps(as_row(label)) + "\n")
     return {
         "labels": totals["labels"],
         "labels_null": dict(null_labels),
@@ -238,6 +173,6 @@ def write_results(run: Run, panel: Panel, journal: Journal) -> dict[str, Any]:
         "hard_verdicts": totals["hard_verdicts"],
         "tokens": dict(paid.tokens),
         **({"judges": {n: dict(c) for n, c in by_judge.items()}} if by_judge else {}),
-        **({"escalated": saving.summary()} if panel.escalates else {}),
+        **({"escalated": escalated.summary()} if panel.escalates else {}),
         **faults.summary(),
     }

@@ -387,17 +387,19 @@ MANY = [Comparison.of([{"role": "user", "content": f"p{n}"}], "x", "y") for n in
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_asked_again_is_what_a_judge_asks(way):
-    """Every file against every other: by the cells of 120 comparisons."""
+    """Every file against every other: by the calls of 120 comparisons."""
     protocol, form = WAYS[way]
-    cells = {}
+    calls = {}
     for name, file in FILES.items():
         judge = Judge(file, LLMSettings(model="m", form=form), LabelSettings(protocol=protocol))
-        cells[name] = [(cell.id, cell.principle.id) for row in MANY for cell in judge.cells(row)]
+        calls[name] = [
+            (call.id, call.principle.id) for row in MANY for call in judge.calls_for(row)
+        ]
     for one, two in [*combinations(FILES, 2), *((b, a) for a, b in combinations(FILES, 2))]:
-        asked = {cell for cell, _ in cells[one]}
+        asked = {call for call, _ in calls[one]}
         missing = defaultdict(int)
-        for cell, principle in cells[two]:
-            missing[principle] += cell not in asked
+        for call, principle in calls[two]:
+            missing[principle] += call not in asked
         found = constitution_diff(FILES[one], FILES[two])["asks_again"][way]
         assert {name for name, n in missing.items() if n} == set(found), (one, two)
         every = {name for name, which in found.items() if which == EVERY}

@@ -27,9 +27,8 @@ from aif.cli.options import open_run
 from aif.config.settings import LabelSettings, LLMSettings
 from aif.constitution.file import Constitution
 from aif.data.readers import pairs_of
-from aif.judge.calls import constitution_path
 from aif.judge.judge import Judge
-from aif.judge.panel import Panel, Saving, Seat, panel_of
+from aif.judge.panel import EscalationStats, Panel, constitution_path, panel_of
 from aif.stages.label import STAGE, comparisons
 from aif.store import jsonl
 from aif.store.journal import Journal, Reader
@@ -52,17 +51,19 @@ class Row:
     agreement: float | None
 
 
-def sides(panel: Panel, rows: list[Comparison], journal: Reader) -> tuple[list[int], Saving]:
+def sides(
+    panel: Panel, rows: list[Comparison], journal: Reader
+) -> tuple[list[int], EscalationStats]:
     """The side of each label (0: even or null), and what it took."""
-    saving, found = Saving(panel), []
+    escalated, found = EscalationStats(panel), []
     for row in rows:
         verdicts, label = panel.judged(row, journal)
         if label is None:
             raise SystemExit("a call of the full protocol was never made: label the run in full")
-        saving.add(row, verdicts)
+        escalated.add(row, verdicts)
         p = 0.5 if label.p_first is None else label.p_first
         found.append((p > 0.5) - (p < 0.5))
-    return found, saving
+    return found, escalated
 
 
 def table(panel_at: Any, rows: list[Comparison], journal: Reader) -> list[Row]:
@@ -71,12 +72,12 @@ def table(panel_at: Any, rows: list[Comparison], journal: Reader) -> list[Row]:
     decided = sum(side != 0 for side in full)
     found = []
     for threshold in THRESHOLDS:
-        own, saving = sides(panel_at(threshold), rows, journal)
+        own, escalated = sides(panel_at(threshold), rows, journal)
         same = sum(a == b for a, b in zip(own, full, strict=True) if b)
-        calls = len(saving.needed)
-        saved = 1 - calls / len(saving.full)
+        calls = len(escalated.needed)
+        saved = 1 - calls / len(escalated.full)
         found.append(
-            Row(threshold, saving.comparisons, calls, saved, same / decided if decided else None)
+            Row(threshold, escalated.comparisons, calls, saved, same / decided if decided else None)
         )
     return found
 
@@ -87,7 +88,7 @@ def of_run(folder: Path, by: str) -> list[Row]:
     def panel_at(threshold: float | None) -> Panel:
         given = {"label.escalate_below": threshold, "label.escalate": by}
         run = open_run(folder, given)
-        return panel_of(run, constitution_path(run))
+        return panel_of(run.settings, constitution_path(run.settings))
 
     run = open_run(folder, {})
     with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:
@@ -101,7 +102,6 @@ def of_recorded(data: Path, work: Path) -> list[Row]:
     constitution = Constitution.model_validate(RULES)
     full = LabelSettings(protocol="pairwise", quorum=0.5)
     judges = {name: Judge(constitution, LLMSettings(model=name), full) for name in JUDGES}
-    seats = [Seat(name, judge) for name, judge in judges.items()]
     with Journal.open(work / "journal.jsonl") as journal:
         for _, row in jsonl.read(data):
             if row["method"] == "Vanilla" and row["judge"] in judges:
@@ -111,19 +111,20 @@ def of_recorded(data: Path, work: Path) -> list[Row]:
 
         def panel_at(threshold: float | None) -> Panel:
             update = {"escalate_below": threshold, "escalate": "panel"}
-            return Panel(seats, full.model_copy(update=update), dict.fromkeys(JUDGES, 1.0))
+            label = full.model_copy(update=update)
+            return Panel(list(judges.values()), label, dict.fromkeys(JUDGES, 1.0))
 
         return table(panel_at, list(pairs.values()), journal)
 
 
 def answers(judge: Judge, pair: Comparison, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Journal rows of a recorded judge's verdicts ("1", "2" or null, of the original order)."""
-    for cell in judge.cells(pair):
-        winner = row[f"order_{cell.order}"]
-        letter = {"1": "AB", "2": "BA"}.get(winner or "", "??")[cell.order == "ba"]
+    for call in judge.calls_for(pair):
+        winner = row[f"order_{call.order}"]
+        letter = {"1": "AB", "2": "BA"}.get(winner or "", "??")[call.order == "ba"]
         fault = "unparsed" if winner is None else None
         yield {
-            "id": cell.id, "fault": fault, "texts": [letter], "finish": "stop", "logprobs": None,
+            "id": call.id, "fault": fault, "texts": [letter], "finish": "stop", "logprobs": None,
             "detail": "", "usage": {},
         }  # fmt: skip
 

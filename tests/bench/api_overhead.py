@@ -68,8 +68,8 @@ def write_inputs(folder: Path, calls: int) -> Path:
     messages = folder / "messages.jsonl"
     with messages.open("w") as file:
         for pair in read_pairs(str(folder / "pairs.jsonl")):
-            for cell in judge.cells(pair.comparison):
-                file.write(json.dumps(judge.ask(cell, pair.comparison).messages) + "\n")
+            for call in judge.calls_for(pair.comparison):
+                file.write(json.dumps(judge.ask(call, pair.comparison).messages) + "\n")
     return messages
 
 

@@ -75,14 +75,14 @@ def write_pairs(path: Path, comparisons: int) -> None:
 
 
 def journal_lines(judge: Judge, pairs: Path) -> Iterator[bytes]:
-    """A row for every cell of every pair, as an answer from a server leaves it."""
+    """A row for every call of every pair, as an answer from a server leaves it."""
     draw = random.Random(1)
     for pair in read_pairs(str(pairs)):
-        for cell in judge.cells(pair.comparison):
+        for call in judge.calls_for(pair.comparison):
             log_p = -draw.random() * 3 - 1e-3
             yield encode(
                 {
-                    "id": cell.id,
+                    "id": call.id,
                     "fault": None,
                     "texts": ["A"],
                     "finish": "stop",

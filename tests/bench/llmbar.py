@@ -3,7 +3,7 @@
     python tests/bench/llmbar.py --data ../shared/data/llmbar [--json]
 
 First table: every judge and prompting method on the 100 expert-labelled items of Natural. The
-recorded final verdicts of both orders become `Verdict` rows, `label_of` makes labels of them, and
+recorded final verdicts of both orders become `Verdict` rows, `aggregate_verdicts` makes labels, and
 accuracy (mean of the two orders) and agreement of the orders stand beside what the authors
 published. Second table: how many of the raw completions our parser reads as the authors' did.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from aif.constitution.file import Constitution
 from aif.data.readers import pairs_of
-from aif.judge.aggregate import label_of
+from aif.judge.aggregate import aggregate_verdicts
 from aif.llm.verdict_text import parse_choice
 from aif.store import jsonl
 from aif.store.records import Comparison, Label, Verdict
@@ -108,7 +108,7 @@ def judged(
         )
         for order, winner in (("ab", order_ab), ("ba", order_ba))
     ]
-    return verdicts, label_of(comparison, verdicts, CONSTITUTION, "pairwise")
+    return verdicts, aggregate_verdicts(comparison, verdicts, CONSTITUTION, "pairwise")
 
 
 def percent(text: str) -> float:

@@ -24,7 +24,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from aif.config.settings import load_settings
 from aif.config.toml import parse_set
-from aif.judge.calls import judge_of
+from aif.judge.panel import judge_of
 from aif.llm import open_llm
 from aif.progress import Progress
 from aif.run import Run
@@ -139,12 +139,12 @@ def grades(run: Run, texts: list[Text]) -> dict[str, float]:
     """
     asks, owner = {}, {}
     with open_llm(run.settings.judge) as llm:
-        judge = judge_of(run, Path(run.settings.label.constitution or ""), llm.control_tokens)
+        judge = judge_of(run.settings, Path(run.settings.label.constitution or ""))
         for text in texts:
             comparison = Comparison.of(text.prompt, text.text, "")
-            for cell in judge.cells(comparison):
-                if cell.order == "a":
-                    asks[cell.id], owner[cell.id] = judge.ask(cell, comparison), text.text
+            for call in judge.calls_for(comparison):
+                if call.order == "a":
+                    asks[call.id], owner[call.id] = judge.ask(call, comparison), text.text
         found: dict[str, list[float]] = {text.text: [] for text in texts}
         for answer in llm.answer(asks.values()):
             log_odds = answer.logprobs["Yes"] - answer.logprobs["No"]

@@ -80,8 +80,10 @@ def main() -> None:
             template.write_text(text)
             label = LabelSettings(protocol=protocol, template=str(template))
             few = {"preamble": PREAMBLE, "principle": whole.principle[:n]}
-            judge = Judge(whole.model_copy(update=few), settings, label, llm.control_tokens)
-            asks[name] = [judge.ask(cell, c) for c in rows for cell in judge.cells(c)]
+            judge = Judge(whole.model_copy(update=few), settings, label)
+            asks[name] = [
+                judge.ask(call, c, llm.control_tokens) for c in rows for call in judge.calls_for(c)
+            ]
         measure(llm, asks, len(rows), args.rounds)
 
 

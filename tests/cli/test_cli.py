@@ -70,7 +70,7 @@ def sampler(monkeypatch):
             "", texts=(f"text {ask.seed}",), logprobs=dict(LOGPROBS) if ask.options else None
         )
 
-    for module in ("aif.stages.respond", "aif.stages.label"):
+    for module in ("aif.stages.respond", "aif.judge.calls"):
         monkeypatch.setattr(f"{module}.open_llm", lambda _: ScriptedLLM(reply))
 
 

@@ -123,7 +123,7 @@ def test_the_humans_choice_decides_nothing(prompt, one, other):
     if one != other:
         assert sum(pair.human.p_first for pair in pairs.values()) == 1
     for judge in JUDGES:
-        calls = [[judge.ask(cell, c) for cell in judge.cells(c)] for c in found]
+        calls = [[judge.ask(call, c) for call in judge.calls_for(c)] for c in found]
         assert calls[0] == calls[-1]
 
 

@@ -508,8 +508,8 @@ class Counting:
     def __init__(self, monkeypatch):
         self.asked: list[str] = []
         self.gone_after = 10**9
-        for stage in ("evaluation.evaluate", "stages.respond", "stages.label", "judge.live"):
-            monkeypatch.setattr(f"aif.{stage}.open_llm", self.opened)
+        for module in ("evaluation.evaluate", "stages.respond", "judge.calls", "judge.live"):
+            monkeypatch.setattr(f"aif.{module}.open_llm", self.opened)
 
     def opened(self, settings):
         return ScriptedLLM(lambda ask: self.reply(settings.model, ask))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aif.judge.aggregate import consensus_of
+from aif.judge.aggregate import aggregate_judges
 from aif.stats.odds import log_odds, probability
 from aif.store.records import Label
 
@@ -24,7 +24,7 @@ def label(p: float | str, by_principle: dict | None = None, orders: float | None
 def consensus(rule: str, *votes: float | str, weights=(), quorum=1.0) -> Label:
     labels = {f"j{n}": label(p) for n, p in enumerate(votes)}
     weighed = dict(zip(labels, weights or [1.0] * len(votes), strict=True))
-    return consensus_of(labels, rule, weighed, quorum)
+    return aggregate_judges(labels, rule, weighed, quorum)
 
 
 @given(st.lists(st.tuples(ODDS, st.floats(0.1, 10)), min_size=1, max_size=6))
@@ -105,7 +105,7 @@ def test_principles_and_orders_are_of_those_who_have_them():
         "b": label(0.6, {"kind": 0.6, "warm": 0.3}, 1.0),
         "c": label(0.7, {"kind": 0.7, "warm": 0.1}),
     }
-    found = consensus_of(labels, "unanimous", dict.fromkeys("abc", 1.0))
+    found = aggregate_judges(labels, "unanimous", dict.fromkeys("abc", 1.0))
     assert found.order_agreement == 0.75
     mean = (log_odds(0.3) + log_odds(0.1)) / 2
     assert found.by_principle["warm"] == pytest.approx(probability(mean))

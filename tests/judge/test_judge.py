@@ -11,7 +11,7 @@ from scipy import stats
 from aif.config.settings import LabelSettings, LLMSettings
 from aif.constitution.file import Constitution
 from aif.errors import InputError
-from aif.judge.aggregate import label_of
+from aif.judge.aggregate import aggregate_verdicts
 from aif.judge.judge import Judge
 from aif.llm import Answer
 from aif.stats.odds import log_odds, probability
@@ -41,12 +41,12 @@ def comparison(first="x", second="y", prompt="Hi") -> Comparison:
 
 
 def labelled(judge: Judge, row: Comparison, answer, quorum=1.0) -> Label:
-    """The label when `answer(cell, comparison)` says what the model replies."""
+    """The label when `answer(call, comparison)` says what the model replies."""
     verdicts = []
-    for cell in judge.cells(row):
-        reply = replace(answer(cell, row), key=cell.id)
-        verdicts.append(judge.verdict(cell, row, judge.journal_row(reply)))
-    return label_of(row, verdicts, judge.constitution, judge.protocol, quorum)
+    for call in judge.calls_for(row):
+        reply = replace(answer(call, row), key=call.id)
+        verdicts.append(judge.verdict(call, row, judge.journal_row(reply)))
+    return aggregate_verdicts(row, verdicts, judge.constitution, judge.protocol, quorum)
 
 
 def odds(judge: Judge, value: float) -> Answer:
@@ -75,7 +75,7 @@ PROTOCOLS = pytest.mark.parametrize("protocol", ["pairwise", "pointwise"])
 def test_pairwise_is_half_the_difference_of_log_odds(ab, ba):
     judge = judge_of()
     said = {"ab": ab, "ba": ba}
-    label = labelled(judge, comparison(), lambda cell, _: odds(judge, said[cell.order]))
+    label = labelled(judge, comparison(), lambda call, _: odds(judge, said[call.order]))
     assert label.p_first == pytest.approx(1 / (1 + math.exp(-(ab - ba) / 2)), abs=1e-8)
     assert label.n_verdicts == 2
 
@@ -84,7 +84,7 @@ def test_pairwise_is_half_the_difference_of_log_odds(ab, ba):
 def test_pointwise_is_the_difference_of_log_odds(a, b):
     judge = judge_of(protocol="pointwise")
     said = {"a": a, "b": b}
-    label = labelled(judge, comparison(), lambda cell, _: odds(judge, said[cell.order]))
+    label = labelled(judge, comparison(), lambda call, _: odds(judge, said[call.order]))
     assert label.p_first == pytest.approx(probability(a - b), abs=1e-8)
     assert label.order_agreement is None
 
@@ -93,8 +93,8 @@ def test_pointwise_is_the_difference_of_log_odds(a, b):
 def test_a_constant_liking_for_a_position_cancels(bias, strength):
     judge = judge_of()
 
-    def biased(cell, _):
-        return odds(judge, bias + (strength if cell.order == "ab" else -strength))
+    def biased(call, _):
+        return odds(judge, bias + (strength if call.order == "ab" else -strength))
 
     label = labelled(judge, comparison(), biased)
     assert label.p_first == pytest.approx(probability(strength), abs=1e-8)
@@ -123,9 +123,9 @@ def test_swapping_the_responses_flips_the_label(protocol, rule, data):
     near = st.sampled_from([log_odds(0.1), log_odds(0.9), log_odds(0.6), 0.0])
     shown = {}
 
-    def answer(cell, row):
-        texts = tuple(row.first if which == "a" else row.second for which in cell.order)
-        key = (cell.principle.id, texts)
+    def answer(call, row):
+        texts = tuple(row.first if which == "a" else row.second for which in call.order)
+        key = (call.principle.id, texts)
         if key not in shown:
             shown[key] = data.draw(ODDS | near)
         return odds(judge, shown[key])
@@ -195,8 +195,8 @@ CASES = [(kind, answer) for kind, answers in FAULTY.items() for answer in answer
 def test_an_answer_without_a_verdict_is_null_with_its_fault(kind, answer):
     judge = judge_of()
     row = comparison()
-    (cell, _) = judge.cells(row)
-    verdict = judge.verdict(cell, row, judge.journal_row(replace(answer, key=cell.id)))
+    (call, _) = judge.calls_for(row)
+    verdict = judge.verdict(call, row, judge.journal_row(replace(answer, key=call.id)))
     assert (verdict.p_first, verdict.fault) == (None, kind)
     label = labelled(judge, row, lambda *_: answer)
     assert (label.p_first, label.fault, label.n_verdicts) == (None, kind, 0)
@@ -209,8 +209,8 @@ def test_an_answer_without_a_verdict_is_null_with_its_fault(kind, answer):
 def test_one_order_alone_is_no_label(protocol, which):
     judge = judge_of(protocol=protocol)
 
-    def half(cell, _):
-        return fault("refused") if cell.order == judge.orders[which] else odds(judge, 5)
+    def half(call, _):
+        return fault("refused") if call.order == judge.orders[which] else odds(judge, 5)
 
     label = labelled(judge, comparison(), half)
     assert (label.p_first, label.fault, label.n_verdicts) == (None, "refused", 1)
@@ -219,18 +219,18 @@ def test_one_order_alone_is_no_label(protocol, which):
 def test_identical_responses_are_asked_nothing():
     judge = judge_of()
     same = comparison("x", "x")
-    assert judge.cells(same) == []
-    label = label_of(same, [], judge.constitution, "pairwise")
+    assert judge.calls_for(same) == []
+    label = aggregate_verdicts(same, [], judge.constitution, "pairwise")
     assert (label.p_first, label.fault) == (None, "identical")
 
 
 def test_quorum_is_of_weight_and_the_commonest_fault_is_named():
     judge = judge_of(constitution(principle("a", weight=3.0), principle("b"), principle("c")))
 
-    def answer(cell, _):
-        kinds = {"b": "timeout", "c": "refused" if cell.order == "ab" else "timeout"}
-        name = cell.principle.id
-        return fault(kinds[name]) if name in kinds else odds(judge, 2 if cell.order == "ab" else -2)
+    def answer(call, _):
+        kinds = {"b": "timeout", "c": "refused" if call.order == "ab" else "timeout"}
+        name = call.principle.id
+        return fault(kinds[name]) if name in kinds else odds(judge, 2 if call.order == "ab" else -2)
 
     assert labelled(judge, comparison(), answer, quorum=0.6).p_first == pytest.approx(
         probability(2)
@@ -248,9 +248,9 @@ def combined(strengths: dict[str, float], **rule) -> float:
     found = constitution(*(principle(n, weight=weights.get(n, 1.0)) for n in strengths), **rule)
     judge = judge_of(found)
 
-    def answer(cell, _):
-        value = strengths[cell.principle.id]
-        return odds(judge, value if cell.order == "ab" else -value)
+    def answer(call, _):
+        value = strengths[call.principle.id]
+        return odds(judge, value if call.order == "ab" else -value)
 
     return log_odds(labelled(judge, comparison(), answer).p_first)
 
@@ -287,7 +287,7 @@ def test_lexicographic_is_the_first_that_is_clear():
 def test_order_agreement_is_about_the_winner(ab, ba, agreement):
     judge = judge_of()
     said = {"ab": ab, "ba": ba}
-    label = labelled(judge, comparison(), lambda cell, _: odds(judge, said[cell.order]))
+    label = labelled(judge, comparison(), lambda call, _: odds(judge, said[call.order]))
     assert label.order_agreement == agreement
 
 
@@ -310,7 +310,7 @@ def test_sampling_is_by_weight_and_seed():
     assert drawn(*principles) == found
     assert drawn(*principles, seed=1) != found
     judge = judge_of(constitution(*principles, principles="sample"))
-    assert {cell.principle.id for cell in judge.cells(ROWS[0])} == {found[0]}
+    assert {call.principle.id for call in judge.calls_for(ROWS[0])} == {found[0]}
 
 
 def test_an_edit_moves_no_draw_between_two_others():
@@ -333,7 +333,7 @@ def ids(
 ) -> list[str]:
     found = constitution(**constitution_keys)
     judge = judge_of(found, protocol, model, **(label or {}))
-    return [cell.id for cell in judge.cells(row or comparison())]
+    return [call.id for call in judge.calls_for(row or comparison())]
 
 
 @pytest.mark.parametrize(
@@ -427,13 +427,13 @@ def test_examples_do_not_matter_to_pairwise_and_secrets_to_nobody():
 def test_a_grade_that_comparisons_share_is_one_call():
     judge = judge_of(protocol="pointwise")
     rows = [comparison("x", "y"), comparison("x", "z"), comparison("z", "y")]
-    cells = [cell for row in rows for cell in judge.cells(row)]
-    assert len(cells) == 6
-    assert len({cell.id for cell in cells}) == 3
-    pairwise = [cell for row in rows for cell in judge_of().cells(row)]
-    assert len({cell.id for cell in pairwise}) == 6
-    swapped = [cell.id for cell in judge_of().cells(comparison("y", "x"))]
-    assert swapped == [cell.id for cell in judge_of().cells(comparison("x", "y"))][::-1]
+    calls = [call for row in rows for call in judge.calls_for(row)]
+    assert len(calls) == 6
+    assert len({call.id for call in calls}) == 3
+    pairwise = [call for row in rows for call in judge_of().calls_for(row)]
+    assert len({call.id for call in pairwise}) == 6
+    swapped = [call.id for call in judge_of().calls_for(comparison("y", "x"))]
+    assert swapped == [call.id for call in judge_of().calls_for(comparison("x", "y"))][::-1]
 
 
 # ---- what is asked
@@ -447,16 +447,16 @@ def test_the_static_part_comes_first_and_the_question_last(protocol, form):
     )
     judge = judge_of(rules, protocol, {"form": form})
     row = comparison("first text", "second text", "the prompt")
-    for cell in judge.cells(row):
-        ask = judge.ask(cell, row)
+    for call in judge.calls_for(row):
+        ask = judge.ask(call, row)
         parts = [m["content"] for m in ask.messages] if form == "chat" else [ask.text]
         said = "\n".join(parts)
-        judged = said.index("first text" if cell.order.startswith("a") else "second text")
+        judged = said.index("first text" if call.order.startswith("a") else "second text")
         assert said.startswith("Be fair.")
         if protocol == "pointwise":
             assert said.index("Hello!") < judged
-        assert judged < said.rindex(cell.principle.question(protocol))
-        assert len(said) - said.rindex(cell.principle.question(protocol)) < 80
+        assert judged < said.rindex(call.principle.question(protocol))
+        assert len(said) - said.rindex(call.principle.question(protocol)) < 80
         assert ask.options == judge.options
         assert (ask.messages is None) == (form == "text")
 
@@ -466,7 +466,7 @@ def test_the_questions_of_a_comparison_share_all_before_them(form):
     """So that a server with a prefix cache reads the two responses once."""
     judge = judge_of(constitution(principle("a"), principle("b")), model={"form": form})
     row = comparison("first text", "second text")
-    asks = [judge.ask(cell, row) for cell in judge.cells(row) if cell.order == "ab"]
+    asks = [judge.ask(call, row) for call in judge.calls_for(row) if call.order == "ab"]
     one, other = ([m["content"] for m in a.messages] if form == "chat" else [a.text] for a in asks)
     assert one[:-1] == other[:-1]
     shared = one[-1].partition("Which is a?")[0]
@@ -477,11 +477,11 @@ def test_the_questions_of_a_comparison_share_all_before_them(form):
 def test_a_call_is_reproducible():
     judge = judge_of(model={"temperature": 1.0, "samples": 4, "logprobs": False})
     row = comparison()
-    one, other = (judge.ask(cell, row) for cell in judge.cells(row))
-    assert one == judge.ask(judge.cells(row)[0], row)
+    one, other = (judge.ask(call, row) for call in judge.calls_for(row))
+    assert one == judge.ask(judge.calls_for(row)[0], row)
     assert one.seed != other.seed
     assert (one.samples, one.temperature, one.max_tokens) == (4, 1.0, 16)
-    assert judge_of().ask(judge.cells(row)[0], row).max_tokens == 1
+    assert judge_of().ask(judge.calls_for(row)[0], row).max_tokens == 1
 
 
 def test_auto_is_what_the_model_can_do():

@@ -220,7 +220,7 @@ class Watched:
 
 def test_one_judge_at_a_time_has_its_model_open(place, monkeypatch):
     watched = Watched()
-    monkeypatch.setattr("aif.stages.label.open_llm", watched)
+    monkeypatch.setattr("aif.judge.calls.open_llm", watched)
     place.label("a b c")
     assert watched.crowd == {(f"scripted:{name}.jsonl",) for name in "abc"}
     assert not watched.open
@@ -381,7 +381,7 @@ def test_cut_short_anywhere_it_ends_the_same_and_pays_once(place, judges, by, mo
     calls = 0
     while True:
         watched = Watched(stop_after=19)
-        monkeypatch.setattr("aif.stages.label.open_llm", watched)
+        monkeypatch.setattr("aif.judge.calls.open_llm", watched)
         result = cli("label", *place.arguments(judges, *by, below(0.4)))
         calls += watched.calls
         if result.exit_code == 0:

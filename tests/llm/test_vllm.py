@@ -30,7 +30,7 @@ from aif.config.settings import LabelSettings, LLMSettings
 from aif.constitution import file as constitutions
 from aif.data.readers import read_pairs
 from aif.errors import InputError, Interrupted, JudgeStopped
-from aif.judge.aggregate import label_of
+from aif.judge.aggregate import aggregate_verdicts
 from aif.judge.judge import Judge
 from aif.llm import Ask, open_llm
 from aif.llm.dispatch import ask_all
@@ -175,14 +175,14 @@ def labels(llm, settings: LLMSettings) -> list[Label]:
     label = LabelSettings(protocol="pointwise")
     judge = Judge(constitution, settings.model_copy(update={"form": "text"}), label)
     rows = comparisons()
-    cells = {c.id: judge.cells(c) for c in rows}
-    asks = {cell.id: judge.ask(cell, c) for c in rows for cell in cells[c.id]}
+    calls = {c.id: judge.calls_for(c) for c in rows}
+    asks = {call.id: judge.ask(call, c) for c in rows for call in calls[c.id]}
     answers = {answer.key: answer for answer in llm.answer(asks.values())}
     found = []
     for c in rows:
-        told = [judge.verdict(x, c, judge.journal_row(answers[x.id])) for x in cells[c.id]]
+        told = [judge.verdict(x, c, judge.journal_row(answers[x.id])) for x in calls[c.id]]
         assert all(verdict.fault is None for verdict in told), told
-        found.append(label_of(c, told, constitution, judge.protocol))
+        found.append(aggregate_verdicts(c, told, constitution, judge.protocol))
     return found
 
 

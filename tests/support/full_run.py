@@ -12,7 +12,7 @@ from typing import Any
 from aif.config.settings import Settings
 from aif.config.toml import checked
 from aif.constitution.file import Constitution, load
-from aif.judge.aggregate import label_of
+from aif.judge.aggregate import aggregate_verdicts
 from aif.run import Run
 from aif.stats.calibration import moments
 from aif.stats.odds import probability
@@ -81,7 +81,7 @@ def _judge(run: Run, pairs: list[Comparison], constitution: Constitution, draw: 
     for number, pair in enumerate(pairs):
         own = list(_verdicts(pair, constitution, draw, faulty=number % FAULTY == 0))
         verdicts += own
-        labels.append(label_of(pair, own, constitution, "pairwise"))
+        labels.append(aggregate_verdicts(pair, own, constitution, "pairwise"))
     labels[1] = replace(labels[1], p_first=0.7)  # on the border of what is confident
     run.write("verdicts.jsonl", verdicts)
     run.write("labels.jsonl", labels)

@@ -19,7 +19,7 @@ from aif.config.toml import checked
 from aif.constitution import file
 from aif.data.readers import read_rated
 from aif.errors import AifError, InputError
-from aif.judge.aggregate import label_of
+from aif.judge.aggregate import aggregate_verdicts
 from aif.run import Run
 from aif.store.records import Comparison, HumanChoice, Label, Verdict
 from aif.train import tokens
@@ -186,7 +186,7 @@ def test_the_grades_of_a_response_are_combined_by_weight(tmp_path, table):
     rules = file.load(tmp_path / "c.toml")
     for row in run.read("comparisons.jsonl", Comparison):
         a, b = (want[group.responses.index(text)] for text in (row.first, row.second))
-        label = label_of(row, made[row.id], rules, "pointwise")
+        label = aggregate_verdicts(row, made[row.id], rules, "pointwise")
         assert label.p_first == pytest.approx(sigmoid(a - b)), "as the label of the two has it"
 
 
