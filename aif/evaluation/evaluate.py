@@ -280,7 +280,8 @@ def _diverge(
     if not local or ":" in reference or run.settings.policy.temperature == 0:
         return
     from aif.models.load import load_tokenizer
-    from aif.train.ppo.kl import Drawn, log_ratios
+    from aif.train.examples import Example
+    from aif.train.ppo.kl import log_ratios
 
     try:
         load_tokenizer(reference)
@@ -289,8 +290,13 @@ def _diverge(
         return
     told = [[row for row in rows[policy.name] if row.response is not None] for policy in local]
     progress.say(f"reading {sum(map(len, told)):,} responses for their KL from {reference}")
+
+    def example(row: Measured) -> Example:
+        dialogue = [*row.prompt.messages, {"role": "assistant", "content": row.response}]
+        return Example("", "", "", dialogue, ended=row.ended)
+
     drawn = [
-        (policy.model, [Drawn(row.prompt.messages, row.response, row.ended) for row in some])
+        (policy.model, [example(row) for row in some])
         for policy, some in zip(local, told, strict=True)
     ]
     for some, ratios in zip(told, log_ratios(drawn, reference, run.settings), strict=True):

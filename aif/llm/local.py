@@ -24,8 +24,9 @@ from aif.errors import InputError, shown
 from aif.llm import LLM, SPELLED_TOKENS, Answer, Ask, ended
 from aif.llm.option_logprobs import IMPOSSIBLE, begun
 from aif.llm.prefix_scorer import PrefixScorer
-from aif.llm.sampler import ROWS_CPU, Draw, Drawn, generate
+from aif.llm.sampler import ROWS_CPU, Draw, generate
 from aif.llm.verdict_text import is_refusal, parse_verdict
+from aif.models.decode import SampledTokens
 from aif.models.load import ends_of, load_model, load_tokenizer
 from aif.store.records import content_id
 
@@ -211,13 +212,15 @@ class LocalLLM(LLM):
         while some := list(islice(drawn, ROWS_CPU)):  # a kill loses no more than these
             yield from self._with_ends(some)
 
-    def _with_ends(self, rows: list[tuple[Row, list[Drawn | RuntimeError]]]) -> Iterator[Answer]:
+    def _with_ends(
+        self, rows: list[tuple[Row, list[SampledTokens | RuntimeError]]]
+    ) -> Iterator[Answer]:
         """The answers that these texts are, each with its `ends`."""
         answers, endings, place = [], [], []
         for row, drawn in rows:
             answer = self._written(row, drawn, None)
             for n, text in enumerate(answer.texts):
-                said = _until_verdict(row.ask, text, drawn[n].stopped)
+                said = _until_verdict(row.ask, text, drawn[n].ended)
                 if said is not None:
                     endings.append(Row(row.ask, self._ids(row.ask, said)))
                     place.append((len(answers), n))
@@ -239,14 +242,14 @@ class LocalLLM(LLM):
         for row, drawn in self._drawn(rows):
             yield self._written(row, drawn, scored.get(row.ask.key))
 
-    def _drawn(self, rows: list[Row]) -> Iterator[tuple[Row, list[Drawn | RuntimeError]]]:
+    def _drawn(self, rows: list[Row]) -> Iterator[tuple[Row, list[SampledTokens | RuntimeError]]]:
         """Each row with all of its samples."""
         draws, owner = [], []
         for i, row in enumerate(rows):
             for sample in range(row.ask.samples):
                 draws.append(_draw(row, sample))
                 owner.append(i)
-        done: dict[int, dict[int, Drawn | RuntimeError]] = {i: {} for i in range(len(rows))}
+        done: dict[int, dict[int, SampledTokens | RuntimeError]] = {i: {} for i in range(len(rows))}
         eos = ends_of(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id or 0
         for n, drawn in generate(self.model, draws, eos, pad, self._text):
@@ -256,7 +259,7 @@ class LocalLLM(LLM):
                 yield row, [drawn for _, drawn in sorted(done.pop(owner[n]).items())]
 
     def _written(
-        self, row: Row, drawn: list[Drawn | RuntimeError], scored: Answer | None
+        self, row: Row, drawn: list[SampledTokens | RuntimeError], scored: Answer | None
     ) -> Answer:
         if scored is not None and scored.fault:
             return scored
@@ -266,7 +269,7 @@ class LocalLLM(LLM):
         answer = Answer(
             row.ask.key,
             tuple(self._text(one.ids) for one in drawn),
-            "stop" if all(one.stopped for one in drawn) else "length",
+            "stop" if all(one.ended for one in drawn) else "length",
             scored.logprobs if scored else None,
             usage={
                 "prompt_tokens": len(row.ids),

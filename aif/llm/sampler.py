@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from aif.models.decode import Drawn, Ended, decode
+from aif.models.decode import SampledTokens, StopWhen, decode
 
 NARROWEST = 16  # tokens between two widths, and a quarter to an eighth of them where that is more
 # Rows of a batch: 64 short texts run a quarter to a third faster than 16 on a CPU, 64 long ones
@@ -48,10 +48,10 @@ class Draw:
 
 def generate(
     model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf
-) -> Iterator[tuple[int, Drawn | RuntimeError]]:
+) -> Iterator[tuple[int, SampledTokens | RuntimeError]]:
     """(index into `draws`, what came of it) for every draw, in batches of like lengths."""
 
-    def run(some: list[int]) -> list[Drawn | RuntimeError]:
+    def run(some: list[int]) -> list[SampledTokens | RuntimeError]:
         return _batch(model, [draws[i] for i in some], eos, pad, text_of)
 
     like: dict[tuple[int, int], list[int]] = {}
@@ -90,7 +90,7 @@ def halving(
 
 def _batch(
     model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf
-) -> list[Drawn | RuntimeError]:
+) -> list[SampledTokens | RuntimeError]:
     """Draws of one width and one max_tokens, together."""
     width, new = draws[0].width, draws[0].max_tokens
     # On a GPU the number of rows picks the kernel, so that batches are always full there.
@@ -105,13 +105,13 @@ def _batch(
         pad=pad,
         width=width,
         step=step,
-        ended=_at_stops(draws, text_of),
+        stop_when=_at_stops(draws, text_of),
     )
     broken = RuntimeError("the model's logits are not numbers")
     return [broken if one is None else one for one in found]
 
 
-def _at_stops(draws: Sequence[Draw], text_of: TextOf) -> Ended | None:
+def _at_stops(draws: Sequence[Draw], text_of: TextOf) -> StopWhen | None:
     """Whether a draw's new text has come to one of its stop strings; None where there are none.
 
     It reads the end of the text, not tokens: a stop string is seldom made of the same tokens twice.
@@ -119,11 +119,11 @@ def _at_stops(draws: Sequence[Draw], text_of: TextOf) -> Ended | None:
     if not any(draw.stop for draw in draws):
         return None
 
-    def ended(index: int, new: Sequence[int]) -> bool:
+    def stop_when(index: int, new: Sequence[int]) -> bool:
         stops = draws[index].stop
         # A token is a byte or more, so no stop string reaches back further.
         reach = max((len(stop.encode()) for stop in stops), default=0)
         text = text_of(new[-reach:]) if reach else ""
         return any(stop in text for stop in stops)
 
-    return ended
+    return stop_when

@@ -21,15 +21,16 @@ DROP = 8  # rows that have ended leave the batch once they are one in so many
 NOT_A_NUMBER = -1  # the token that is drawn from logits that are none
 GROUP = 256  # tokens that share one number of a row's noise: see `drawn`
 
-Ended = Callable[[int, Sequence[int]], bool]  # of a prompt's index and what was written so far
+StopWhen = Callable[[int, Sequence[int]], bool]  # (index of the prompt, its new tokens) -> stop?
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """New tokens; where it `stopped`, the last is an EOS or completes what it was to stop at."""
+class SampledTokens:
+    """The new tokens of one text. `ended` is True if the last token is an EOS or completes a stop
+    string, and False if `max_tokens` cut the text off."""
 
     ids: tuple[int, ...]
-    stopped: bool
+    ended: bool
 
 
 @dataclass
@@ -96,19 +97,19 @@ def decode(
     pad: int,
     width: int | None = None,
     step: int = 1,
-    ended: Ended | None = None,
-) -> list[Drawn | None]:
-    """What the model writes after each prompt (tokens, at least one); None where its logits were
-    not numbers.
+    stop_when: StopWhen | None = None,
+) -> list[SampledTokens | None]:
+    """The text that the model writes after each prompt (one token or more). None if its logits
+    are not finite numbers.
 
-    `ends` are the EOS tokens, and `ended` says what else a text ends at. A row depends on its seed
-    and prompt, and by rounding alone on the shape of the batch: prompts are padded on the left to
-    `width` (None: to the longest), and there are always a multiple of `step` rows. Temperature 0 is
-    the likeliest token.
+    A text ends at a token of `ends` (EOS) or where `stop_when` says so. It depends on its seed and
+    its prompt; the shape of the batch changes only the rounding. Prompts are padded on the left to
+    `width` (None: to the longest), and the batch always has a multiple of `step` rows.
+    Temperature 0 takes the most likely token.
     """
     new: list[list[int]] = [[] for _ in prompts]
-    stopped, broken = set(), set()
-    rows, first_BV = _begun(model, prompts, seeds, temperatures, max_tokens, pad, width, step)
+    ended, broken = set(), set()
+    rows, first_BV = _prefill(model, prompts, seeds, temperatures, max_tokens, pad, width, step)
     for t in range(max_tokens):
         logits_BV = rows.logits() if t else first_BV
         next_B = drawn(logits_BV, rows.temperature_B1, rows.noise)
@@ -118,8 +119,8 @@ def decode(
             new[index].append(token)
             if token == NOT_A_NUMBER:
                 broken.add(index)
-            elif token in ends or (ended is not None and ended(index, new[index])):
-                stopped.add(index)
+            elif token in ends or (stop_when is not None and stop_when(index, new[index])):
+                ended.add(index)
             else:
                 continue
             rows.of[row] = None
@@ -128,12 +129,12 @@ def decode(
         rows.append(next_B)
         rows.drop(step)
     return [
-        None if index in broken else Drawn(tuple(ids), index in stopped)
+        None if index in broken else SampledTokens(tuple(ids), index in ended)
         for index, ids in enumerate(new)
     ]
 
 
-def _begun(
+def _prefill(
     model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
     temperatures: Sequence[float], max_tokens: int, pad: int, width: int | None, step: int,
 ) -> tuple[_Rows, torch.Tensor]:  # fmt: skip

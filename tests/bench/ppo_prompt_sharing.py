@@ -19,12 +19,12 @@ import torch
 from accelerate import Accelerator
 
 from aif.config.settings import PPOSettings
+from aif.models.decode import SampledTokens
 from aif.models.load import torch_dtype, usable_device
 from aif.train.batch import Layout
 from aif.train.model import inner, load_for_training, micro_batch, without_dropout
 from aif.train.ppo.actor_critic import ActorCritic, Reference
 from aif.train.ppo.experience import experience, read, tokens_of
-from aif.train.ppo.rollouts import Rollout
 from aif.train.ppo.update import Learner
 from aif.train.prefix_groups import SharingLayout
 from aif.train.tokens import TokenRow
@@ -89,7 +89,7 @@ def responses(args: argparse.Namespace) -> list[TokenRow]:
         prompt = draw.integers(1000, 20_000, length)
         for _ in range(args.samples):
             ids = draw.integers(1000, 20_000, args.tokens)
-            found.append(tokens_of(prompt, Rollout(ids.astype(np.int32), False)))
+            found.append(tokens_of(prompt, SampledTokens(tuple(ids.tolist()), False)))
     return found
 
 

@@ -29,7 +29,8 @@ from aif.models.load import load_tokenizer
 from aif.run import Run
 from aif.stats.best_of import best_of_n_kl
 from aif.store import checkpoint
-from aif.train.ppo.kl import Drawn, log_ratios
+from aif.train.examples import Example
+from aif.train.ppo.kl import log_ratios
 from aif.train.reward.model import load_ensemble
 from tests.conftest import read_jsonl, write_jsonl
 from tests.support.tiny import Said, quick, save_tiny, tiny_model
@@ -161,9 +162,14 @@ def test_kl_is_from_what_ppo_started_from(folder):
     }  # fmt: skip
     assert {row["kl"] for row in rows(run, "best-of-4")} == {None}, "it is no single draw"
     for name, model in (("base", folder / "base"), ("ppo", run.path / "ppo")):
-        drawn = [Drawn([turn], row["text"], row["finish"] == "stop")
-                 for turn, row in zip(PROMPTS, responses(run, name), strict=True)]  # fmt: skip
-        (expected,) = log_ratios([(str(model), drawn)], str(run.path / "sft"), run.settings)
+        examples = [
+            Example(
+                "", "", "", [turn, {"role": "assistant", "content": row["text"]}],
+                ended=row["finish"] == "stop",
+            )
+            for turn, row in zip(PROMPTS, responses(run, name), strict=True)
+        ]  # fmt: skip
+        (expected,) = log_ratios([(str(model), examples)], str(run.path / "sft"), run.settings)
         assert [row["kl"] for row in rows(run, name)] == pytest.approx(expected, abs=1e-4)
         assert found[name]["kl"]["mean"] == pytest.approx(fmean(expected), abs=1e-4)
     assert found["ppo"]["kl"]["mean"] > 0.1

@@ -18,7 +18,7 @@ from aif.config.settings import LLMSettings
 from aif.llm import Ask
 from aif.llm import local as module
 from aif.llm.local import LocalLLM
-from aif.llm.sampler import Drawn
+from aif.models.decode import SampledTokens
 from tests.support.tiny import save_tiny
 
 TEN = tuple(str(n) for n in range(1, 11))
@@ -78,7 +78,7 @@ def said(monkeypatch, llm, *texts: tuple[str, bool]):
 
     def generate(model, draws, *rest):
         for n, (text, stopped) in enumerate(texts[: len(draws)]):
-            yield n, Drawn(tuple(llm.tokenizer(text)["input_ids"]), stopped)
+            yield n, SampledTokens(tuple(llm.tokenizer(text)["input_ids"]), stopped)
 
     monkeypatch.setattr(module, "generate", generate)
 

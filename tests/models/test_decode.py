@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 import numpy as np
 from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from aif.models.decode import GROUP, NOT_A_NUMBER, Drawn, decode, drawn
+from aif.models.decode import GROUP, NOT_A_NUMBER, SampledTokens, decode, drawn
 from tests.support.tiny import tiny_model
 
 VOCAB = 64
@@ -173,7 +173,7 @@ def test_a_prompt_is_run_once_and_rows_that_end_leave_whatever_the_model_caches(
     ]
     assert together == alone
     assert len({one.ids for one in together}) > 8
-    assert {one.stopped for one in together} == {True, False}
+    assert {one.ended for one in together} == {True, False}
 
 
 def test_the_batch_has_always_a_multiple_of_the_step():
@@ -192,8 +192,8 @@ def test_the_batch_has_always_a_multiple_of_the_step():
 def test_a_caller_may_end_a_text_and_a_row_of_broken_logits_is_none():
     model, prompts = KINDS["llama"]().eval(), asked(4)
     free = decoded(model, prompts, ends=set())
-    cut = decoded(model, prompts, ends=set(), ended=lambda n, new: n == 2 and len(new) == 3)
-    assert cut[2] == Drawn(free[2].ids[:3], stopped=True)
+    cut = decoded(model, prompts, ends=set(), stop_when=lambda n, new: n == 2 and len(new) == 3)
+    assert cut[2] == SampledTokens(free[2].ids[:3], ended=True)
     assert [cut[n] for n in (0, 1, 3)] == [free[n] for n in (0, 1, 3)]
 
     def broken_after_a_while(head, args, out):

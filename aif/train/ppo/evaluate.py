@@ -72,7 +72,7 @@ class Watch:
                 "score": score,
                 "gold": gold,
                 "kl": kl,
-                "tokens": len(rollout.ids_T),
+                "tokens": len(rollout.ids),
                 "ended": rollout.ended,
             }
             for prompt, rollout, text, score, gold, kl in zip(

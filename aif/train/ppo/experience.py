@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from aif.config.settings import PPOSettings
+from aif.models.decode import SampledTokens
 from aif.train.batch import Batch, Layout
 from aif.train.ppo.actor_critic import Reference
 from aif.train.ppo.maths import gae, kl_estimate, leave_one_out, moments_of, token_rewards, whiten
-from aif.train.ppo.rollouts import Rollout
 from aif.train.tokens import TokenRow
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # the sum over all processes
@@ -44,10 +44,10 @@ class Experience:
         return (self.logprobs_BT - self.ref_logprobs_BT).sum(1)
 
 
-def tokens_of(prompt: np.ndarray, rollout: Rollout) -> TokenRow:
+def tokens_of(prompt_T: np.ndarray, response: SampledTokens) -> TokenRow:
     """A prompt with its response, which alone is learned."""
-    ids = np.concatenate([prompt, rollout.ids_T]).astype(np.int32)
-    return TokenRow(ids, np.arange(len(ids)) >= len(prompt), "rollout")
+    ids_T = np.concatenate([prompt_T, response.ids]).astype(np.int32)
+    return TokenRow(ids_T, np.arange(len(ids_T)) >= len(prompt_T), "rollout")
 
 
 def response_mask(rows: Sequence[TokenRow]) -> torch.Tensor:

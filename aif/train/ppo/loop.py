@@ -39,6 +39,7 @@ import torch
 
 from aif.config.settings import PPOSettings
 from aif.errors import AifError
+from aif.models.decode import SampledTokens
 from aif.store.records import content_id
 from aif.train.batch import Layout
 from aif.train.distributed import all_gather, gather_rows, weighted_mean
@@ -47,7 +48,7 @@ from aif.train.ppo.experience import Experience, experience, read, tokens_of
 from aif.train.ppo.maths import AdaptiveKL, RunningMoments
 from aif.train.ppo.prompts import PolicyPrompt, PromptStream
 from aif.train.ppo.rewards import Rewards
-from aif.train.ppo.rollouts import Rollout, Rollouts
+from aif.train.ppo.rollouts import Rollouts
 from aif.train.ppo.update import Learner
 
 
@@ -111,13 +112,13 @@ class PPO:
         share = self.prompts[k][self.accelerator.process_index :: self.accelerator.num_processes]
         return [prompt for prompt in share for _ in range(self.settings.samples)]
 
-    def sample(self, asked: Sequence[PolicyPrompt], seeds: Sequence[int]) -> list[Rollout]:
+    def sample(self, asked: Sequence[PolicyPrompt], seeds: Sequence[int]) -> list[SampledTokens]:
         """A response of the policy, as it now is, to each prompt."""
         policy = self.accelerator.unwrap_model(self.learner.model).policy
         self.rollouts.sync(merged_weights(policy))
         return self.rollouts.sample([prompt.ids_T for prompt in asked], seeds)
 
-    def _sampled(self, asked: Sequence[PolicyPrompt], k: int) -> list[Rollout]:
+    def _sampled(self, asked: Sequence[PolicyPrompt], k: int) -> list[SampledTokens]:
         # A response's seed is of its place in the step, however many processes there are.
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         each = self.settings.samples
@@ -128,13 +129,16 @@ class PPO:
         return self.sample(asked, seeds)
 
     def _scores(
-        self, asked: Sequence[PolicyPrompt], rollouts: Sequence[Rollout]
+        self, asked: Sequence[PolicyPrompt], rollouts: Sequence[SampledTokens]
     ) -> list[float | None]:
         texts = texts_of(rollouts, self.tokenizer)
         return self.rewards([prompt.messages for prompt in asked], texts)
 
     def _experience(
-        self, asked: Sequence[PolicyPrompt], rollouts: Sequence[Rollout], scores: list[float | None]
+        self,
+        asked: Sequence[PolicyPrompt],
+        rollouts: Sequence[SampledTokens],
+        scores: list[float | None],
     ) -> Experience:
         """Of the responses that have a score."""
         kept = [n for n, score in enumerate(scores) if score is not None]
@@ -172,12 +176,12 @@ class PPO:
         return told | {"lr": rates[0]}
 
     def _measured(
-        self, found: Experience, rollouts: Sequence[Rollout], scores: Sequence[float | None]
+        self, found: Experience, rollouts: Sequence[SampledTokens], scores: Sequence[float | None]
     ) -> dict[str, float]:
         """Figures of the responses under TRL's names, over all processes; a source's mean and the
         explained variance are means of what each of them has."""
         known = [score for score in scores if score is not None]
-        tokens = sum(len(rollout.ids_T) for rollout in rollouts)
+        tokens = sum(len(rollout.ids) for rollout in rollouts)
         kl_coef = self.position.kl.value
         of_scored = {
             "objective/kl": float(found.kl_B.mean()),
@@ -219,9 +223,9 @@ def seed_of(*parts: object) -> int:
     return int(content_id("rollout", *parts)[:15], 16)
 
 
-def texts_of(rollouts: Sequence[Rollout], tokenizer: Any) -> list[str]:
+def texts_of(rollouts: Sequence[SampledTokens], tokenizer: Any) -> list[str]:
     """The responses as text, without what ends them."""
-    ids = [rollout.ids_T[: len(rollout.ids_T) - rollout.ended].tolist() for rollout in rollouts]
+    ids = [rollout.ids[: len(rollout.ids) - rollout.ended] for rollout in rollouts]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 

@@ -1,8 +1,7 @@
-"""Rollouts by vLLM, in this process: its scheduler and its kernels, our weights at every step.
+"""Sampling responses with vLLM in this process, with the policy's weights at every step.
 
-What vLLM computes is close to what the policy computes and not the same, so its log-probabilities
-are never used: those that PPO's ratio is taken of are read again by the model that learns (detail
-17).
+vLLM's log-probabilities are close to the policy's but not equal, so PPO does not use them. The
+model that learns computes the log-probabilities of PPO's ratio again (detail 17).
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ import numpy as np
 import torch
 
 from aif.models import vllm_engine
-from aif.train.ppo.rollouts import Rollout
+from aif.models.decode import SampledTokens
 
 
 class VLLMRollouts:
-    """A vLLM engine that takes over the policy's weights; `name` is a folder or a hub id.
+    """A vLLM engine that takes the policy's weights; `name` is a folder or a hub id.
 
-    `memory` is the share of a GPU's memory that it may hold, weights and cache. Raises AifError
-    where vLLM is not installed or does not start.
+    `memory` is the share of the GPU's memory for weights and cache. Raises AifError if vLLM is not
+    installed or does not start.
     """
 
-    models: Sequence[Any] = ()  # its memory is what it was given
+    models: Sequence[Any] = ()  # vLLM's memory is fixed by `memory`
 
     def __init__(
         self,
@@ -43,35 +42,35 @@ class VLLMRollouts:
         )
         from vllm import SamplingParams
 
-        self._ends = sorted(ends)
         self._params = functools.partial(
             SamplingParams,
             temperature=temperature,
             max_tokens=max_tokens,
-            stop_token_ids=self._ends,
+            stop_token_ids=sorted(ends),
             detokenize=False,
         )
+        self._ends = ends
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over the policy's weights; what was cached under the old ones is dropped."""
+        """Take the policy's weights and drop the cache of the old ones."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights)})
         self._llm.reset_prefix_cache()
 
-    def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> list[Rollout]:
+    def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> list[SampledTokens]:
         """A response to each prompt, in their order."""
-        asked = [{"prompt_token_ids": ids.tolist()} for ids in prompts]
-        made = self._llm.generate(
-            asked, [self._params(seed=seed) for seed in seeds], use_tqdm=False
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": ids_T.tolist()} for ids_T in prompts],
+            [self._params(seed=seed) for seed in seeds],
+            use_tqdm=False,
         )
-        return [self._rollout(found.outputs[0]) for found in made]
+        return [self._response(output.outputs[0]) for output in outputs]
 
     def close(self) -> None:
-        """End the engine and free its memory; it is of no use afterwards."""
+        """Stop the engine and free its memory; it cannot be used again."""
         vllm_engine.shut_down(self._llm)
 
-    def _rollout(self, output: Any) -> Rollout:
-        ids = list(output.token_ids)
-        ended = output.finish_reason == "stop"
-        if ended and ids[-1:] not in [[end] for end in self._ends]:
-            ids.append(output.stop_reason)  # the token that ended it, where vLLM left it out
-        return Rollout(np.array(ids, np.int32), ended)
+    def _response(self, completion: Any) -> SampledTokens:
+        ids, ended = tuple(completion.token_ids), completion.finish_reason == "stop"
+        if ended and (not ids or ids[-1] not in self._ends):
+            ids += (completion.stop_reason,)  # vLLM leaves some stop tokens out
+        return SampledTokens(ids, ended)

@@ -16,6 +16,7 @@ import numpy as np
 from transformers import LlamaForSequenceClassification
 
 from aif.config.settings import PPOSettings
+from aif.models.decode import SampledTokens
 from aif.train.batch import Layout
 from aif.train.ppo.actor_critic import ActorCritic, Reference
 from aif.train.ppo.experience import (
@@ -27,7 +28,6 @@ from aif.train.ppo.experience import (
     tokens_of,
 )
 from aif.train.ppo.maths import gae, kl_estimate, leave_one_out, moments_of, whiten
-from aif.train.ppo.rollouts import Rollout
 from aif.train.tokens import TokenRow
 from tests.support.tiny import tiny_model
 
@@ -63,7 +63,7 @@ def frozen():
 
 def row(prompt: int, response: int, seed: int = 0) -> TokenRow:
     draw = np.random.default_rng([seed, prompt, response])
-    made = Rollout(draw.integers(3, 64, response).astype(np.int32), True)
+    made = SampledTokens(tuple(draw.integers(3, 64, response).tolist()), True)
     return tokens_of(draw.integers(3, 64, prompt).astype(np.int32), made)
 
 
@@ -281,7 +281,7 @@ def test_moments_are_of_all_processes(whiten_rewards):
 
 
 def test_a_response_is_all_that_is_learned_of_a_row():
-    found = tokens_of(np.array([7, 8, 9]), Rollout(np.array([4, 2], np.int32), True))
+    found = tokens_of(np.array([7, 8, 9]), SampledTokens((4, 2), True))
     assert found.ids_T.tolist() == [7, 8, 9, 4, 2]
     assert found.ids_T.dtype == np.int32
     assert found.loss_mask_T.tolist() == [False] * 3 + [True] * 2

@@ -19,14 +19,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aif.config.settings import Settings
 from aif.config.toml import checked
+from aif.train.examples import Example
 from aif.train.ppo import kl
-from aif.train.ppo.kl import Drawn, log_ratios
+from aif.train.ppo.kl import log_ratios
 from tests.support.tiny import quick, save_tiny
 from tests.support.toy import save_toy
 
 TALK = [{"role": "user", "content": "How are you?"}]
 TEXTS = ["I am well, thank you.", "Fine", "Well enough, and how is your old dog doing these days?"]
-DRAWN = [Drawn(TALK, text, n != 1) for n, text in enumerate(TEXTS)]
+
+
+def example(text: str, ended: bool, prompt=TALK) -> Example:
+    return Example("", "", "", [*prompt, {"role": "assistant", "content": text}], ended=ended)
+
+
+EXAMPLES = [example(text, n != 1) for n, text in enumerate(TEXTS)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,16 +62,17 @@ def settings(**policy) -> Settings:
 
 
 @torch.no_grad()
-def plain(folder: str, drawn: Drawn, temperature: float) -> float:
+def plain(folder: str, row: Example, temperature: float) -> float:
     """log p of a response, a token at a time."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    asked = tokenizer.apply_chat_template(drawn.prompt, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
-    said = tokenizer(drawn.text, add_special_tokens=False)["input_ids"]
-    said += [tokenizer.eos_token_id] * drawn.ended
+    *prompt, answer = row.messages
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    response = tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
+    response += [tokenizer.eos_token_id] * row.ended
     total = 0.0
-    for token in said:
+    for token in response:
         logits_V = model(torch.tensor([ids])).logits[0, -1] / temperature
         total += float(logits_V.log_softmax(0)[token])
         ids.append(token)
@@ -74,18 +82,18 @@ def plain(folder: str, drawn: Drawn, temperature: float) -> float:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_ratios_are_those_of_plain_forwards(models, temperature):
     first, moved = models
-    (found,) = log_ratios([(moved, DRAWN)], first, settings(temperature=temperature))
-    expected = [plain(moved, d, temperature) - plain(first, d, temperature) for d in DRAWN]
-    assert found == pytest.approx(expected, abs=1e-3)
-    assert all(abs(ratio) > 0.01 for ratio in found)
+    (ratios,) = log_ratios([(moved, EXAMPLES)], first, settings(temperature=temperature))
+    expected = [plain(moved, d, temperature) - plain(first, d, temperature) for d in EXAMPLES]
+    assert ratios == pytest.approx(expected, abs=1e-3)
+    assert all(abs(ratio) > 0.01 for ratio in ratios)
 
 
 def test_the_mean_over_own_draws_is_the_kl(models):
     """Of responses of one token, whose KL can be summed."""
     first, moved = models
     tokenizer = AutoTokenizer.from_pretrained(first)
-    asked = tokenizer.apply_chat_template(TALK, add_generation_prompt=True, tokenize=False)
-    ids_BT = torch.tensor([tokenizer(asked, add_special_tokens=False)["input_ids"]])
+    prompt = tokenizer.apply_chat_template(TALK, add_generation_prompt=True, tokenize=False)
+    ids_BT = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         p_V, q_V = (
             AutoModelForCausalLM.from_pretrained(folder)(ids_BT).logits[0, -1].log_softmax(0)
@@ -94,50 +102,49 @@ def test_the_mean_over_own_draws_is_the_kl(models):
     exact = float((p_V.exp() * (p_V - q_V)).sum())
     draws = torch.multinomial(p_V.exp(), 3000, replacement=True, generator=torch.manual_seed(0))
     texts = tokenizer.batch_decode(draws[:, None])
-    again = tokenizer([asked + text for text in texts], add_special_tokens=False)["input_ids"]
+    again = tokenizer([prompt + text for text in texts], add_special_tokens=False)["input_ids"]
     kept = [
         (token, text)
         for token, text, ids in zip(draws.tolist(), texts, again, strict=True)
         if ids[ids_BT.shape[1] :] == [token]  # it is that token again when it is read as text
     ]
     assert len(kept) > 1000
-    (found,) = log_ratios(
-        [(moved, [Drawn(TALK, text, False) for _, text in kept])], first, settings()
-    )
-    assert found == pytest.approx([float(p_V[t] - q_V[t]) for t, _ in kept], abs=1e-4)
-    assert sum(found) / len(found) == pytest.approx(exact, abs=0.3 * exact)
+    (ratios,) = log_ratios([(moved, [example(text, False) for _, text in kept])], first, settings())
+    assert ratios == pytest.approx([float(p_V[t] - q_V[t]) for t, _ in kept], abs=1e-4)
+    assert sum(ratios) / len(ratios) == pytest.approx(exact, abs=0.3 * exact)
 
 
 def test_the_same_weights_are_no_nats_apart(models, tmp_path):
     first, moved = models
     copied = shutil.copytree(first, tmp_path / "copy")
-    found = log_ratios([(first, DRAWN), (str(copied), DRAWN), (moved, DRAWN)], first, settings())
-    assert found[0] == [0.0] * 3
-    assert found[1] == pytest.approx([0.0] * 3, abs=1e-6)
-    alone = log_ratios([(moved, DRAWN)], first, settings())
-    assert found[2] == pytest.approx(alone[0], abs=1e-4), "each is held against its own"
+    policies = [(first, EXAMPLES), (str(copied), EXAMPLES), (moved, EXAMPLES)]
+    ratios = log_ratios(policies, first, settings())
+    assert ratios[0] == [0.0] * 3
+    assert ratios[1] == pytest.approx([0.0] * 3, abs=1e-6)
+    alone = log_ratios([(moved, EXAMPLES)], first, settings())
+    assert ratios[2] == pytest.approx(alone[0], abs=1e-4), "each is held against its own"
 
 
 def test_a_model_is_never_read_against_itself(models, monkeypatch):
     monkeypatch.setattr(kl, "load_model", None)
-    assert log_ratios([(models[0], DRAWN)], models[0], settings()) == [[0.0] * 3]
+    assert log_ratios([(models[0], EXAMPLES)], models[0], settings()) == [[0.0] * 3]
 
 
 def test_other_tokens_have_no_ratio(models, tmp_path):
     other = str(save_toy(tmp_path / "toy"))
-    found = log_ratios([(other, DRAWN), (models[1], DRAWN)], models[0], settings())
-    assert found[0] == [None] * 3
-    assert None not in found[1]
+    ratios = log_ratios([(other, EXAMPLES), (models[1], EXAMPLES)], models[0], settings())
+    assert ratios[0] == [None] * 3
+    assert None not in ratios[1]
 
 
 def test_a_response_that_does_not_fit_has_none(models):
-    too_long = Drawn([{"role": "user", "content": "word " * 400}], "Yes.", True)
-    (found,) = log_ratios([(models[1], [DRAWN[0], too_long])], models[0], settings())
-    assert found[0] is not None
-    assert found[1] is None
+    too_long = example("Yes.", True, [{"role": "user", "content": "word " * 400}])
+    (ratios,) = log_ratios([(models[1], [EXAMPLES[0], too_long])], models[0], settings())
+    assert ratios[0] is not None
+    assert ratios[1] is None
 
 
 def test_a_plain_text_is_read_as_it_was_asked(models):
-    (as_chat,) = log_ratios([(models[1], DRAWN)], models[0], settings())
-    (as_text,) = log_ratios([(models[1], DRAWN)], models[0], settings(form="text"))
+    (as_chat,) = log_ratios([(models[1], EXAMPLES)], models[0], settings())
+    (as_text,) = log_ratios([(models[1], EXAMPLES)], models[0], settings(form="text"))
     assert as_text != pytest.approx(as_chat, abs=1e-3)

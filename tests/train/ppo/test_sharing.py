@@ -24,11 +24,11 @@ from transformers import LlamaForSequenceClassification
 
 from aif.config.settings import PPOSettings
 from aif.errors import InputError
+from aif.models.decode import SampledTokens
 from aif.train.batch import Layout
 from aif.train.model import without_dropout
 from aif.train.ppo.actor_critic import ActorCritic, Reference
 from aif.train.ppo.experience import Experience, experience, micro_batches, read, tokens_of
-from aif.train.ppo.rollouts import Rollout
 from aif.train.ppo.setup import Prepared, check_settings, made
 from aif.train.ppo.train import ppo
 from aif.train.ppo.update import Learner
@@ -66,7 +66,7 @@ def one_process():
 def row(prompt: int, response: int, n: int) -> TokenRow:
     asked = np.random.default_rng([1, prompt]).integers(3, 64, prompt).astype(np.int32)
     drawn = np.random.default_rng([2, n]).integers(3, 64, response).astype(np.int32)
-    return tokens_of(asked, Rollout(drawn, True))
+    return tokens_of(asked, SampledTokens(tuple(drawn.tolist()), True))
 
 
 def rows() -> list[TokenRow]:
@@ -132,10 +132,10 @@ def alike(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None
 
 
 def test_a_prompts_responses_are_branches_of_one_row():
-    ids = np.array([7, 8], np.int32), np.array([9], np.int32)
-    first = tokens_of(np.array([11, 12, 13]), Rollout(ids[0], True))
-    other = tokens_of(np.array([21, 22]), Rollout(ids[0], True))
-    second = tokens_of(np.array([11, 12, 13]), Rollout(ids[1], True))
+    ids = (7, 8), (9,)
+    first = tokens_of(np.array([11, 12, 13]), SampledTokens(ids[0], True))
+    other = tokens_of(np.array([21, 22]), SampledTokens(ids[0], True))
+    second = tokens_of(np.array([11, 12, 13]), SampledTokens(ids[1], True))
     ((numbers, batch),) = micro_batches([first, other, second], SHARED)
     assert numbers == [0, 2, 1]
     assert batch.input_ids.tolist() == [[11, 12, 13, 7, 8, 9], [21, 22, 7, 8, 5, 5]]

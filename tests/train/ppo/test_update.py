@@ -24,11 +24,11 @@ from accelerate.state import AcceleratorState
 from transformers import LlamaForSequenceClassification
 
 from aif.config.settings import PPOSettings
+from aif.models.decode import SampledTokens
 from aif.train.batch import Layout, Steps
 from aif.train.model import without_dropout
 from aif.train.ppo.actor_critic import ActorCritic, Reference
 from aif.train.ppo.experience import Experience, experience, read, tokens_of
-from aif.train.ppo.rollouts import Rollout
 from aif.train.ppo.update import Learner, NotFinite, answers
 from aif.train.tokens import TokenRow
 from tests.conftest import ROOT
@@ -82,7 +82,7 @@ def rows() -> list[TokenRow]:
     found = []
     for n, (prompt, response) in enumerate(SHAPES):
         draw = np.random.default_rng(n)
-        made = Rollout(draw.integers(3, 64, response).astype(np.int32), True)
+        made = SampledTokens(tuple(draw.integers(3, 64, response).tolist()), True)
         asked = np.array([10 + n, *draw.integers(3, 64, prompt - 1)], np.int32)
         found.append(tokens_of(asked, made))
     return found

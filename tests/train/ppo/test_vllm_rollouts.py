@@ -21,7 +21,7 @@ from aif.train.ppo.vllm_rollouts import VLLMRollouts
 from tests.conftest import ROOT, aif
 
 TEMPERATURE = 0.7
-ASKED = ["Name a fruit.", "How are you today?", "Tell me a story about a very old house."]
+QUESTIONS = ["Name a fruit.", "How are you today?", "Tell me a story about a very old house."]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def prompts(tokenizer) -> list[np.ndarray]:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
         )
-        for text in ASKED
+        for text in QUESTIONS
     ]
     return [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts * 8]
 
@@ -54,38 +54,36 @@ def engine(policy, tokenizer) -> VLLMRollouts:
     )  # fmt: skip
 
 
-def mean_logprob(model, prompts, rollouts) -> float:
+def mean_logprob(model, prompts, responses) -> float:
     """Of the drawn tokens under the model, at the temperature of the draw."""
-    found = []
-    for prompt, rollout in zip(prompts, rollouts, strict=True):
-        ids = torch.tensor(np.concatenate([prompt, rollout.ids_T])[None].astype(int))
+    means = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor(np.concatenate([prompt, response.ids])[None].astype(int))
         with torch.no_grad():
             logits_TV = model(ids).logits[0, len(prompt) - 1 : -1].float() / TEMPERATURE
         logprobs_TV = logits_TV.log_softmax(-1)
-        found.append(logprobs_TV.gather(1, ids[0, len(prompt) :, None]).mean())
-    return float(torch.stack(found).mean())
+        means.append(logprobs_TV.gather(1, ids[0, len(prompt) :, None]).mean())
+    return float(torch.stack(means).mean())
 
 
 def test_responses_are_the_policys_and_end_with_their_first_end(engine, policy, prompts, tokenizer):
     engine.sync(merged_weights(policy))
-    found = engine.sample(prompts, range(len(prompts)))
+    responses = engine.sample(prompts, range(len(prompts)))
     ends = ends_of(policy, tokenizer)
-    for rollout in found:
-        assert rollout.ended == (rollout.ids_T[-1] in ends)
-        assert not ends & set(rollout.ids_T[:-1].tolist())
-        assert len(rollout.ids_T) == 24 or rollout.ended
-    entropy_like = -mean_logprob(policy, prompts, found)
+    for response in responses:
+        assert response.ended == (response.ids[-1] in ends)
+        assert not ends & set(response.ids[:-1])
+        assert len(response.ids) == 24 or response.ended
+    entropy_like = -mean_logprob(policy, prompts, responses)
     assert 0.2 < entropy_like < 2.0  # as a model's own samples are, and no other's
 
 
 def test_a_seed_is_a_response(engine, prompts):
     first, again = (engine.sample(prompts, range(len(prompts))) for _ in range(2))
     other = engine.sample(prompts, range(100, 100 + len(prompts)))
-    same = [np.array_equal(a.ids_T, b.ids_T) for a, b in zip(first, again, strict=True)]
+    same = [a.ids == b.ids for a, b in zip(first, again, strict=True)]
     assert sum(same) >= 0.9 * len(same)  # bfloat16: a batch's shape may flip a near tie
-    assert sum(
-        np.array_equal(a.ids_T, b.ids_T) for a, b in zip(first, other, strict=True)
-    ) < 0.3 * len(prompts)
+    assert sum(a.ids == b.ids for a, b in zip(first, other, strict=True)) < 0.3 * len(prompts)
 
 
 def test_it_samples_from_the_weights_that_it_was_given_last(engine, policy, prompts):
@@ -96,8 +94,11 @@ def test_it_samples_from_the_weights_that_it_was_given_last(engine, policy, prom
         for weight in changed.model.layers[-1].parameters():
             weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=draw)
     engine.sync(merged_weights(changed))
-    found = engine.sample(prompts, range(len(prompts)))
-    theirs, ours = mean_logprob(changed, prompts, found), mean_logprob(policy, prompts, found)
+    responses = engine.sample(prompts, range(len(prompts)))
+    theirs, ours = (
+        mean_logprob(changed, prompts, responses),
+        mean_logprob(policy, prompts, responses),
+    )
     assert theirs > ours + 0.1
     engine.sync(merged_weights(policy))
     back = engine.sample(prompts, range(len(prompts)))
