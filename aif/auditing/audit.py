@@ -1,12 +1,12 @@
-"""The report card of one or several judges, side by side: which of them to trust.
+"""The cards of one or several judges, side by side: which of them to trust.
 
     pairs with people's choices -> judges/JUDGE/ (label) -> audit.json
                                 -> canaries/JUDGE/ (label)
 
-Every judge labels the same pairs in a run folder of its own below RUN, and so do the canaries.
-What they were answered is in their journals, so that a second audit asks for what is new, and one
-that was killed goes on. Labels that are there already, of other runs, and verdicts that a file has
-recorded go through the same statistics; of those nothing is asked.
+Every judge labels the same pairs in a run folder of its own below RUN, and so do the canaries. The
+answers are in their journals: a second audit asks only what is new, and a killed audit goes on.
+Labels of other runs, and verdicts that the pairs' file has recorded, go through the same
+statistics without any call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from aif.auditing.attacks import Canary, canaries, flips
-from aif.auditing.card import Judgement, Tallies, judge_card, weight
+from aif.auditing.card import Judgement, judge_card, weight
+from aif.auditing.verdict_counts import VerdictTable
 from aif.config.settings import Settings, load_settings
 from aif.data.human import Item, items_of, read_items
 from aif.dependencies import require
@@ -34,7 +35,6 @@ from aif.stages.label import STAGE as LABELS
 from aif.stages.label import label
 from aif.stats.agreement import alpha, annotators, longer_wins
 from aif.stats.intervals import Bootstrap
-from aif.stats.odds import Value, outcome
 from aif.store.provenance import identity
 from aif.store.records import Comparison, Label, Verdict, content_id
 
@@ -44,46 +44,45 @@ RECORDED = "recorded:"
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A judge that is audited. `run` has its labels; None where they stand in the pairs' file. Of a
-    run with a panel, `seat` is the judge of it that is meant; None is their consensus."""
+class AuditedJudge:
+    """A judge to audit. `run` has its labels; None if its verdicts are in the pairs' file. If the
+    run has a panel, `member` is one judge of it, and None is their consensus."""
 
     name: str
     model: str
     run: Run | None
-    seat: str | None = None
+    member: str | None = None
 
 
 def audit(run: Run, progress: Progress) -> dict[str, Any]:
-    """Do what `run.settings.audit` says; returns what is kept as audit.json, and which calls
-    failed (`asking.check_faults` says whether those are too many).
+    """Audit the judges that `run.settings.audit` names; returns what audit.json keeps, and which
+    calls failed (`check_faults` says if they are too many).
 
-    Raises Interrupted or JudgeStopped when it ended early; the same command goes on. Raises
-    InputError or AifError, one line, where there is nothing to audit.
+    Raises Interrupted or JudgeStopped if it ended early; the same command goes on. Raises
+    InputError or AifError if there is nothing to audit.
     """
     require("audit", "scipy", "sklearn", "krippendorff")
     settings = run.settings.audit
     bootstrap, faults = Bootstrap(settings.seed, settings.resamples), Faults()
-    asked = [_asked(run, model) for model in _models(run) if not model.startswith(RECORDED)]
-    _check(asked)
+    live = _live_judges(run)
+    _check(live)
     items = _items(run)
     with run.writing():
-        if asked:
+        if live:
             run.keep_settings()
-        for one in asked:
-            progress.say(f"{one.name}: {len(items):,} pairs")
-            _pay(one.run, faults, progress)
-        judges = [*asked, *_recorded(run), *_labelled(run)]
-        cards, said = [], []
-        for one in judges:
-            judgements, tallies = _read(one, items)
-            said.append([_outcome(judgement.label) for judgement in judgements])
+        for judge in live:
+            progress.say(f"{judge.name}: {len(items):,} pairs")
+            _label(judge.run, faults, progress)
+        cards, outcomes = [], []
+        for judge in (*live, *_recorded_judges(run), *_judges_of_runs(run)):
+            judgements, verdicts = _read(judge, items)
+            outcomes.append([judgement.outcome for judgement in judgements])
             card = judge_card(
-                judgements, tallies, one.model, bootstrap, settings.seed, settings.calibrate
+                judgements, verdicts, judge.model, bootstrap, settings.seed, settings.calibrate
             )
-            cards.append(_about(one, tallies) | card)
-            if settings.canaries and one.run and one.seat is None:
-                cards[-1]["canaries"] = _canaries(run, one, bootstrap, faults, progress)
+            cards.append(_provenance(judge, verdicts) | card)
+            if settings.canaries and judge.run and judge.member is None:
+                cards[-1]["canaries"] = _canaries(run, judge, bootstrap, faults, progress)
         weights = {card["name"]: weight(card) for card in cards}
         state = {
             "run": str(run.path),
@@ -93,7 +92,7 @@ def audit(run: Run, progress: Progress) -> dict[str, Any]:
             "split": sum(bool(item.choices) and item.people is None for item in items),
             "annotators": annotators([item.choices for item in items], bootstrap),
             "longer_wins": _longer_wins(items, bootstrap),
-            "alpha": alpha(said),  # across the judges
+            "alpha": alpha(outcomes),  # across the judges
             "judges": cards,
             "weights": {name: w for name, w in weights.items() if w is not None},
             "seed": settings.seed,
@@ -103,15 +102,20 @@ def audit(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _models(run: Run) -> list[str]:
-    """The judges that are named, or those of the settings where there are pairs for them."""
+    """The judges that are named, or else the judges of the settings if they have pairs."""
     settings = run.settings.audit
-    seated = [one.model for one in (run.settings.judge, *run.settings.panel)]
-    default = seated if settings.pairs and not settings.runs else []
+    own = [one.model for one in (run.settings.judge, *run.settings.panel)]
+    default = own if settings.pairs and not settings.runs else []
     return list(dict.fromkeys(settings.judges or default))
 
 
+def _recorded(run: Run) -> list[str]:
+    """The columns of the pairs' file with recorded verdicts."""
+    return [m.removeprefix(RECORDED) for m in _models(run) if m.startswith(RECORDED)]
+
+
 def _source(run: Run) -> str | None:
-    """The pairs that are held against people; None: those of the runs that are audited."""
+    """The file of the pairs; None: the pairs of the first run that is audited."""
     settings = run.settings
     if settings.audit.pairs or not settings.audit.judges:
         return settings.audit.pairs
@@ -122,77 +126,80 @@ def _source(run: Run) -> str | None:
 
 def _items(run: Run) -> list[Item]:
     source = _source(run)
-    columns = [m.removeprefix(RECORDED) for m in _models(run) if m.startswith(RECORDED)]
     limit = run.settings.label.limit
     if source:
-        items = list(read_items(source, limit, columns))
+        items = list(read_items(source, limit, _recorded(run)))
     else:
-        first = _labelled(run)[0].run
-        items = list(islice(items_of(first), limit))
+        items = list(islice(items_of(_judges_of_runs(run)[0].run), limit))
     if not items:
         raise InputError(source or run.path, "", got="no pairs at all", expected="at least one")
     return items
 
 
-def _asked(run: Run, model: str) -> Judged:
-    """A judge with the run in which it labels the pairs, alone and by the full protocol; asked as
-    the settings ask it where they have it."""
+def _live_judges(run: Run) -> list[AuditedJudge]:
+    """The judges that label the pairs now, each in a run of its own."""
+    models = [model for model in _models(run) if not model.startswith(RECORDED)]
+    return [AuditedJudge(model, model, _run_of(run, model)) for model in models]
+
+
+def _run_of(run: Run, model: str) -> Run:
+    """The run in which a judge labels the pairs, alone and by the full protocol. A judge that the
+    settings have keeps its settings from there."""
     settings = run.settings
-    seated = {one.model: one for one in (*settings.panel, settings.judge)}
+    own = {one.model: one for one in (*settings.panel, settings.judge)}
     alone = {"pairs": _source(run), "escalate_below": None, "budget": None}
     alone |= {"judge_weights": {}, "weights_from": None}
     update = {
-        "judge": seated.get(model) or settings.judge.of_model(model),
+        "judge": own.get(model) or settings.judge.of_model(model),
         "panel": [],
         "label": settings.label.model_copy(update=alone),
     }
-    sub = Run(run.file("judges") / _folder(model), settings.model_copy(update=update), run.root)
-    return Judged(model, model, sub)
+    return Run(run.file("judges") / _folder(model), settings.model_copy(update=update), run.root)
 
 
 def _folder(name: str) -> str:
-    """A folder's name for a judge: its own where that can be one, else with a digest of it."""
+    """A folder's name for a judge: the judge's name if possible, else with a digest of it."""
     plain = re.sub("[^A-Za-z0-9_.-]", "-", name)[-48:].lstrip("_.-")
     return plain if plain == name else f"{plain or 'judge'}-{content_id('judge', name)[:8]}"
 
 
-def _check(asked: Sequence[Judged]) -> None:
-    """Raise InputError for a judge or a constitution that is none, before anyone is asked."""
-    for one in asked:
-        with open_llm(one.run.settings.judge) as llm:
+def _check(judges: Sequence[AuditedJudge]) -> None:
+    """Raise InputError for a bad judge or constitution before any call."""
+    for judge in judges:
+        with open_llm(judge.run.settings.judge) as llm:
             _ = llm.control_tokens
-        judge_of(one.run.settings, constitution_path(one.run.settings))
+        judge_of(judge.run.settings, constitution_path(judge.run.settings))
 
 
-def _recorded(run: Run) -> list[Judged]:
-    """The judges whose verdicts stand in the pairs' file."""
-    names = [m.removeprefix(RECORDED) for m in _models(run) if m.startswith(RECORDED)]
-    return [Judged(name, name, None) for name in names]
+def _recorded_judges(run: Run) -> list[AuditedJudge]:
+    return [AuditedJudge(name, name, None) for name in _recorded(run)]
 
 
-def _labelled(run: Run) -> list[Judged]:
-    """The judges of runs that are labelled: those that are named, or else, where no judge is, the
-    run itself."""
+def _judges_of_runs(run: Run) -> list[AuditedJudge]:
+    """The judges of labelled runs: of the runs that are named, or of `run` itself if neither a run
+    nor a judge is named."""
     settings = run.settings
     folders = [Path(name) for name in settings.audit.runs]
     if not folders and not _models(run):
         folders = [run.path]
-    found = []
+    alone = len(folders) == 1 and not _models(run)
+    judges = []
     for folder in folders:
         own = Run(folder, _settings(run, folder))
         if not own.file("labels.jsonl").exists():
             raise AifError(f"{folder}: no labels yet; `aif label --out {folder}` makes them")
         used = own.state(LABELS).get("judge")
-        told = used.get("model") if isinstance(used, dict) else None
-        model, seats = told or own.settings.judge.model, _seats(own)
-        alone = len(folders) == 1 and not _models(run)
-        found.append(Judged(model if alone and not seats else str(folder), model, own))
-        found += [Judged(seat if alone else f"{folder}: {seat}", seat, own, seat) for seat in seats]
-    return found
+        used_model = used.get("model") if isinstance(used, dict) else None
+        model, members = used_model or own.settings.judge.model, _members(own)
+        judges.append(AuditedJudge(model if alone and not members else str(folder), model, own))
+        for member in members:
+            name = member if alone else f"{folder}: {member}"
+            judges.append(AuditedJudge(name, member, own, member))
+    return judges
 
 
-def _seats(run: Run) -> list[str]:
-    """The judges of a run's panel; none where it has one judge alone."""
+def _members(run: Run) -> list[str]:
+    """The judges of a run's panel; none if it has one judge alone."""
     return list(dict.fromkeys(n for row in run.read("labels.jsonl", Label) for n in row.by_judge))
 
 
@@ -202,60 +209,57 @@ def _settings(run: Run, folder: Path) -> Settings:
     return load_settings(folder / "run.toml", {})
 
 
-def _pay(run: Run, faults: Faults, progress: Progress) -> None:
-    """Have a judge label its run. Counts `faults`, and keeps what the calls took."""
+def _label(run: Run, faults: Faults, progress: Progress) -> None:
+    """Let a judge label its run. Counts `faults`, and keeps the calls and seconds in cost.json."""
     began = time.monotonic()
     summary = label(run, progress)
     seconds = time.monotonic() - began
-    faults.calls += summary["verdicts"]
-    faults.kinds.update(summary["faults"])
-    faults.details |= summary["fault_details"]
+    faults.include(summary)
     if summary["calls_made"]:
         before = run.state(COST)
-        run.write_state(
-            COST,
-            {
-                "calls": before.get("calls", 0) + summary["calls_made"],
-                "seconds": before.get("seconds", 0) + seconds,
-            },
-        )
+        calls = before.get("calls", 0) + summary["calls_made"]
+        run.write_state(COST, {"calls": calls, "seconds": before.get("seconds", 0) + seconds})
 
 
-def _read(one: Judged, items: Sequence[Item]) -> tuple[list[Judgement], Tallies]:
-    """What a judge said of each item; raises AifError where that is nothing."""
-    tallies = Tallies()
-    if one.run is None:
-        judgements = [Judgement(item, _of_record(one.name, item, tallies)) for item in items]
-        return judgements, tallies
+def _read(judge: AuditedJudge, items: Sequence[Item]) -> tuple[list[Judgement], VerdictTable]:
+    """A judge's labels of the items and its verdicts. Raises AifError if it has no label."""
+    table = VerdictTable()
+    if judge.run is None:
+        for item in items:
+            for verdict in item.recorded[judge.name]:
+                table.add(verdict, item.people, item.subset)
+        return [Judgement(item, _recorded_label(judge.name, item)) for item in items], table
     by_id = {item.comparison_id: item for item in items}
-    labels = {row.comparison_id: row for row in one.run.read("labels.jsonl", Label)}
-    if one.seat:
-        labels = {name: _of_seat(row, one.seat) for name, row in labels.items()}
-    for verdict in one.run.read("verdicts.jsonl", Verdict):
+    labels = _labels(judge.run)
+    if judge.member:
+        labels = {key: _member_label(row, judge.member) for key, row in labels.items()}
+    for verdict in judge.run.read("verdicts.jsonl", Verdict):
         item = by_id.get(verdict.comparison_id)
-        if item and one.seat in (None, verdict.judge):
-            tallies.add(verdict, item)
+        if item and judge.member in (None, verdict.judge):
+            table.add(verdict, item.people, item.subset)
     if not labels.keys() & by_id.keys():
-        raise AifError(f"{one.run.path}: none of its labels is of one of these pairs")
-    return [Judgement(item, labels.get(item.comparison_id)) for item in items], tallies
+        raise AifError(f"{judge.run.path}: none of its labels is of one of these pairs")
+    return [Judgement(item, labels.get(item.comparison_id)) for item in items], table
 
 
-def _of_seat(row: Label, seat: str) -> Label | None:
-    """What one judge of a panel says of a pair; None where it was not asked."""
-    if seat not in row.by_judge:
+def _labels(run: Run) -> dict[str, Label]:
+    return {row.comparison_id: row for row in run.read("labels.jsonl", Label)}
+
+
+def _member_label(row: Label, member: str) -> Label | None:
+    """The label by one judge of a panel; None if it was not asked."""
+    if member not in row.by_judge:
         return None
-    p_first = row.by_judge[seat]
+    p_first = row.by_judge[member]
     if p_first is None:
         return Label.null(row.comparison_id, row.fault or "unparsed")
     return Label(row.comparison_id, p_first, None, 0, None)
 
 
-def _of_record(judge: str, item: Item, tallies: Tallies) -> Label:
-    """A recorded judge's label: its choice, or the mean of its choices in both orders, and null
-    where one of these is missing."""
+def _recorded_label(judge: str, item: Item) -> Label:
+    """A recorded judge's label: its choice, or the mean of its choices in both orders; null if one
+    of these is missing."""
     verdicts = item.recorded[judge]
-    for verdict in verdicts:
-        tallies.add(verdict, item)
     if not verdicts or any(verdict.p_first is None for verdict in verdicts):
         return Label.null(item.comparison_id, "unparsed")
     p_first = sum(verdict.p_first for verdict in verdicts) / len(verdicts)
@@ -263,31 +267,25 @@ def _of_record(judge: str, item: Item, tallies: Tallies) -> Label:
 
 
 def _longer_wins(items: Sequence[Item], bootstrap: Bootstrap) -> dict[str, Any] | None:
-    """How often people prefer the longer response, whatever a judge says of the pair."""
+    """How often people prefer the longer response, over all pairs that they have decided."""
     people = [item.people for item in items]
     more_words = [item.more_words for item in items]
     return longer_wins(people, people, more_words, bootstrap)["people"]
 
 
-def _outcome(label: Label | None) -> Value:
-    return outcome(label.p_first) if label else None
-
-
-def _about(one: Judged, tallies: Tallies) -> dict[str, Any]:
-    """Who the judge is, how it was asked and what that took. One of a panel is not known by itself
-    from what the panel used."""
-    if one.run is None:
-        return {"name": one.name, "model": one.model, "folder": None, "used": {}, "cost": None}
-    used = one.run.state(LABELS)
-    cost = one.run.state(COST)
-    return {
-        "name": one.name,
-        "model": one.model,
-        "folder": str(one.run.path),
-        "used": {} if one.seat else identity(used),
+def _provenance(judge: AuditedJudge, verdicts: VerdictTable) -> dict[str, Any]:
+    """Who the judge is, how it was asked and what that cost. `used` is empty for one of a panel,
+    as label.json describes the panel."""
+    identified = {"name": judge.name, "model": judge.model}
+    if judge.run is None:
+        return identified | {"folder": None, "used": {}, "cost": None}
+    cost = judge.run.state(COST)
+    return identified | {
+        "folder": str(judge.run.path),
+        "used": {} if judge.member else identity(judge.run.state(LABELS)),
         "cost": {
-            "calls": tallies.paid.calls,
-            "tokens": dict(tallies.paid.tokens),
+            "calls": verdicts.paid.calls,
+            "tokens": dict(verdicts.paid.tokens),
             "calls_timed": cost.get("calls"),
             "seconds": cost.get("seconds"),
         },
@@ -295,29 +293,29 @@ def _about(one: Judged, tallies: Tallies) -> dict[str, Any]:
 
 
 def _canaries(
-    run: Run, one: Judged, bootstrap: Bootstrap, faults: Faults, progress: Progress
+    run: Run, judge: AuditedJudge, bootstrap: Bootstrap, faults: Faults, progress: Progress
 ) -> dict[str, Any]:
     """Attack the first pairs that the judge has decided, and ask it again."""
-    label_settings = one.run.settings.label.model_copy(update={"pairs": None, "limit": None})
-    settings = one.run.settings.model_copy(update={"label": label_settings})
-    sub = Run(run.file("canaries") / _folder(one.name), settings, run.root)
-    found = list(_attacks(one.run, run.settings.audit.canaries))
-    if not found:
+    label_settings = judge.run.settings.label.model_copy(update={"pairs": None, "limit": None})
+    settings = judge.run.settings.model_copy(update={"label": label_settings})
+    sub = Run(run.file("canaries") / _folder(judge.name), settings, run.root)
+    attacked = list(_attacks(judge.run, run.settings.audit.canaries))
+    if not attacked:
         return {}
     sub.path.mkdir(parents=True, exist_ok=True)
-    sub.write("comparisons.jsonl", {c.comparison.id: c.comparison for c in found}.values())
-    progress.say(f"{one.name}: {len(found):,} canaries")
-    _pay(sub, faults, progress)
-    labels = {row.comparison_id: row for row in sub.read("labels.jsonl", Label)}
-    return flips(found, labels, bootstrap)
+    sub.write("comparisons.jsonl", {c.comparison.id: c.comparison for c in attacked}.values())
+    progress.say(f"{judge.name}: {len(attacked):,} canaries")
+    _label(sub, faults, progress)
+    return flips(attacked, _labels(sub), bootstrap)
 
 
 def _attacks(run: Run, most: int) -> Iterator[Canary]:
-    labels = {row.comparison_id: row for row in run.read("labels.jsonl", Label)}
-    attacked = 0
+    """The attacks on the first `most` pairs that have any."""
+    labels = _labels(run)
+    pairs = 0
     for row in run.read("comparisons.jsonl", Comparison):
-        found = list(canaries(row, labels[row.id])) if row.id in labels else []
-        attacked += bool(found)
-        yield from found
-        if attacked == most:
+        attacks = list(canaries(row, labels[row.id])) if row.id in labels else []
+        pairs += bool(attacks)
+        yield from attacks
+        if pairs == most:
             return

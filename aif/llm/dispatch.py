@@ -67,6 +67,12 @@ class Faults:
             self.kinds[row["fault"]] += 1
             self.details.setdefault(row["fault"], row["detail"])
 
+    def include(self, summary: dict[str, Any]) -> None:
+        """Count the calls of a labelling, by its summary."""
+        self.calls += summary["verdicts"]
+        self.kinds.update(summary["faults"])
+        self.details |= summary["fault_details"]
+
     def summary(self) -> dict[str, Any]:
         """What `check_faults` reads."""
         return {
