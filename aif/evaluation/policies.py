@@ -1,10 +1,10 @@
-"""Policies by name, as `aif evaluate` is told them.
+"""The policies that `aif evaluate` compares, by name.
 
 base            what the run samples from (policy.model)
-sft  ppo        what was trained in the run; 2/ppo: in the second of several turns
-best-of-4       of 4 responses of what PPO started from, the one that the reward model prefers
-reference       the responses that the prompts' own file has
-runs/other:ppo  another run's
+sft  ppo        trained in the run; 2/ppo: in its second iteration
+best-of-4       the response that the reward model prefers, of 4 of the model PPO started from
+reference       the responses in the file of the prompts
+runs/other:ppo  a policy of another run
 ...             any model, as `aif respond --policy` takes it
 """
 
@@ -21,7 +21,7 @@ from aif.store.checkpoint import sealed
 
 NAMES = "base, sft, ppo, 2/ppo, best-of-4, reference, runs/other:ppo or a model"
 REFERENCE = "reference"
-BEST_OF = "best-of-4"  # where there is a reward model, one of those that nobody has to name
+BEST_OF = "best-of-4"  # a default policy if the run has a reward model
 _TRAINED = r"(?:\d+/)?(?:sft|ppo)"
 _BEST_OF = re.compile(r"best-of-(\d+)")
 _OF_ANOTHER = re.compile(rf"(.+):(base|{_TRAINED})")
@@ -30,23 +30,23 @@ MOST = 1000  # responses a prompt
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One of those that are compared."""
+    """A policy to compare."""
 
     name: str
-    model: str  # as `aif respond --policy` takes it; of `reference` the file
+    model: str  # as `aif respond --policy` takes it; for `reference` the file
     best_of: int = 1
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a model in this process, whose weights can be read."""
+        """Whether it is a model in this process, so that its weights can be read."""
         return self.name != REFERENCE and ":" not in self.model
 
 
 def chosen(run: Run) -> tuple[list[Policy], Policy]:
-    """(the policies that are compared, the one that the others are held against, which is among
-    them). Raises InputError for a name that is none and for a policy that is not there."""
+    """(the policies to compare, the one of them that the others play against). Raises InputError
+    for an unknown name and for a policy that is missing."""
     settings = run.settings.evaluate
-    against = settings.against or ("sft" if _made(run.file("sft")) else "base")
+    against = settings.against or ("sft" if _is_trained(run.file("sft")) else "base")
     names = settings.policies or _every(run)
     names = names if against in names else [against, *names]
     policies = [named(run, name) for name in dict.fromkeys(names)]
@@ -54,10 +54,10 @@ def chosen(run: Run) -> tuple[list[Policy], Policy]:
 
 
 def start_of(run: Run) -> str:
-    """The model that PPO started from, or would."""
-    told = run.state("ppo").get("from") or run.settings.ppo.model
+    """The model that PPO started from, or would start from."""
     tuned = run.file("sft")
-    return told or (str(tuned) if _made(tuned) else run.settings.policy.weights)
+    default = str(tuned) if _is_trained(tuned) else run.settings.policy.weights
+    return run.state("ppo").get("from") or run.settings.ppo.model or default
 
 
 def named(run: Run, name: str) -> Policy:
@@ -73,7 +73,7 @@ def named(run: Run, name: str) -> Policy:
     if match := _BEST_OF.fullmatch(name):
         if not 2 <= int(match[1]) <= MOST:
             raise _wrong(name, f"best-of-2 to best-of-{MOST}")
-        if not _made(run.file("reward")):
+        if not _is_trained(run.file("reward")):
             raise _wrong(f"{name}, without {run.path}/reward", "`aif reward` before it")
         return Policy(name, start_of(run), int(match[1]))
     if match := _OF_ANOTHER.fullmatch(name):
@@ -88,17 +88,17 @@ def named(run: Run, name: str) -> Policy:
 
 
 def _every(run: Run) -> list[str]:
-    """All that the run has, in the order in which they came to be."""
+    """All policies of the run, in the order of training."""
     turns = {int(path.parent.name): path for path in run.path.glob("[0-9]*/ppo")
-             if path.parent.name.isdigit() and _made(path)}  # fmt: skip
-    names = ["base", "sft"] if _made(run.file("sft")) else ["base"]
-    names += [BEST_OF] if _made(run.file("reward")) else []
-    names += ["ppo"] if _made(run.file("ppo")) else []
+             if path.parent.name.isdigit() and _is_trained(path)}  # fmt: skip
+    names = ["base", "sft"] if _is_trained(run.file("sft")) else ["base"]
+    names += [BEST_OF] if _is_trained(run.file("reward")) else []
+    names += ["ppo"] if _is_trained(run.file("ppo")) else []
     return names + [f"{turns[number].parent.name}/ppo" for number in sorted(turns)]
 
 
 def _trained(folder: Path, name: str) -> str:
-    if not _made(folder / name):
+    if not _is_trained(folder / name):
         stage = name.rpartition("/")[2]
         raise _wrong(
             f"{folder / name}, which is not there or not complete", f"`aif {stage}` before it"
@@ -106,7 +106,7 @@ def _trained(folder: Path, name: str) -> str:
     return str(folder / name)
 
 
-def _made(folder: Path) -> bool:
+def _is_trained(folder: Path) -> bool:
     return sealed(folder) is not None
 
 

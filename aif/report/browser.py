@@ -1,8 +1,8 @@
-"""The comparisons, revisions and answers that the page lets a person look through.
+"""The comparisons, revisions and answers that a person can look through on the page.
 
-Each text stands in `texts` once and is named by its number. An item is one comparison, one
-response with its rounds of revision, or one prompt with the answers of every policy. What does not
-fit into the budget is left out by a draw, and counted.
+Each text stands in `texts` once and has a number. An item is one comparison, one response with its
+rounds of revision, or one prompt with the answers of every policy. If they do not all fit into the
+budget, a random draw leaves some out and counts them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from aif.report.judge_stats import Judged, page_size
-from aif.report.schema import Evaluated, Sample, rows
+from aif.evaluation.schema import Evaluated
+from aif.report.judge_stats import LabelSurvey, page_size
+from aif.report.schema import Sample, rows
 from aif.run import Run
 from aif.store.records import (
     Comparison,
@@ -50,31 +51,31 @@ class Texts:
         return [[m.get("role", ""), self.number(m.get("content", ""))] for m in messages]
 
 
-def browsed(run: Run, judged: Judged, seed: int, budget: int) -> dict[str, Any]:
+def browser_data(run: Run, labels: LabelSurvey, seed: int, budget: int) -> dict[str, Any]:
     """{"texts", "principles", and items by kind}, and under "counts" how many of how many.
 
     `budget` is in bytes, about."""
-    sizes = _sizes(run, judged)
-    kept = drawn(sizes, seed, budget)
+    sizes = _sizes(run, labels)
+    kept = draw(sizes, seed, budget)
     texts = Texts()
-    principles = dict.fromkeys(name for row in judged.labels.values() for name in row.by_principle)
-    made = {
-        "comparisons": _comparisons(run, judged, kept, texts, list(principles)),
+    principles = dict.fromkeys(name for row in labels.labels.values() for name in row.by_principle)
+    items = {
+        "comparisons": _comparisons(run, labels, kept, texts, list(principles)),
         "revisions": _revisions(run, kept, texts),
         "answers": _answers(run, kept, texts),
     }
     every = Counter(kind for kind, _ in sizes)
     return {
-        "counts": {kind: [len(made[kind]), every[kind]] for kind in KINDS if every[kind]},
+        "counts": {kind: [len(items[kind]), every[kind]] for kind in KINDS if every[kind]},
         "bytes": sum(sizes.values()),
         "texts": texts.all,
         "principles": list(principles),
-        **made,
+        **items,
     }
 
 
-def drawn(sizes: Counter[Key], seed: int, budget: int) -> set[Key]:
-    """The items that fit, in an order that the seed and their ids alone decide."""
+def draw(sizes: Counter[Key], seed: int, budget: int) -> set[Key]:
+    """The items that fit, in a random order by the seed and their ids alone."""
     if sizes.total() <= budget:
         return set(sizes)
     left, kept = budget, set()
@@ -85,9 +86,9 @@ def drawn(sizes: Counter[Key], seed: int, budget: int) -> set[Key]:
     return kept
 
 
-def _sizes(run: Run, judged: Judged) -> Counter[Key]:
+def _sizes(run: Run, labels: LabelSurvey) -> Counter[Key]:
     """About how many bytes each item takes."""
-    sizes = Counter({("comparisons", name): 200 + judged.sizes[name] for name in judged.words})
+    sizes = Counter({("comparisons", name): 200 + labels.sizes[name] for name in labels.words})
     for row in rows(run, "revisions.jsonl", Revision):
         texts = (row.critique or "", row.revision or "")
         sizes["revisions", row.response_id] += 100 + sum(map(page_size, texts))
@@ -97,7 +98,7 @@ def _sizes(run: Run, judged: Judged) -> Counter[Key]:
 
 
 def _comparisons(
-    run: Run, judged: Judged, kept: set[Key], texts: Texts, principles: list[str]
+    run: Run, labels: LabelSurvey, kept: set[Key], texts: Texts, principles: list[str]
 ) -> list[dict[str, Any]]:
     place = {name: number for number, name in enumerate(principles)}
     verdicts: dict[str, list[Any]] = defaultdict(list)
@@ -107,11 +108,11 @@ def _comparisons(
                 [place[row.principle_id], row.order, _short(row.p_first), texts.number(row.text),
                  row.fault]
             )  # fmt: skip
-    found = []
+    items = []
     for row in rows(run, "comparisons.jsonl", Comparison):
         if ("comparisons", row.id) in kept:
-            label = judged.labels.get(row.id)
-            found.append({
+            label = labels.labels.get(row.id)
+            items.append({
                 "id": row.id,
                 "prompt": texts.prompt(row.prompt),
                 "first": texts.number(row.first),
@@ -120,14 +121,14 @@ def _comparisons(
                 "p": _short(label.p_first) if label else None,
                 "fault": label.fault if label else None,
                 "by": [_short(label.by_principle.get(n)) for n in principles] if label else [],
-                "human": judged.human.get(row.id),
+                "human": labels.human.get(row.id),
                 "verdicts": verdicts.get(row.id, []),
             })  # fmt: skip
-    return found
+    return items
 
 
 def _short(p: float | None) -> float | None:
-    """A probability as the page needs it. One that is not even stays so."""
+    """A probability with four digits. One that is not a tie does not become one."""
     if p is None:
         return None
     rounded = round(p, 4)
@@ -168,15 +169,15 @@ def _revisions(run: Run, kept: set[Key], texts: Texts) -> list[dict[str, Any]]:
 
 def _answers(run: Run, kept: set[Key], texts: Texts) -> list[dict[str, Any]]:
     prompts = _prompts(run)
-    found: dict[str, list[Any]] = defaultdict(list)
+    by_prompt: dict[str, list[Any]] = defaultdict(list)
     for prompt_id, messages, answer in _every_answer(run):
         if ("answers", prompt_id) in kept:
             if messages:
                 prompts.setdefault(prompt_id, messages)
-            found[prompt_id].append(answer | {"text": texts.number(answer["text"])})
+            by_prompt[prompt_id].append(answer | {"text": texts.number(answer["text"])})
     return [
         {"id": name, "prompt": texts.prompt(prompts.get(name, [])), "rows": answers}
-        for name, answers in found.items()
+        for name, answers in by_prompt.items()
     ]
 
 
@@ -188,32 +189,24 @@ def _prompts(run: Run) -> dict[str, list[Message]]:
 
 
 def _every_answer(run: Run) -> Iterator[tuple[str, list[Message] | None, dict[str, Any]]]:
-    """(prompt's id, its messages where the file has them, the answer) of every policy: sampled,
-    sampled again after fine-tuning, at the first and the last look of PPO, in the evaluation."""
-    for name, told in (("responses.jsonl", ""), ("resampled.jsonl", "after fine-tuning: ")):
+    """(prompt's id, its messages if the file has them, the answer) of every policy: sampled,
+    sampled again after fine-tuning, at the first and last evaluation of PPO, and evaluated."""
+    for name, when in (("responses.jsonl", ""), ("resampled.jsonl", "after fine-tuning: ")):
         for row in rows(run, name, Response):
-            policy = f"{told}{row.policy}, sample {row.sample}"
-            yield row.prompt_id, None, _answer(policy, row.text, row.fault)
+            policy = f"{when}{row.policy}, sample {row.sample}"
+            yield row.prompt_id, None, {"policy": policy, "text": row.text, "fault": row.fault}
     steps = {row.step for row in rows(run, "ppo-samples.jsonl", Sample)}
     for row in rows(run, "ppo-samples.jsonl", Sample):
         if row.step in (min(steps), max(steps)):
-            policy = f"PPO, step {row.step:,}"
-            yield (
-                row.prompt_id,
-                row.prompt,
-                _answer(policy, row.response, None, score=row.score, gold=row.gold, kl=row.kl),
-            )
+            answer = {"policy": f"PPO, step {row.step:,}", "text": row.response, "fault": None}
+            yield row.prompt_id, row.prompt, answer | _numbers(row)
     for row in rows(run, "evaluation.jsonl", Evaluated):
-        yield row.prompt_id, row.prompt, _answer(
-            f"evaluated: {row.policy}", row.response, row.fault,
-            score=row.score, gold=row.gold, kl=row.kl, refusal=row.refusal,
-        )  # fmt: skip
+        answer = {"policy": f"evaluated: {row.policy}", "text": row.response, "fault": row.fault}
+        answer |= _numbers(row) | ({} if row.refusal is None else {"refusal": row.refusal})
+        yield row.prompt_id, None, answer
 
 
-def _answer(policy: str, text: str | None, fault: str | None, **told: Any) -> dict[str, Any]:
-    told = {
-        key: round(held, 4) if isinstance(held, float) else held
-        for key, held in told.items()
-        if held is not None
-    }
-    return {"policy": policy, "text": text, "fault": fault} | told
+def _numbers(row: Sample | Evaluated) -> dict[str, float]:
+    """The row's score, gold reward and KL, as far as they are known."""
+    numbers = {key: getattr(row, key) for key in ("score", "gold", "kl")}
+    return {key: round(number, 4) for key, number in numbers.items() if number is not None}

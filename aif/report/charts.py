@@ -1,13 +1,13 @@
 """The report's charts: plain data in, a `Chart` out, drawn by matplotlib.
 
-They are drawn small, at the size they have on a page 400 pixels wide, and they carry no legend:
-that is HTML, as is the table of their figures.
+They are small: their size is that of a page 400 pixels wide. The legend and the table of the
+numbers are HTML, beside the picture.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from aif.data.visible import visible
 from aif.report.svg import COLOUR, inline
+from aif.stats.schema import Calibration, Estimate, Rate
 
 WIDTH, HEIGHT = 340, 190  # of a chart, in CSS pixels
 SERIES = ("c1", "c2", "c3", "c4", "c5")
@@ -26,7 +27,7 @@ Points = Sequence[tuple[float, float | None]]  # None: there is no number, and n
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of the page: a picture, what it shows in words, and its figures as a table."""
+    """A picture of the page, with its legend and its numbers as a table."""
 
     name: str
     title: str
@@ -46,12 +47,22 @@ class Dot:
     low: float | None = None
     high: float | None = None
     n: int | None = None
-    mark: float | None = None  # what to hold it against, drawn as a tick
+    mark: float | None = None  # a number to compare with, drawn as a tick
+
+    @classmethod
+    def of(cls, label: str, share: Estimate | Rate | None, mark: float | None = None) -> Dot | None:
+        """A mean or a share as a row; None where there is none."""
+        if isinstance(share, Rate):
+            low, high = share.interval or (None, None)
+            share = Estimate(mean=share.accuracy, low=low, high=high, n=share.n)
+        if share is None or share.mean is None:
+            return None
+        return cls(label, share.mean, share.low, share.high, share.n, mark)
 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """matplotlib's own defaults, whatever the user's are, so that a chart is always the same."""
+    """matplotlib's defaults, not the user's, so that a chart is always the same."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -85,7 +96,7 @@ def _axes(width: float = WIDTH, height: float = HEIGHT, rows: int = 1) -> tuple[
 
 
 def histogram(name: str, title: str, values: Sequence[float], null: int) -> Chart:
-    """How probabilities are spread over twenty bins from 0 to 1. What is null is only counted."""
+    """Probabilities in twenty bins from 0 to 1. Nulls are only counted."""
     bins = [0] * 20
     for value in values:
         bins[min(int(value * 20), 19)] += 1
@@ -105,10 +116,10 @@ def histogram(name: str, title: str, values: Sequence[float], null: int) -> Char
 
 def lines(name: str, title: str, series: Mapping[str, Points]) -> Chart:
     """Lines over steps, with a gap where there is no number."""
-    told = []
+    changes = []
     for label, points in series.items():
         (first, before), *_, (last, after) = [p for p in points if p[1] is not None] * 2
-        told.append(f"{label} from {before:.3g} at step {first:g} to {after:.3g} at {last:g}")
+        changes.append(f"{label} from {before:.3g} at step {first:g} to {after:.3g} at {last:g}")
     with _style():
         figure, axes = _axes()
         for (_, points), role in zip(series.items(), SERIES, strict=False):
@@ -118,7 +129,7 @@ def lines(name: str, title: str, series: Mapping[str, Points]) -> Chart:
             axes.plot(x, drawn, color=COLOUR[role], marker=marker, markersize=4.5)
         axes.set_xlabel("step")
         axes.locator_params(axis="both", nbins=5)
-        svg = inline(figure, name, title, "; ".join(told) + ".")
+        svg = inline(figure, name, title, "; ".join(changes) + ".")
     legend = list(zip(SERIES, series, strict=False)) if len(series) > 1 else ()
     longest = max(map(len, series.values()))
     note = f"{MOST_POINTS} of {longest:,} points drawn" if longest > MOST_POINTS else ""
@@ -141,11 +152,19 @@ def _side_by_side(series: Mapping[str, Points]) -> list[tuple[Any, ...]]:
 
 
 def forest(
-    name: str, title: str, dots: Sequence[Dot], x: str, line: float | None = None, mark: str = ""
-) -> Chart:
-    """A dot with its interval a row; `line` is where nothing is won or lost, `mark` what the dots'
-    marks are."""
-    told = "; ".join(f"{dot.label} {_estimate(dot)}" for dot in dots)
+    name: str,
+    title: str,
+    rows: Iterable[Dot | None],
+    x: str,
+    line: float | None = 0.5,
+    mark: str = "",
+) -> Chart | None:
+    """A dot with its interval in each row; None without dots. `line` is where nothing is won or
+    lost, `mark` the name of the dots' marks."""
+    dots = [dot for dot in rows if dot]
+    if not dots:
+        return None
+    desc = "; ".join(f"{dot.label} {_estimate(dot)}" for dot in dots)
     with _style():
         figure, axes = _axes(height=46 + 26 * len(dots))
         if line is not None:
@@ -164,14 +183,14 @@ def forest(
         axes.locator_params(axis="x", nbins=6)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
-        svg = inline(figure, name, title, told + ".")
+        svg = inline(figure, name, title, desc + ".")
     columns = ["what", x, "from", "to", "of"] + ([mark] if mark else [])
-    rows = [
+    table = [
         [dot.label, dot.mean, dot.low, dot.high, dot.n] + ([dot.mark] if mark else [])
         for dot in dots
     ]
     legend = [("c1", "with 95 % interval"), ("c2", mark)] if mark else []
-    return Chart(name, title, svg, columns, rows, legend)
+    return Chart(name, title, svg, columns, table, legend)
 
 
 def _estimate(dot: Dot) -> str:
@@ -181,7 +200,7 @@ def _estimate(dot: Dot) -> str:
 
 
 def _short(label: str, most: int = 22) -> str:
-    """A label as it fits beside a chart; the table has all of it."""
+    """A label that fits beside a chart; the table has the whole label."""
     label = visible(label)
     return label if len(label) <= most else label[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
@@ -189,49 +208,58 @@ def _short(label: str, most: int = 22) -> str:
 def calibration(
     name: str,
     title: str,
-    bins: Mapping[str, Sequence[tuple[float, float, int]]],
+    kinds: Iterable[tuple[str, Calibration | None]],
     axes_names: tuple[str, str] = ("confidence in the higher score", "share of labels that agree"),
-) -> Chart:
-    """(confidence, share that agrees, count) of each kind of label, against the diagonal."""
-    rows = [(kind, f"{x:.3f}", y, n) for kind, found in bins.items() for x, y, n in found]
-    told = "; ".join(f"{kind}: {x} confident, {y:.3f} agree" for kind, x, y, _ in rows)
+) -> Chart | None:
+    """Confidence and the share that agrees, of as many kinds of labels as there are colours,
+    against the diagonal; None where no kind has bins."""
+    bins = {
+        label if calibration.ece is None else f"{label}, ECE {calibration.ece:.3f}": [
+            (bin.confidence, bin.accuracy, bin.n) for bin in calibration.bins
+        ]
+        for label, calibration in kinds
+        if calibration and calibration.bins
+    }
+    bins = dict(list(bins.items())[: len(SERIES)])
+    if not bins:
+        return None
+    rows = [(kind, f"{x:.3f}", y, n) for kind, points in bins.items() for x, y, n in points]
+    desc = "; ".join(f"{kind}: {x} confident, {y:.3f} agree" for kind, x, y, _ in rows)
     with _style():
         figure, axes = _axes(height=230)
         axes.plot([0.5, 1], [0.5, 1], color=COLOUR["muted"], linewidth=1, linestyle=(0, (3, 3)))
-        for (_, found), role in zip(bins.items(), SERIES, strict=False):
-            x, y, n = zip(*found, strict=True)
+        for points, role in zip(bins.values(), SERIES, strict=False):
+            x, y, n = zip(*points, strict=True)
             axes.plot(x, y, color=COLOUR[role])
             axes.scatter(x, y, s=[14 + 160 * count / sum(n) for count in n], color=COLOUR[role])
         axes.set_xlim(0.49, 1.01)
-        axes.set_ylim(min(0.4, *(y for found in bins.values() for _, y, _ in found)) - 0.02, 1.02)
+        axes.set_ylim(min(0.4, *(y for points in bins.values() for _, y, _ in points)) - 0.02, 1.02)
         axes.set_xlabel(axes_names[0])
         axes.set_ylabel(axes_names[1])
-        svg = inline(figure, name, title, told + ".")
+        svg = inline(figure, name, title, desc + ".")
     columns = ("labels", "confidence", "agree", "of")
     legend = list(zip(SERIES, bins, strict=False))
     return Chart(name, title, svg, columns, rows, legend, "Larger dots hold more pairs.")
 
 
-def spreads(name: str, title: str, found: Mapping[str, Any]) -> Chart:
+def spreads(name: str, title: str, kinds: Mapping[str, Any]) -> Chart:
     """5 to 95 %, the middle half and the median of each kind's scores."""
     with _style():
-        figure, axes = _axes(height=46 + 30 * len(found))
-        for row, held in enumerate(reversed(found.values())):
-            low, first, middle, third, high = held.quantiles
+        figure, axes = _axes(height=46 + 30 * len(kinds))
+        for row, spread in enumerate(reversed(kinds.values())):
+            low, first, middle, third, high = spread.quantiles
             axes.plot([low, high], [row, row], color=COLOUR["muted"], linewidth=1.6)
             axes.plot([first, third], [row, row], color=COLOUR["c1"], linewidth=9,
                       solid_capstyle="butt")  # fmt: skip
             axes.plot([middle] * 2, [row - 0.2, row + 0.2], color=COLOUR["paper"], linewidth=2.2)
-        axes.set_yticks(range(len(found)), [_short(kind) for kind in reversed(found)])
-        axes.set_ylim(-0.6, len(found) - 0.4)
+        axes.set_yticks(range(len(kinds)), [_short(kind) for kind in reversed(kinds)])
+        axes.set_ylim(-0.6, len(kinds) - 0.4)
         axes.set_xlabel("score")
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
-        rows = [
-            (kind, held.n, held.mean, held.std, *held.quantiles) for kind, held in found.items()
-        ]
-        told = "; ".join(f"{kind}: median {held.quantiles[2]:.3g}" for kind, held in found.items())
-        svg = inline(figure, name, title, told + ".")
+        rows = [(kind, one.n, one.mean, one.std, *one.quantiles) for kind, one in kinds.items()]
+        desc = "; ".join(f"{kind}: median {one.quantiles[2]:.3g}" for kind, one in kinds.items())
+        svg = inline(figure, name, title, desc + ".")
     columns = ("texts", "of", "mean", "std", "5 %", "25 %", "median", "75 %", "95 %")
     note = "Line: 5 to 95 %. Box: the middle half, with its median."
     return Chart(name, title, svg, columns, rows, note=note)
@@ -239,26 +267,26 @@ def spreads(name: str, title: str, found: Mapping[str, Any]) -> Chart:
 
 def curve(name: str, title: str, points: Sequence[Any]) -> Chart:
     """Accuracy with its interval against the number of comparisons learned from."""
-    known = [point for point in points if point.accuracy is not None]
-    x = [point.pairs for point in known]
+    points = [point for point in points if point.accuracy is not None]
+    x = [point.pairs for point in points]
     with _style():
         figure, axes = _axes()
-        if all(point.interval for point in known):
-            low, high = zip(*(point.interval for point in known), strict=True)
+        if all(point.interval for point in points):
+            low, high = zip(*(point.interval for point in points), strict=True)
             axes.fill_between(x, low, high, color=COLOUR["c1"], alpha=0.15, linewidth=0)
-        axes.plot(x, [point.accuracy for point in known], color=COLOUR["c1"], marker="o")
+        axes.plot(x, [point.accuracy for point in points], color=COLOUR["c1"], marker="o")
         axes.set_xlabel("comparisons learned from")
         axes.set_ylabel("held-out accuracy")
         axes.locator_params(axis="both", nbins=5)
-        told = "; ".join(f"{point.accuracy:.3f} of {point.pairs:,}" for point in known)
-        svg = inline(figure, name, title, told + ".")
-    rows = [(f"{point.pairs:,}", point.accuracy, *(point.interval or ())) for point in known]
+        desc = "; ".join(f"{point.accuracy:.3f} of {point.pairs:,}" for point in points)
+        svg = inline(figure, name, title, desc + ".")
+    rows = [(f"{point.pairs:,}", point.accuracy, *(point.interval or ())) for point in points]
     return Chart(name, title, svg, ("comparisons", "accuracy", "from", "to"), rows)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A policy, or a step of one, by how far it went and what it got."""
+    """A policy, or a step of its training: its KL, its score and its gold reward."""
 
     label: str
     kl: float
@@ -270,16 +298,18 @@ class Place:
 def overoptimisation(
     name: str, title: str, path: Sequence[Place], others: Sequence[Place]
 ) -> Chart:
-    """Proxy and gold against KL (Gao, Schulman and Hilton 2022, 2210.10760): `path` are the looks
-    of a training, joined in their order, `others` single policies."""
+    """Proxy and gold against KL (Gao, Schulman and Hilton 2022, 2210.10760): `path` are the
+    evaluations during a training, joined in their order, `others` single policies."""
     panels = [
-        (key, told, role)
-        for key, told, role in (("proxy", "score (proxy)", "c1"), ("gold", "gold", "c2"))
+        (key, label, role)
+        for key, label, role in (("proxy", "score (proxy)", "c1"), ("gold", "gold", "c2"))
         if any(getattr(place, key) is not None for place in (*path, *others))
     ]
     with _style():
         figure, axes = _axes(width=400, height=60 + 150 * len(panels), rows=len(panels))
-        for one, (key, told, role) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
+        for one, (key, label, role) in zip(
+            axes if len(panels) > 1 else [axes], panels, strict=True
+        ):
             _walk(
                 one, [(p.kl, y, p.label) for p in path if (y := getattr(p, key)) is not None], role
             )
@@ -287,15 +317,15 @@ def overoptimisation(
                 if (y := getattr(place, key)) is not None:
                     one.plot([place.kl], [y], "D", markersize=7, color=COLOUR["c3"])
                     _tag(one, place.kl, y, _short(place.label), "ink", below=True)
-            one.set_ylabel(told)
+            one.set_ylabel(label)
             one.margins(x=0.09, y=0.22)
             one.locator_params(axis="both", nbins=5)
         one.set_xlabel("KL from the reference, nats a response")
-        told = "; ".join(
+        desc = "; ".join(
             f"{p.label}: KL {p.kl:.3g}, score {_or_none(p.proxy)}, gold {_or_none(p.gold)}"
             for p in (*path, *others)
         )
-        svg = inline(figure, name, title, told + ".")
+        svg = inline(figure, name, title, desc + ".")
     rows = [
         (p.label, f"at most {p.kl:.3g}" if p.bound else p.kl, p.proxy, p.gold)
         for p in (*path, *others)
@@ -313,7 +343,7 @@ def _or_none(value: float | None) -> str:
 
 
 def _walk(axes: Any, places: Sequence[tuple[float, float, str]], role: str) -> None:
-    """A path through places, its steps written beside as many of them as have room."""
+    """A line through places, with the steps beside the places that have room."""
     if not places:
         return
     x, y, labels = zip(*places, strict=True)
@@ -328,7 +358,7 @@ def _walk(axes: Any, places: Sequence[tuple[float, float, str]], role: str) -> N
 
 
 def _tag(axes: Any, x: float, y: float, label: str, role: str, below: bool = False) -> None:
-    """Write beside a point; below are policies, so that they do not meet the steps above."""
+    """Write beside a point: policies below, so that they do not overlap the steps above."""
     axes.annotate(
         label, (x, y), xytext=(0, -16 if below else 7), textcoords="offset points",
         ha="center", fontsize=10, color=COLOUR[role],

@@ -17,7 +17,7 @@ from aif.constitution import file as constitutions
 from aif.data.visible import cleaned
 from aif.errors import AifError
 from aif.llm.budget import cost_of, journals
-from aif.report.judge_stats import Judged
+from aif.report.judge_stats import LabelSurvey
 from aif.report.schema import CallState, LabelState, Metric, TrainState, rows, state
 from aif.run import Run
 from aif.store.journal import Index
@@ -34,7 +34,7 @@ FILES += tuple(f"{stage}.json" for stage in (*ASKING, "compare", "sft", "reward"
 
 @dataclass
 class Count:
-    """A line of the funnel: how many there are, and what became of those that are of no use."""
+    """A line of the funnel: how many there are, and how many of them are lost, by reason."""
 
     name: str
     file: str
@@ -51,22 +51,21 @@ class Count:
             self.lost[lost] += 1
 
 
-def what_ran(run: Run, judged: Judged) -> dict[str, Any]:
+def what_ran(run: Run, labels: LabelSurvey) -> dict[str, Any]:
     """The run in words: `terms` are pairs, `principles` and `calls` are tables."""
     settings = cleaned(run.settings.model_dump())
     label = state(run, "label", LabelState)
-    trained = {name: state(run, name, TrainState) for name in ("sft", "reward", "ppo")}
-    done = {name: found for name, found in trained.items() if found}
+    trained = {name: state(run, name, TrainState) for name in _TRAINED}
+    trained = {name: kept for name, kept in trained.items() if kept}
     terms = []
     if label:
         terms += _judged_by(label)
-    if run.file("responses.jsonl").exists() or done:
+    if run.file("responses.jsonl").exists() or trained:
         terms.append(("Policy", named(settings["policy"]["model"])))
     if run.file("revisions.jsonl").exists():
         reviser = settings["reviser"] or settings["policy"]
         terms.append(("Reviser", named(reviser["model"])))
-    for name, found in done.items():
-        terms.append((_TRAINED[name], _training(found)))
+    terms += [(_TRAINED[name], _training(kept)) for name, kept in trained.items()]
     later = [path.parent.name for path in sorted(run.path.glob("[0-9]*/labels.jsonl"))]
     if later:
         terms.append(("Later iterations", ", ".join(f"{run.path.name}/{name}" for name in later)))
@@ -84,7 +83,7 @@ def what_ran(run: Run, judged: Judged) -> dict[str, Any]:
         "date": _date(run),
         "terms": terms,
         "principles": _principles(label) if label else [],
-        "calls": list(_calls(run, judged)),
+        "calls": list(_calls(run, labels)),
     }
 
 
@@ -92,7 +91,7 @@ _TRAINED = {"sft": "Fine-tuning", "reward": "Reward model", "ppo": "Reinforcemen
 
 
 def named(model: str | None) -> str:
-    """A model as a page names it: of a folder the last two parts, which say nothing of a home."""
+    """A model's name on the page: of a folder only the last two parts, to hide the home folder."""
     if model and Path(model).is_absolute():
         return "/".join(Path(model).parts[-2:])
     return model or "?"
@@ -100,10 +99,10 @@ def named(model: str | None) -> str:
 
 def _judged_by(label: LabelState) -> Iterator[tuple[str, str]]:
     constitution, judge = label.constitution, label.judge
-    told = [constitution.name or "?"]
-    told += [f"digest {constitution.digest[:12]}"] if constitution.digest else []
-    told += [label.draw] if label.draw else []
-    yield "Constitution", ", ".join(told)
+    facts = [constitution.name or "?"]
+    facts += [f"digest {constitution.digest[:12]}"] if constitution.digest else []
+    facts += [label.draw] if label.draw else []
+    yield "Constitution", ", ".join(facts)
     how = [named(judge.model), label.protocol or ""]
     how += [f"{judge.samples} samples" if (judge.samples or 1) > 1 else ""]
     yield "Judge", ", ".join(filter(None, how))
@@ -114,87 +113,85 @@ def _judged_by(label: LabelState) -> Iterator[tuple[str, str]]:
         )
 
 
-def _training(found: TrainState) -> str:
-    if found.in_progress and found.steps is None:
+def _training(state: TrainState) -> str:
+    if state.in_progress and state.steps is None:
         return "begun, not done"
-    facts = [found.algorithm.upper() if found.algorithm else ""]
-    facts += [f"from {named(found.start)}" if found.start else ""]
-    facts += [f"{found.examples:,} examples" if found.examples else ""]
-    facts += [f"{found.pairs:,} comparisons" if found.pairs else ""]
-    facts += [f"{found.prompts:,} prompts" if found.prompts else ""]
-    facts += [f"{found.steps:,} steps" if found.steps is not None else ""]
-    facts += [f"ends with step {found.best_step:,}" if found.best_step is not None else ""]
-    return ", ".join(filter(None, facts))
+    facts = [state.algorithm.upper()] if state.algorithm else []
+    facts += [f"from {named(state.start)}"] if state.start else []
+    facts += [f"{state.examples:,} examples"] if state.examples else []
+    facts += [f"{state.pairs:,} comparisons"] if state.pairs else []
+    facts += [f"{state.prompts:,} prompts"] if state.prompts else []
+    facts += [f"{state.steps:,} steps"] if state.steps is not None else []
+    facts += [f"ends with step {state.best_step:,}"] if state.best_step is not None else []
+    return ", ".join(facts)
 
 
 def _versions() -> str:
-    """Of what made the page, and of what is installed beside it; nothing is imported for it."""
-    found = [f"Python {platform.python_version()}"]
+    """The versions of the packages that are installed; none of them is imported."""
+    versions = [f"Python {platform.python_version()}"]
     for package in ("aif", "matplotlib", "torch", "transformers"):
         with suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    return ", ".join(found)
+            versions.append(f"{package} {version(package)}")
+    return ", ".join(versions)
 
 
 def _date(run: Run) -> str:
-    """When the newest of the run's files was written, so that the same files make the same page."""
+    """The time of the newest file of the run, so that the same files make the same page."""
     times = [path.stat().st_mtime for name in FILES if (path := run.file(name)).exists()]
     return f"{datetime.fromtimestamp(max(times), UTC):%Y-%m-%d %H:%M} UTC" if times else ""
 
 
 def _principles(label: LabelState) -> list[dict[str, Any]]:
-    """Each with its weight and question, where the constitution is still what the labels used."""
-    found = label.constitution
-    asked: dict[str, Any] = {}
+    """Each principle; with its weight and question if the labels used the constitution as it is."""
+    used, principles = label.constitution, {}
     with suppress(AifError):
-        constitution = constitutions.load(Path(found.file or ""))
-        if constitution.digest() == found.digest:
-            asked = {p.id: p for p in constitution.principle}
+        constitution = constitutions.load(Path(used.file or ""))
+        if constitution.digest() == used.digest:
+            principles = {p.id: p for p in constitution.principle}
     return [
         {
             "id": name,
-            "weight": asked[name].weight if name in asked else None,
-            "question": cleaned(
-                asked[name].question(label.protocol or "") if name in asked else None
-            ),
+            "weight": p.weight if (p := principles.get(name)) else None,
+            "question": cleaned(p.question(label.protocol or "")) if p else None,
         }
-        for name in found.principles
+        for name in used.principles
     ]
 
 
-def _calls(run: Run, judged: Judged) -> Iterator[dict[str, Any]]:
-    """What the journals hold, a row a stage."""
+def _calls(run: Run, labels: LabelSurvey) -> Iterator[dict[str, Any]]:
+    """The answers in the journals, a row for each stage."""
     for stage in ASKING:
-        found = [run.index(stage)]
+        indexes = [run.index(stage)]
         if stage == "evaluate":  # each policy and the matches are runs of their own
-            found = [Index.read(path) for path in journals(run.file("evaluation"))]
+            indexes = [Index.read(path) for path in journals(run.file("evaluation"))]
         row = {
-            "answers": sum(len(index.answered) for index in found),
-            "failed": sum(len(index.failed) for index in found),
-            "damaged": sum(len(index.damage) for index in found),
+            "answers": sum(len(index.answered) for index in indexes),
+            "failed": sum(len(index.failed) for index in indexes),
+            "damaged": sum(len(index.damage) for index in indexes),
         }
         if any(row.values()):
-            cost = cost_of(run, stage)
-            told = None if cost is None else dollars(cost)
-            yield {"stage": stage, **row, "tokens": _tokens(run, stage, judged), "cost": told}
+            spent = cost_of(run, stage)
+            cost = None if spent is None else dollars(spent)
+            yield {"stage": stage, **row, "tokens": _tokens(run, stage, labels), "cost": cost}
 
 
-def _tokens(run: Run, stage: str, judged: Judged) -> dict[str, int]:
-    """Of the answers that count now."""
+def _tokens(run: Run, stage: str, labels: LabelSurvey) -> dict[str, int]:
+    """The tokens of the answers that count now."""
     if stage == "label":
-        return dict(judged.tokens)
+        return dict(labels.verdicts.paid.tokens)
     if stage in SAMPLED:
         total: Counter[str] = Counter()
         for response in rows(run, SAMPLED[stage], Response):
             total.update(response.usage)
         return dict(total)
-    found = state(run, stage, CallState)
-    return found.tokens if found else {}
+    calls = state(run, stage, CallState)
+    return calls.tokens if calls else {}
 
 
-def funnel(run: Run, judged: Judged) -> list[Count]:
+def funnel(run: Run, labels: LabelSurvey) -> list[Count]:
     """From prompts to episodes, each with what was lost and why."""
-    null = Counter(label.fault for label in judged.labels.values() if label.fault)
+    null = Counter(label.fault for label in labels.labels.values() if label.fault)
+    verdicts = labels.verdicts.of()
     counts = [
         _counted(run, "Prompts", "prompts.jsonl", Prompt, lambda row: None),
         _counted(run, "Responses", "responses.jsonl", Response, lambda row: row.fault),
@@ -204,9 +201,9 @@ def funnel(run: Run, judged: Judged) -> list[Count]:
             run, "Revisions kept", "kept.jsonl", Kept,
             lambda row: row.fault or (None if row.kept else "not preferred"),
         ),
-        Count("Comparisons", "comparisons.jsonl", len(judged.words)),
-        Count("Verdicts", "verdicts.jsonl", judged.verdicts, judged.faults),
-        Count("Labels", "labels.jsonl", len(judged.labels), null),
+        Count("Comparisons", "comparisons.jsonl", len(labels.words)),
+        Count("Verdicts", "verdicts.jsonl", verdicts.verdicts, verdicts.faults),
+        Count("Labels", "labels.jsonl", len(labels.labels), null),
     ]  # fmt: skip
     reward = state(run, "reward", TrainState)
     if reward and reward.pairs is not None:

@@ -1,8 +1,8 @@
-"""The page itself: one file that asks nothing of anyone, and runs nothing that is not ours.
+"""The page itself: one file that loads nothing and runs only its own script.
 
-Its Content-Security-Policy allows the one style and the one script that stand in it, by their
-sha256, and no other: not an attribute, not an address. Texts reach the page through autoescape, or
-as JSON that the script shows by textContent.
+Its Content-Security-Policy allows the style and the script that are in it, by their sha256, and
+nothing else: no attribute and no address. Texts reach the page through autoescape, or as JSON that
+the script shows by textContent.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 FILES = ("page.css", "items.js", "page.js")
-ABSENT = "\N{EN DASH}"  # where a number is not known
+ABSENT = "\N{EN DASH}"  # for a number that is not known
 
 
-def rendered(content: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+def render(content: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """The page as ASCII HTML; `data` is what its script reads."""
     files = resources.files("aif.report")
     style, *scripts = ((files / name).read_text("ascii") for name in FILES)
@@ -46,7 +46,7 @@ def rendered(content: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def policy(style: str, script: str) -> str:
-    """The Content-Security-Policy under which this style and this script work, and nothing else."""
+    """The Content-Security-Policy that allows this style and this script, and nothing else."""
     digests = [
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for text in (style, script)
@@ -62,17 +62,17 @@ _IN_SCRIPT = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
 def in_script(data: Any) -> str:
-    """JSON that can stand inside a <script>: it holds no markup, and is ASCII throughout."""
+    """JSON that can stand inside a <script>: ASCII without markup."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.translate(_IN_SCRIPT)
 
 
 def figure(value: float | None) -> str:
-    """A measured number with three digits that count."""
+    """A measured number with three significant digits."""
     if value is None:
         return ABSENT
-    told = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
-    return told.replace("-", "\N{MINUS SIGN}")
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def count(value: int | None) -> str:
@@ -86,7 +86,7 @@ def share(value: float | None) -> str:
 
 
 def cell(value: Any) -> str:
-    """What stands in a table under a chart."""
+    """A cell of the table under a chart."""
     if isinstance(value, int):
         return count(value)
     return figure(value) if value is None or isinstance(value, float) else str(value)

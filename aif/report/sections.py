@@ -1,48 +1,45 @@
-"""What each part of the page shows: charts and tables of what the stages have left.
+"""The parts of the page: charts and tables of the files that the stages have written.
 
-Each function gives None where its files are not there; the page then says which verb makes them.
+Each function returns None without its files; the page then says which verb makes them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
-from aif.report import charts
-from aif.report.charts import Chart, Dot, Place
-from aif.report.judge_stats import Judged, human_longer, judge_card
-from aif.report.overview import named
-from aif.report.schema import (
-    Calibration,
-    CardPart,
-    Estimate,
-    Evaluation,
-    Match,
-    Metric,
-    People,
-    Policy,
-    Rate,
-    RewardCard,
-    TrainState,
-    rows,
-    state,
+from aif.evaluation.schema import Evaluation, People, PolicyResult
+from aif.report.charts import (
+    Chart,
+    Dot,
+    Place,
+    calibration,
+    curve,
+    forest,
+    histogram,
+    lines,
+    overoptimisation,
+    spreads,
 )
+from aif.report.judge_stats import LabelSurvey, human_longer, judge_rows
+from aif.report.overview import named
+from aif.report.schema import Metric, RewardCard, TrainState, rows, state
 from aif.run import Run
+from aif.stats.schema import Estimate, Rate
 
 MOST_PRINCIPLES = 12  # that are drawn; the tables have all
 
-# What a policy declines: anything, what asks for harm, what does not.
+# What a policy declines: anything, prompts that ask for harm, prompts that do not.
 REFUSALS = {
     "refusal_rate": "Declines",
     "refusal_rate_harmful": "Declines harm",
     "over_refusal_rate": "Declines others",
 }
 
-Measured = dict[tuple[str, str], list[tuple[float, float | None]]]  # (stage, name) -> (step, value)
+Metrics = dict[tuple[str, str], list[tuple[float, float | None]]]  # (stage, name) -> (step, value)
 
-# (stage, chart's title, {line: metric}); each is drawn where the run has measured it.
+# (stage, chart's title, {line: metric}); a chart is drawn if the run has its metrics.
 TRAINING = (
     ("sft", "Fine-tuning loss", {"training": "loss", "held out": "eval_loss"}),
     ("reward", "Reward-model loss", {"training": "loss", "held out": "eval_loss"}),
@@ -60,41 +57,33 @@ TRAINING = (
 )
 
 
-def judging(judged: Judged) -> dict[str, Any] | None:
+def judging(survey: LabelSurvey) -> dict[str, Any] | None:
     """The judge's card, and how its labels are spread."""
-    card = judge_card(judged)
-    if not card:
+    table = judge_rows(survey)
+    if not table:
         return None
-    whole, shown = card[0], card[: 1 + MOST_PRINCIPLES]
-    longer = [_dot(row["name"] or "whole label", row["longer"]) for row in shown]
-    longer.append(_dot("people", human_longer(judged)))
-    first = [_dot(row["name"] or "all principles", row["shown_first"]) for row in shown]
-    pictures = [
-        _forest("longer", "How often the longer response wins", longer, "share"),
-        _forest("position", "How often the response shown first wins", first, "share"),
-    ]
+    whole, drawn = table[0], table[: 1 + MOST_PRINCIPLES]
+    longer = [Dot.of(row["name"] or "whole label", Rate(**row["longer"])) for row in drawn]
+    longer.append(Dot.of("people", Rate(**human_longer(survey))))
+    first = [Dot.of(row["name"] or "all principles", Rate(**row["shown_first"])) for row in drawn]
     return {
-        "rows": card,
+        "rows": table,
         "pairwise": bool(whole["swaps"]["n"]),
         "human": bool(whole["human"]["n"]),
-        "charts": [picture for picture in pictures if picture],
+        "charts": _charts(
+            forest("longer", "How often the longer response wins", longer, "share"),
+            forest("position", "How often the response shown first wins", first, "share"),
+        ),
         "histograms": [
-            charts.histogram(
-                f"spread-{n}", row["name"] or "whole label", row["values"], row["null"]
-            )
-            for n, row in enumerate(shown)
+            histogram(f"spread-{n}", row["name"] or "whole label", row["values"], row["null"])
+            for n, row in enumerate(drawn)
         ],
-        "not_drawn": len(card) - len(shown),
+        "not_drawn": len(table) - len(drawn),
     }
 
 
-def _dot(label: str, rate: dict[str, Any] | Rate | None, mark: float | None = None) -> Dot | None:
-    """A share as a row of a forest plot; None where there is nothing to take a share of."""
-    found = rate if isinstance(rate, Rate) or rate is None else Rate(**rate)
-    if found is None or found.accuracy is None:
-        return None
-    low, high = found.interval or (None, None)
-    return Dot(label, found.accuracy, low, high, found.n, mark)
+def _charts(*charts: Chart | None) -> list[Chart]:
+    return [chart for chart in charts if chart]
 
 
 def reward_model(run: Run) -> dict[str, Any] | None:
@@ -102,113 +91,86 @@ def reward_model(run: Run) -> dict[str, Any] | None:
     card = state(run, "reward-card", RewardCard)
     if card is None:
         return None
-    kinds = [
-        (told, part) for told, part in (("AI labels", card.ai), ("people", card.human)) if part
-    ]
-    pictures = [
-        _forest(
-            "rm-overall", "Accuracy, and how often the longer wins", _overall(kinds),
-            mark="longer wins",
+    kinds = {"AI labels": card.ai, "people": card.human}
+    kinds = {kind: part for kind, part in kinds.items() if part}
+    overall = [
+        dot
+        for kind, part in kinds.items()
+        for dot in (
+            Dot.of(kind, part, part.longer_wins),
+            Dot.of(f"{kind}, confident", part.confident),
         )
-    ]  # fmt: skip
-    for told, part in kinds[:1]:
-        pictures.append(_forest(
-            "rm-confidence", f"By the label's confidence ({told})",
-            [_dot(_confidence(row.least), row) for row in part.by_confidence],
-        ))  # fmt: skip
-        pictures.append(_forest(
-            "rm-length", f"By words more in the better response ({told})",
-            [_dot(_words(row.words_more), row) for row in part.by_length],
-        ))  # fmt: skip
-    principles = [_dot(name, row) for name, row in card.by_principle.items()]
+    ]
+    title = "Accuracy, and how often the longer wins"
+    drawn = [forest("rm-overall", title, overall, "accuracy", mark="longer wins")]
+    for kind, part in list(kinds.items())[:1]:
+        by_confidence = [Dot.of(_confidence(row.least), row) for row in part.by_confidence]
+        by_length = [Dot.of(_length(*row.words_more), row) for row in part.by_length]
+        title = f"By the label's confidence ({kind})"
+        drawn.append(forest("rm-confidence", title, by_confidence, "accuracy"))
+        title = f"By words more in the better response ({kind})"
+        drawn.append(forest("rm-length", title, by_length, "accuracy"))
+    principles = [Dot.of(name, row) for name, row in card.by_principle.items()]
     title = "By principle"
     if len(principles) > MOST_PRINCIPLES:
         title += f", the first {MOST_PRINCIPLES} of {len(principles)}"
-    pictures.append(_forest("rm-principle", title, principles[:MOST_PRINCIPLES]))
-    bins = {
-        _calibrated(told, part.calibration): [
-            (bin.confidence, bin.accuracy, bin.n) for bin in part.calibration.bins
-        ]
-        for told, part in kinds
-        if part.calibration.bins
-    }
-    if bins:
-        pictures.append(charts.calibration("rm-calibration", "Calibration", bins))
+    drawn.append(forest("rm-principle", title, principles[:MOST_PRINCIPLES], "accuracy"))
+    calibrations = [(kind, part.calibration) for kind, part in kinds.items()]
+    drawn.append(calibration("rm-calibration", "Calibration", calibrations))
     if card.scores:
-        pictures.append(charts.spreads("rm-scores", "Scores", card.scores))
+        drawn.append(spreads("rm-scores", "Scores", card.scores))
     if len(card.curve) > 1:
-        pictures.append(charts.curve("rm-curve", "Learning curve", card.curve))
-    return {"pairs": card.pairs, "charts": [picture for picture in pictures if picture]}
-
-
-def _overall(kinds: Sequence[tuple[str, CardPart]]) -> list[Dot | None]:
-    dots = []
-    for told, part in kinds:
-        dots.append(_dot(told, part, part.longer_wins))
-        dots.append(_dot(f"{told}, confident", part.confident))
-    return dots
-
-
-def _forest(
-    name: str, title: str, dots: Iterable[Dot | None], x: str = "accuracy", mark: str = ""
-) -> Chart | None:
-    known = [dot for dot in dots if dot is not None]
-    return charts.forest(name, title, known, x, 0.5, mark=mark) if known else None
-
-
-def _calibrated(told: str, found: Calibration) -> str:
-    return told if found.ece is None else f"{told}, ECE {found.ece:.3f}"
+        drawn.append(curve("rm-curve", "Learning curve", card.curve))
+    return {"pairs": card.pairs, "charts": _charts(*drawn)}
 
 
 def _confidence(least: float) -> str:
     return f"{least:g} to {1 if least >= 0.9 else least + 0.1:g}"
 
 
-def _words(bounds: tuple[float | None, float | None]) -> str:
-    low, high = bounds
+def _length(low: float | None, high: float | None) -> str:
     if low is None:
-        told = f"under {high:+g}"
+        label = f"under {high:+g}"
     else:
-        told = f"{low:+g} and more" if high is None else f"{low:+g} to {high - 1:+g}"
-    return told.replace("-", "\N{MINUS SIGN}")
+        label = f"{low:+g} and more" if high is None else f"{low:+g} to {high - 1:+g}"
+    return label.replace("-", "\N{MINUS SIGN}")
 
 
-def measured(run: Run) -> Measured:
-    """metrics.jsonl as lines, without those that have no number at all."""
-    found: Measured = defaultdict(list)
+def metrics(run: Run) -> Metrics:
+    """metrics.jsonl as lines, without the lines that have no number at all."""
+    lines: Metrics = defaultdict(list)
     for row in rows(run, "metrics.jsonl", Metric):
-        found[row.stage, row.name].append((row.step, row.value))
+        lines[row.stage, row.name].append((row.step, row.value))
     return {
         key: sorted(points, key=itemgetter(0))
-        for key, points in found.items()
+        for key, points in lines.items()
         if any(value is not None for _, value in points)
     }
 
 
-def training(found: Measured) -> list[tuple[str, list[Chart]]]:
+def training(metrics: Metrics) -> list[tuple[str, list[Chart]]]:
     """The curves of the stages that have trained, under two headings."""
-    made: dict[str, list[Chart]] = defaultdict(list)
+    charts: dict[str, list[Chart]] = defaultdict(list)
     for number, (stage, title, names) in enumerate(TRAINING):
         series = {
-            told: found[stage, name] for told, name in names.items() if (stage, name) in found
+            label: metrics[stage, name] for label, name in names.items() if (stage, name) in metrics
         }
         if series:
             heading = "By reinforcement" if stage == "ppo" else "Supervised"
-            made[heading].append(charts.lines(f"train-{number}", title, series))
-    return list(made.items())
+            charts[heading].append(lines(f"train-{number}", title, series))
+    return list(charts.items())
 
 
-def overoptimisation(
-    found: Measured, ppo: TrainState | None, evaluation: Evaluation | None
+def score_by_kl(
+    metrics: Metrics, ppo: TrainState | None, evaluation: Evaluation | None
 ) -> Chart | None:
-    """Proxy and gold of the looks during PPO, and of the policies that were evaluated, by KL."""
-    proxy, gold = (
-        dict(found.get(("ppo", "eval/scores"), ())),
-        dict(found.get(("ppo", "eval/gold"), ())),
+    """Proxy and gold by KL: of the evaluations during PPO, and of the evaluated policies."""
+    proxy, gold, kls = (
+        dict(metrics.get(("ppo", f"eval/{name}"), ())) for name in ("scores", "gold", "kl")
     )
     path = [
         Place(f"{step:g}", kl, proxy.get(step), gold.get(step))
-        for step, kl in found.get(("ppo", "eval/kl"), ())
+        for step, kl in kls.items()
         if kl is not None
     ]
     others = [
@@ -222,50 +184,50 @@ def overoptimisation(
         for policy in (evaluation.policies if evaluation else ())
         if policy.kl and policy.kl.mean is not None
     ]
-    known = [place for place in path + others if (place.proxy, place.gold) != (None, None)]
-    if not known:
+    path, others = (
+        [place for place in places if (place.proxy, place.gold) != (None, None)]
+        for places in (path, others)
+    )
+    if not path and not others:
         return None
     many = f"{ppo.eval_prompts:,} held-out" if ppo and ppo.eval_prompts else "Held-out"
-    return charts.overoptimisation(
-        "kl", f"{many} prompts, by step",
-        [place for place in path if place in known], [place for place in others if place in known],
-    )  # fmt: skip
+    return overoptimisation("kl", f"{many} prompts, by step", path, others)
 
 
 def mean_of(estimate: Estimate | None) -> float | None:
-    """Its mean, if it is there and has one."""
+    """The mean of an estimate, or None."""
     return estimate.mean if estimate else None
 
 
-def evaluated(evaluation: Evaluation | None) -> dict[str, Any] | None:
-    """Who wins how often, and what each policy is like."""
+def policies(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    """Who wins how often, and the statistics of each policy."""
     if evaluation is None:
         return None
-    pictures = [
-        _estimates(key, title, x, [(told(one), getattr(one, key)) for one in found], line)
-        for key, title, x, found, told, line in (
-            ("win_rate", "Win rates", "share won", evaluation.matches, _against, 0.5),
-            ("length_controlled", "Win rates at equal length", "share won", evaluation.matches,
-             _against, 0.5),
-            ("rating", "Ratings", "Elo points", evaluation.policies, _name, None),
-            ("gold", "Gold", "gold", evaluation.policies, _name, None),
+    matches = [(f"{match.first} v. {match.second}", match) for match in evaluation.matches]
+    named_policies = [(policy.name, policy) for policy in evaluation.policies]
+    drawn = [
+        forest(key, title, [Dot.of(label, getattr(one, key)) for label, one in of], x, line)
+        for key, title, x, of, line in (
+            ("win_rate", "Win rates", "share won", matches, 0.5),
+            ("length_controlled", "Win rates at equal length", "share won", matches, 0.5),
+            ("rating", "Ratings", "Elo points", named_policies, None),
+            ("gold", "Gold", "gold", named_policies, None),
         )
-    ]  # fmt: skip
+    ]
     people = evaluation.human or People()
-    pictures.append(_estimates(
-        "people", "Agreement with what people chose", "share of choices",
-        [("the judge", people.judge), ("the reward model", people.reward)], 0.5,
-    ))  # fmt: skip
-    policies = [_policy_row(policy) for policy in evaluation.policies]
+    agreement = [Dot.of("the judge", people.judge), Dot.of("the reward model", people.reward)]
+    title = "Agreement with what people chose"
+    drawn.append(forest("people", title, agreement, "share of choices"))
+    table = [_policy_row(policy) for policy in evaluation.policies]
     return {
         "evaluation": evaluation,
         "judge": named(evaluation.judge),
-        "charts": [picture for picture in pictures if picture],
-        "policies": policies,
+        "charts": _charts(*drawn),
+        "policies": table,
         "refusals": [
-            (key, told)
-            for key, told in REFUSALS.items()
-            if any(row[key] is not None for row in policies)
+            (key, title)
+            for key, title in REFUSALS.items()
+            if any(row[key] is not None for row in table)
         ],
         "principles": list(
             dict.fromkeys(name for match in evaluation.matches for name in match.by_principle)
@@ -273,27 +235,8 @@ def evaluated(evaluation: Evaluation | None) -> dict[str, Any] | None:
     }
 
 
-def _against(match: Match) -> str:
-    return f"{match.first} v. {match.second}"
-
-
-def _name(policy: Policy) -> str:
-    return policy.name
-
-
-def _estimates(
-    name: str, title: str, x: str, found: Sequence[tuple[str, Estimate | None]], line: float | None
-) -> Chart | None:
-    dots = [
-        Dot(told, one.mean, one.low, one.high, one.n)
-        for told, one in found
-        if one is not None and one.mean is not None
-    ]
-    return charts.forest(name, title, dots, x, line) if dots else None
-
-
-def _policy_row(policy: Policy) -> dict[str, Any]:
-    """A policy with its shares as plain numbers, whichever of the two shapes they have."""
+def _policy_row(policy: PolicyResult) -> dict[str, Any]:
+    """A policy with its shares as plain numbers, whether they have an interval or not."""
     plain = {
         key: value.mean if isinstance(value := getattr(policy, key), Estimate) else value
         for key in ("distinct_1", "distinct_2", "self_bleu", *REFUSALS)

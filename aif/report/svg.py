@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG that may stand in a page: no style of its own, no foreign names.
+"""A matplotlib figure as SVG for a page: without a style of its own, without foreign names.
 
 Colours are drawn as placeholders and become classes (`f-ink` fills, `s-ink` strokes), so that the
 page's style sheet decides them, light and dark. matplotlib's style attributes become presentation
@@ -23,9 +23,9 @@ _PAINT = {"fill": "f", "stroke": "s"}
 
 
 def inline(figure: Any, name: str, title: str, desc: str) -> Markup:
-    """The figure as an <svg role="img"> whose title and description screen readers say.
+    """The figure as an <svg role="img"> with a title and a description for screen readers.
 
-    `name` begins each id in it, so it has to be the figure's alone.
+    `name` begins each id in it, so no other figure may have it.
     """
     from matplotlib import rc_context
 
@@ -43,16 +43,16 @@ def inline(figure: Any, name: str, title: str, desc: str) -> Markup:
         "aria-labelledby": f"{name}-title {name}-desc",
     }  # fmt: skip
     for tag, text in (("desc", desc), ("title", title)):
-        told = ET.Element(tag, {"id": f"{name}-{tag}"})
-        told.text = visible(text)
-        root.insert(0, told)
+        element = ET.Element(tag, {"id": f"{name}-{tag}"})
+        element.text = visible(text)
+        root.insert(0, element)
     return Markup(ET.tostring(root, encoding="unicode", short_empty_elements=False))
 
 
 def _strip(part: ET.Element) -> None:
-    """Names without namespaces (HTML knows what is in an <svg>), and nothing that is not drawn."""
+    """Drop namespaces (HTML knows the names in an <svg>) and everything that is not drawn."""
     part.tag = part.tag.rpartition("}")[2]
-    part.attrib = {key.rpartition("}")[2]: held for key, held in part.attrib.items()}
+    part.attrib = {key.rpartition("}")[2]: value for key, value in part.attrib.items()}
     part.tail = None
     if part.tag != "text" and part.text and not part.text.strip():
         part.text = None
@@ -65,17 +65,17 @@ def _strip(part: ET.Element) -> None:
 
 def _rename(root: ET.Element, name: str) -> None:
     """Keep only the ids that are referred to, under names that begin with `name`."""
-    wanted: dict[str, str] = {}
+    names: dict[str, str] = {}
     for part in root.iter():
         for key in ("href", "clip-path"):
             if key in part.attrib:
                 old = part.attrib[key].removeprefix("url(").removesuffix(")").removeprefix("#")
-                new = wanted.setdefault(old, f"{name}-{len(wanted)}")
+                new = names.setdefault(old, f"{name}-{len(names)}")
                 part.attrib[key] = f"#{new}" if key == "href" else f"url(#{new})"
     for part in root.iter():
         old = part.attrib.pop("id", None)
-        if old in wanted:
-            part.attrib["id"] = wanted[old]
+        if old in names:
+            part.attrib["id"] = names[old]
 
 
 def _restyle(part: ET.Element) -> None:

@@ -21,8 +21,8 @@ from aif.data.visible import cleaned, visible
 from aif.errors import AifError
 from aif.progress import Progress
 from aif.report import report
-from aif.report.browser import browsed, drawn
-from aif.report.judge_stats import judge_card, survey
+from aif.report.browser import browser_data, draw
+from aif.report.judge_stats import judge_rows, survey
 from aif.report.sections import MOST_PRINCIPLES
 from aif.report.tiles import tiles
 from aif.run import Run
@@ -329,7 +329,7 @@ def test_nulls_are_counted_and_never_drawn(full):
     null = sum(label.p_first is None for label in labels)
     assert null == -(-60 // FAULTY)
     verdicts = list(run.read("verdicts.jsonl", Verdict))
-    whole = judge_card(survey(run))[0]
+    whole = judge_rows(survey(run))[0]
     assert len(whole["values"]) == 60 - null
     assert whole["null"] == null
     assert dict(whole["faults"]) == {"unparsed": sum(v.fault is not None for v in verdicts)}
@@ -391,7 +391,7 @@ def test_the_judges_card_by_hand(tmp_path):
     run.write("verdicts.jsonl", verdicts)
     run.write("labels.jsonl", labels)
     run.write("human.jsonl", [HumanChoice(pairs[0].id, 1.0), HumanChoice(pairs[1].id, 0.0)])
-    whole, kind = judge_card(survey(run))
+    whole, kind = judge_rows(survey(run))
     for row in (whole, kind):
         keys = ("longer", "swaps", "shown_first", "human", "confident", "first")
         found = {key: (row[key]["accuracy"], row[key]["n"]) for key in keys}
@@ -433,9 +433,9 @@ def test_a_shared_grade_is_paid_once(tmp_path):
     rows = [Verdict("same", c, "kind", "a", "j", "Yes", 0.6, None, {"prompt_tokens": 7})
             for c in "xyz"]  # fmt: skip
     run.write("verdicts.jsonl", rows)
-    judged = survey(run)
-    assert judged.tokens == {"prompt_tokens": 7}
-    assert judged.verdicts == 3
+    labels = survey(run)
+    assert labels.verdicts.paid.tokens == {"prompt_tokens": 7}
+    assert labels.verdicts.of().verdicts == 3
 
 
 # ---- more than fits
@@ -443,14 +443,14 @@ def test_a_shared_grade_is_paid_once(tmp_path):
 
 def test_what_does_not_fit_is_drawn_by_seed_and_said(tmp_path, monkeypatch):
     run = labelled_run(tmp_path / "run", 60)
-    judged = survey(run)
-    every = browsed(run, judged, 0, 20_000_000)
+    labels = survey(run)
+    every = browser_data(run, labels, 0, 20_000_000)
     assert every["counts"]["comparisons"] == [60, 60]
-    few = browsed(run, judged, 0, 20_000)
+    few = browser_data(run, labels, 0, 20_000)
     kept = [item["id"] for item in few["comparisons"]]
     assert 5 < len(kept) < 40
-    assert browsed(run, judged, 0, 20_000)["comparisons"] == few["comparisons"]
-    assert [item["id"] for item in browsed(run, judged, 1, 20_000)["comparisons"]] != kept
+    assert browser_data(run, labels, 0, 20_000)["comparisons"] == few["comparisons"]
+    assert [item["id"] for item in browser_data(run, labels, 1, 20_000)["comparisons"]] != kept
     assert sum(map(len, few["texts"])) < 20_000
     monkeypatch.setattr("aif.report.BUDGET", 20_000)
     report(run, Progress(quiet=True))
@@ -462,7 +462,7 @@ def test_what_does_not_fit_is_drawn_by_seed_and_said(tmp_path, monkeypatch):
 def test_one_item_too_large_does_not_keep_the_others_out():
     small = {("comparisons", "a"): 10, ("comparisons", "b"): 10}
     sizes = Counter(small | {("comparisons", "large"): 1000})
-    assert drawn(sizes, 0, 100) == set(small)
+    assert draw(sizes, 0, 100) == set(small)
 
 
 # ---- texts of strangers
