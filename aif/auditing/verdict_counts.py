@@ -17,7 +17,6 @@ class VerdictCounts:
     """Verdicts under one principle on the pairs of one subset."""
 
     verdicts: int = 0
-    graded: int = 0  # verdicts on one response by itself
     faults: Counter[str] = field(default_factory=Counter)
     shown_first: Counter[bool] = field(default_factory=Counter)  # whether that response won
     swaps: Counter[tuple[float, float]] = field(default_factory=Counter)  # outcomes of ab and ba
@@ -26,7 +25,6 @@ class VerdictCounts:
     def add(self, other: VerdictCounts) -> None:
         """Add other counts to these."""
         self.verdicts += other.verdicts
-        self.graded += other.graded
         for name in ("faults", "shown_first", "swaps", "right"):
             getattr(self, name).update(getattr(other, name))
 
@@ -48,7 +46,6 @@ class VerdictTable:
         """Count a verdict. `people` is 1.0 where people prefer the first response of its pair."""
         counts = self.counts[verdict.principle_id, subset]
         counts.verdicts += 1
-        counts.graded += len(verdict.order) == 1
         self.paid.add(verdict)
         winner = outcome(verdict.p_first)
         if winner is None:

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("krippendorff")
 
-from aif.auditing.card import Judgement, Tallies, judge_card, position, weight
+from aif.auditing.card import Judgement, judge_card, position, weight
+from aif.auditing.verdict_counts import VerdictTable
 from aif.data.human import Item
 from aif.stats import intervals
 from aif.stats.agreement import (
@@ -39,8 +40,12 @@ def judgement(n: int, p_first: float | None, people=(1.0,), **more) -> Judgement
     return Judgement(item(n, people, **more), label)
 
 
-def card(judgements, tallies=None, model="judge", **options):
-    return judge_card(judgements, tallies or Tallies(), model, BOOTSTRAP, **options)
+def add(table: VerdictTable, verdict: Verdict, of: Item) -> None:
+    table.add(verdict, of.people, of.subset)
+
+
+def card(judgements, table=None, model="judge", **options):
+    return judge_card(judgements, table or VerdictTable(), model, BOOTSTRAP, **options)
 
 
 def test_people_are_the_majority_and_no_one_where_there_is_none():
@@ -208,61 +213,60 @@ def test_position_by_hand():
     """ab and ba of six pairs: twice the same winner, twice whatever is shown first, once whatever
     is shown second, and one verdict missing."""
     said = [(0.9, 0.8), (0.2, 0.1), (0.9, 0.1), (0.8, 0.3), (0.1, 0.9), (0.9, None)]
-    tallies = Tallies()
+    table = VerdictTable()
     for n, (ab, ba) in enumerate(said):
         for order, p in (("ba", ba), ("ab", ab)):  # as they come from a journal, in any order
-            tallies.add(verdict(n, order, p), item(n))
-    found = position(tallies.of(), BOOTSTRAP)
+            add(table, verdict(n, order, p), item(n))
+    found = position(table.of(), BOOTSTRAP)
     assert found["consistency"]["mean"] == pytest.approx(2 / 5)
     assert (found["first"], found["second"]) == (2 / 5, 1 / 5)
     # First shown wins: ab > 0.5 four times, ba < 0.5 thrice; the other four are for the second.
     assert found["bias"] == pytest.approx((7 - 4) / 11)
     assert found["right"]["ab"]["mean"] == pytest.approx(4 / 6)
     assert found["right"]["ba"]["mean"] == pytest.approx(2 / 6)  # the missing one is not right
-    assert tallies.of().faults == {"refused": 1}
+    assert table.of().faults == {"refused": 1}
 
 
 def test_orders_are_held_against_those_of_the_same_judge():
-    tallies = Tallies()
-    tallies.add(verdict(0, "ab", 0.9), item(0))
-    tallies.add(replace(verdict(0, "ba", 0.9), judge="another"), item(0))
-    assert position(tallies.of(), BOOTSTRAP)["consistency"]["n"] == 0
+    table = VerdictTable()
+    add(table, verdict(0, "ab", 0.9), item(0))
+    add(table, replace(verdict(0, "ba", 0.9), judge="another"), item(0))
+    assert position(table.of(), BOOTSTRAP)["consistency"]["n"] == 0
 
 
 def test_nobody_is_right_on_a_pair_that_people_call_even():
-    tallies = Tallies()
+    table = VerdictTable()
     for order, p in (("ab", 0.5), ("ba", 0.9)):
-        tallies.add(verdict(0, order, p), item(0, (0.5,)))
-    right = position(tallies.of(), BOOTSTRAP)["right"]
+        add(table, verdict(0, order, p), item(0, (0.5,)))
+    right = position(table.of(), BOOTSTRAP)["right"]
     assert [right[order]["n"] for order in ("ab", "ba")] == [0, 0]
 
 
 def test_a_judge_that_grades_one_by_one_has_no_position():
-    tallies = Tallies()
+    table = VerdictTable()
     for order in ("a", "b"):
-        tallies.add(verdict(0, order, 0.7), item(0))
-    assert position(tallies.of(), BOOTSTRAP) is None
-    assert tallies.of().graded == 2
+        add(table, verdict(0, order, 0.7), item(0))
+    assert position(table.of(), BOOTSTRAP) is None
 
 
 def test_a_shared_grade_is_one_call():
-    tallies = Tallies()
+    table = VerdictTable()
     shared = Verdict("v", "c0", "kind", "a", "j", None, 0.5, None, {"prompt_tokens": 7})
-    tallies.add(shared, item(0))
-    tallies.add(shared, item(1))
-    assert (tallies.paid.calls, tallies.paid.tokens) == (1, {"prompt_tokens": 7})
-    assert tallies.of().verdicts == 2
+    add(table, shared, item(0))
+    add(table, shared, item(1))
+    assert (table.paid.calls, table.paid.tokens) == (1, {"prompt_tokens": 7})
+    assert table.of().verdicts == 2
 
 
 def test_by_principle_and_by_subset():
-    rows, tallies = [], Tallies()
+    rows, table = [], VerdictTable()
     for n in range(4):
         one = item(n, subset="even" if n % 2 == 0 else "odd")
         by_principle = {"kind": 0.9, "grim": 0.1 if n else None}
         rows.append(Judgement(one, Label(one.comparison_id, 0.9, None, 2, None, by_principle)))
         for name, p in by_principle.items():
-            tallies.add(verdict(n, "ab", p, name), one)
-    found = card(rows, tallies)
+            add(table, verdict(n, "ab", p, name), one)
+    found = card(rows, table)
     assert found["by_principle"]["kind"]["agreement"]["mean"] == 1
     assert found["by_principle"]["grim"]["agreement"] | {"low": 0, "high": 0} == {
         "mean": 0, "low": 0, "high": 0, "n": 3
@@ -274,7 +278,7 @@ def test_by_principle_and_by_subset():
     }  # fmt: skip
     assert found["by_subset"]["even"]["faults"] == {"refused": 1}
     assert found["by_subset"]["odd"]["faults"] == {}
-    assert card(rows[:1], tallies)["by_subset"] == {}  # one subset is the whole
+    assert card(rows[:1], table)["by_subset"] == {}  # one subset is the whole
 
 
 def test_self_preference():
