@@ -119,13 +119,13 @@ def _iteration(run: Run, number: int, before: Run) -> Run:
     policy = settings.policy.of_weights(str(before.file("ppo")))
     fresh = {"model": None}  # each begins as the new policy
     respond = settings.respond
-    update = {
-        "policy": policy,
-        "respond": respond.model_copy(update={"samples": respond.resamples or respond.samples}),
-        "reward": settings.reward.model_copy(update=fresh),
-        "ppo": settings.ppo.model_copy(update=fresh),
-    }
-    return Run(run.file(str(number)), settings.model_copy(update=update), run.root)
+    return run.child(
+        str(number),
+        policy=policy,
+        respond=respond.model_copy(update={"samples": respond.resamples or respond.samples}),
+        reward=settings.reward.model_copy(update=fresh),
+        ppo=settings.ppo.model_copy(update=fresh),
+    )
 
 
 def chosen(

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import tomli_w
 
@@ -31,6 +31,17 @@ from aif.store.records import as_row
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 Row = TypeVar("Row")
+MADE_BY = {  # file -> what stands between `aif` and the run's folder
+    "prompts.jsonl": "respond",
+    "responses.jsonl": "respond",
+    "votes.jsonl": "vote",
+    "revisions.jsonl": "revise",
+    "kept.jsonl": "filter",
+    "resampled.jsonl": "resample",
+    "comparisons.jsonl": "compare",
+    "verdicts.jsonl": "label --out",
+    "labels.jsonl": "label --out",
+}
 
 
 class Run:
@@ -57,6 +68,30 @@ class Run:
             if part.is_symlink():
                 raise InputError(part, "", got="a symbolic link", expected="a plain file or folder")
         return path
+
+    def using(self, **tables: Any) -> Self:
+        """The same folder under other settings: its own, but for these tables."""
+        return type(self)(self.path, self.settings.model_copy(update=tables), self.root)
+
+    def child(self, name: str, **tables: Any) -> Self:
+        """A run in the folder `name` of this one, with the settings of `using`."""
+        return type(self)(self.file(name), self.settings.model_copy(update=tables), self.root)
+
+    def require(self, name: str) -> Path:
+        """A file of the run. Raises InputError, which names the verb to run, if it is missing."""
+        path = self.file(name)
+        if not path.exists():
+            verb = MADE_BY.get(name)
+            expected = f"what `aif {verb} {self.path}` makes" if verb else "a JSONL file"
+            raise InputError(path, "", got="no such file", expected=expected)
+        return path
+
+    def require_labels(self) -> Path:
+        """The same for labels.jsonl. Raises AifError if the labelling was cut off."""
+        if self.state("label").get("in_progress"):
+            again = f"`aif label --out {self.path}`"
+            raise AifError(f"{self.path}: labelling was cut off; {again} first")
+        return self.require("labels.jsonl")
 
     @property
     def sampled(self) -> str:
@@ -112,9 +147,15 @@ class Run:
         """Replace a JSONL file by these records, atomically; returns how many there were."""
         return jsonl.write(self.file(name), map(as_row, rows))
 
-    def read(self, name: str, kind: type[Row]) -> Iterator[Row]:
-        """The records of a JSONL file of this run."""
-        path = self.file(name)
+    def read(self, name: str, kind: type[Row], missing_ok: bool = False) -> Iterator[Row]:
+        """The records of a JSONL file of this run, as they are asked for.
+
+        Raises InputError for a row that is no such record, and for a missing file; with
+        `missing_ok` a missing file has no rows.
+        """
+        if missing_ok and not self.file(name).exists():
+            return
+        path = self.require(name)
         for number, row in jsonl.read(path):
             try:
                 yield kind(**row)

@@ -149,12 +149,12 @@ def _run_of(run: Run, model: str) -> Run:
     own = {one.model: one for one in (*settings.panel, settings.judge)}
     alone = {"pairs": _source(run), "escalate_below": None, "budget": None}
     alone |= {"judge_weights": {}, "weights_from": None}
-    update = {
-        "judge": own.get(model) or settings.judge.of_model(model),
-        "panel": [],
-        "label": settings.label.model_copy(update=alone),
-    }
-    return Run(run.file("judges") / _folder(model), settings.model_copy(update=update), run.root)
+    return run.child(
+        f"judges/{_folder(model)}",
+        judge=own.get(model) or settings.judge.of_model(model),
+        panel=[],
+        label=settings.label.model_copy(update=alone),
+    )
 
 
 def _folder(name: str) -> str:
@@ -186,8 +186,7 @@ def _judges_of_runs(run: Run) -> list[AuditedJudge]:
     judges = []
     for folder in folders:
         own = Run(folder, _settings(run, folder))
-        if not own.file("labels.jsonl").exists():
-            raise AifError(f"{folder}: no labels yet; `aif label --out {folder}` makes them")
+        own.require("labels.jsonl")
         used = own.state(LABELS).get("judge")
         used_model = used.get("model") if isinstance(used, dict) else None
         model, members = used_model or own.settings.judge.model, _members(own)

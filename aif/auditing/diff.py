@@ -124,8 +124,7 @@ def diff(run: Run, other: Run | None, to: Path | None = None, show: int = 5) -> 
 
 def _written(run: Run) -> Labelling:
     """The labelling that a run's files have."""
-    if not run.file("labels.jsonl").exists():
-        raise AifError(f"{run.path}: no labels yet; `aif label --out {run.path}` makes them")
+    run.require("labels.jsonl")
     used, notes = run.state(STAGE), ()
     if used.get("in_progress"):  # label.json is of what is to come, labels.jsonl of what was before
         used = {}

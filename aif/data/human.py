@@ -74,9 +74,8 @@ def read_items(source: str, limit: int | None, columns: Sequence[str]) -> Iterat
 def items_of(run: Run) -> Iterator[Item]:
     """The comparisons of a run, with what people chose where it has that."""
     chosen: dict[str, tuple[float, ...]] = {}
-    if run.file("human.jsonl").exists():
-        for row in run.read("human.jsonl", HumanChoice):
-            chosen[row.comparison_id] = (*chosen.get(row.comparison_id, ()), outcome(row.p_first))
+    for row in run.read("human.jsonl", HumanChoice, missing_ok=True):
+        chosen[row.comparison_id] = (*chosen.get(row.comparison_id, ()), outcome(row.p_first))
     for row in run.read("comparisons.jsonl", Comparison):
         yield Item(row.id, row.prompt_id, _more_words(row), chosen.get(row.id, ()))
 

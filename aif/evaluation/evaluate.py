@@ -139,11 +139,6 @@ def _held_out(run: Run) -> Iterator[Question]:
     return (Question(Prompt.of(row["prompt"])) for row in rows if row["step"] == first)
 
 
-def _sub_run(run: Run, name: str, **tables: Any) -> Run:
-    """A run below this one, with its settings except for `tables`."""
-    return Run(run.file(FOLDER) / name, run.settings.model_copy(update=tables), run.root)
-
-
 def _sample(
     run: Run, policy: Policy, questions: Sequence[Question], progress: Progress
 ) -> list[list[PolicyResponse]]:
@@ -151,9 +146,9 @@ def _sample(
     if policy.name == REFERENCE:
         return [[PolicyResponse(policy.name, q.prompt, q.response, None)] for q in questions]
     settings = run.settings
-    sub = _sub_run(
-        run,
-        re.sub("[^A-Za-z0-9_.-]", "-", policy.name)[-64:].lstrip("_.-"),
+    folder = re.sub("[^A-Za-z0-9_.-]", "-", policy.name)[-64:].lstrip("_.-")
+    sub = run.child(
+        f"{FOLDER}/{folder}",
         policy=_policy_settings(run, policy),
         respond=RespondSettings(
             prompts=str(run.file(FOLDER) / "prompts.jsonl"),
@@ -231,7 +226,7 @@ def _play(
         ({"prompt": c.prompt, "response_a": c.first, "response_b": c.second} for c in present),
     )
     label_settings = run.settings.label.model_copy(update={"pairs": str(path), "limit": None})
-    sub = _sub_run(run, "matches", label=label_settings)
+    sub = run.child(f"{FOLDER}/matches", label=label_settings)
     labels = _labels(sub, faults, progress) if present else {}
     if not judge.compares:
         every = [row for own in rows.values() for row in own if row.response is not None]
@@ -310,7 +305,8 @@ def _people(
         return None
     if not any(pair.human for pair in read_pairs(source)):
         raise InputError(source, "", got="no choices", expected="chosen and rejected, or scores")
-    sub = _sub_run(run, "human", label=run.settings.label.model_copy(update={"pairs": source}))
+    label_settings = run.settings.label.model_copy(update={"pairs": source})
+    sub = run.child(f"{FOLDER}/human", label=label_settings)
     labels = _labels(sub, faults, progress)
     choices = {row.comparison_id: row.p_first for row in sub.read("human.jsonl", HumanChoice)}
     rows = [row for row in sub.read("comparisons.jsonl", Comparison) if row.id in choices]

@@ -27,8 +27,7 @@ def export(run: Run, format: str, to: Path | None) -> dict[str, Any]:
     name = {"trl": "trl.jsonl", "hh": "hh.jsonl", "dataset": "dataset"}.get(format)
     if name is None:
         raise InputError("export", "--format", got=repr(format), expected="trl, hh or dataset")
-    if run.state("label").get("in_progress"):  # labels.jsonl is of before the edit, or not there
-        raise AifError(f"{run.path}: labelling was cut off; `aif label --out {run.path}` first")
+    run.require_labels()
     target = to or run.file("export") / name
     left_out: Counter[str] = Counter()
     rows = (trl_row(*choice) for choice in choices(run, left_out))

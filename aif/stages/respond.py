@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from aif.config.settings import Settings
 from aif.data.readers import read_dialogues, read_prompts
 from aif.errors import InputError
 from aif.llm import Answer, Ask, open_llm
@@ -33,7 +32,7 @@ NEXT_TURN = "\n\nUser:"
 
 def respond(run: Run, progress: Progress) -> dict[str, Any]:
     """Sample `respond.samples` responses to each prompt from `[policy]`; returns the summary."""
-    return _sampled(run, run.settings, STAGE, "responses.jsonl", progress)
+    return _sampled(run, run, STAGE, "responses.jsonl", progress)
 
 
 def resample(run: Run, progress: Progress) -> dict[str, Any]:
@@ -44,25 +43,24 @@ def resample(run: Run, progress: Progress) -> dict[str, Any]:
         raise InputError(
             tuned, "", got="no model, or half of one", expected="`aif sft` to have been done"
         )
-    settings = run.settings
-    given = settings.respond
-    tables = {
-        "policy": settings.policy.of_weights(str(tuned)),
-        "respond": given.model_copy(update={"samples": given.resamples or given.samples}),
-    }
-    return _sampled(run, settings.model_copy(update=tables), AGAIN, "resampled.jsonl", progress)
+    settings = run.settings.respond
+    of_tuned = run.using(
+        policy=run.settings.policy.of_weights(str(tuned)),
+        respond=settings.model_copy(update={"samples": settings.resamples or settings.samples}),
+    )
+    return _sampled(run, of_tuned, AGAIN, "resampled.jsonl", progress)
 
 
-def _sampled(
-    given: Run, settings: Settings, stage: str, file: str, progress: Progress
-) -> dict[str, Any]:
-    """Responses to the run's prompts as `settings` say, in `file`; the summary."""
-    run = Run(given.path, settings, given.root)
-    meter = Meter.of(run, stage, settings.policy)
-    with open_llm(settings.policy) as llm, run.writing():
+def _sampled(kept: Run, run: Run, stage: str, file: str, progress: Progress) -> dict[str, Any]:
+    """Responses to the run's prompts under the settings of `run`, in `file`; the summary.
+
+    `kept` is the same run with the settings that run.toml is to have.
+    """
+    meter = Meter.of(run, stage, run.settings.policy)
+    with open_llm(run.settings.policy) as llm, run.writing():
         shots = read_shots(run.settings.respond.shots)
         prompts = take_in(run)
-        given.keep_settings()
+        kept.keep_settings()
         with run.journal(stage) as journal:
             asks = [
                 ask

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from aif.config.settings import SFTSettings
 from aif.data.readers import read_dialogues, read_rows
-from aif.errors import AifError, InputError, shown
+from aif.errors import InputError, shown
 from aif.run import Run
 from aif.store.records import Kept, Message, Prompt, Response, Revision, Vote, content_id
 
@@ -81,7 +80,7 @@ def _revisions(run: Run) -> Iterator[Example]:
     settings = run.settings.sft
     kept = _kept_ids(run) if settings.filtered else None
     good: dict[str, list[Revision]] = {}
-    for row in _rows(run, "revisions.jsonl", Revision, "revise"):
+    for row in run.read("revisions.jsonl", Revision):
         if row.fault is None and row.revision and (kept is None or row.id in kept):
             good.setdefault(row.response_id, []).append(row)
     prompts = _prompts(run)
@@ -92,13 +91,13 @@ def _revisions(run: Run) -> Iterator[Example]:
 
 
 def _kept_ids(run: Run) -> set[str]:
-    return {row.revision_id for row in _rows(run, "kept.jsonl", Kept, "filter") if row.kept}
+    return {row.revision_id for row in run.read("kept.jsonl", Kept) if row.kept}
 
 
 def _votes(run: Run) -> Iterator[Example]:
     """Responses that end in the answer most of their prompt's responses end in."""
     voted = {
-        id for vote in _rows(run, "votes.jsonl", Vote, "vote") if not vote.fault
+        id for vote in run.read("votes.jsonl", Vote) if not vote.fault
         for id in vote.response_ids
     }  # fmt: skip
     return (row for id, row in _own_responses(run, "votes") if id in voted)
@@ -110,7 +109,7 @@ def _responses(run: Run) -> Iterator[Example]:
 
 def _own_responses(run: Run, source: str) -> Iterator[tuple[str, Example]]:
     prompts = _prompts(run)
-    for row in _rows(run, "responses.jsonl", Response, "respond"):
+    for row in run.read("responses.jsonl", Response):
         if row.fault is None and row.text and row.text.strip():
             ended = row.finish != "length"
             yield row.id, _answered(prompts, row.prompt_id, row.text, source, ended)
@@ -132,13 +131,7 @@ def _texts(source: str) -> Iterator[Example]:
 
 
 def _prompts(run: Run) -> dict[str, list[Message]]:
-    return {row.id: row.messages for row in _rows(run, "prompts.jsonl", Prompt, "respond")}
-
-
-def _rows(run: Run, name: str, kind: type[Any], verb: str) -> Iterator[Any]:
-    if not run.file(name).exists():
-        raise AifError(f"{run.file(name)}: not there; `aif {verb} {run.path}` first")
-    return run.read(name, kind)
+    return {row.id: row.messages for row in run.read("prompts.jsonl", Prompt)}
 
 
 def _answered(

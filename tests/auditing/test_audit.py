@@ -346,7 +346,9 @@ def test_what_cannot_be_audited_is_said_in_one_line(place, tmp_path):
     files = ["--pairs", place.pairs, "--out", tmp_path / "out"]
     assert "--constitution FILE" in refused(*files, "--judge", place.judge("sound"))
     assert "recorded verdict" in refused(*files, "--judge", "recorded:nobody")
-    assert "no labels yet" in refused("--out", tmp_path / "out")
+    assert "labels.jsonl: got no such file, expected what `aif lab" in refused(
+        "--out", tmp_path / "out"
+    )
     assert "--pairs HUMAN.jsonl" in refused("--judge", "recorded:j", "--out", tmp_path / "new")
     for name in ("one", "two"):
         rows = [{"prompt": name, "response_a": "x", "response_b": "y"}]

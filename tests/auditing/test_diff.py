@@ -329,8 +329,8 @@ def test_errors_are_one_line(label, tmp_path, written):
     for arguments, said in [
         ((one, one), "expected another run"),
         ((one, one / ".." / "one"), "expected another run"),
-        ((one, tmp_path / "empty"), "no labels yet"),
-        ((tmp_path / "empty", one), "no labels yet"),
+        ((one, tmp_path / "empty"), "labels.jsonl: got no such file"),
+        ((tmp_path / "empty", one), "labels.jsonl: got no such file"),
         ((one, tmp_path / "gone"), "no such folder"),
         ((one, other), "no comparison is in both"),
         ((one, other, "--judge", "smollm2-135m"), "RUN_B"),

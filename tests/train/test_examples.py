@@ -72,7 +72,7 @@ def test_good_revisions_are_learned_from(run, which, want):
 
 def test_filtered_takes_what_the_filter_kept_and_asks_for_it_first(run):
     made = run(filtered=True, revisions="last")
-    with pytest.raises(AifError, match=r"kept.jsonl: not there; `aif filter .*run` first"):
+    with pytest.raises(AifError, match=r"kept.jsonl: got no such file, .* `aif filter .*run`"):
         read_examples(made)
     kept = [
         Kept(f"a{n}", "a", n, "c", p_revision=p, by_principle={}, fault=None, kept=p > 0.5)
@@ -89,7 +89,7 @@ def test_responses_and_votes_are_sources_too(run):
 
 
 def test_a_stage_that_was_not_run_is_named(tmp_path):
-    with pytest.raises(AifError, match=r"`aif revise .*` first"):
+    with pytest.raises(AifError, match=r"got no such file, expected what `aif revise .*` makes"):
         read_examples(run_with(tmp_path / "run"))
 
 

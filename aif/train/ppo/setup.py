@@ -172,8 +172,7 @@ class Prepared:
         # Revisions are picked as for `aif sft`.
         kept = {"data": self.settings.ptx, "objective": "response"}
         sft = self.run.settings.sft.model_copy(update=kept)
-        mixed = Run(self.run.path, self.run.settings.model_copy(update={"sft": sft}))
-        return list(self.tokeniser.dialogues(read_examples(mixed).rows))
+        return list(self.tokeniser.dialogues(read_examples(self.run.using(sft=sft)).rows))
 
 
 def load_critic(name: str, dtype: str, device: str, settings: PPOSettings) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from aif.config.settings import RewardSettings
 from aif.constitution import file as constitutions
 from aif.data.readers import read_pairs, read_rated
-from aif.errors import AifError, InputError, shown
+from aif.errors import InputError, shown
 from aif.run import Run
 from aif.stats.odds import log_odds, probability
 from aif.store.records import Comparison, HumanChoice, Label, Message, Verdict, content_id
@@ -127,9 +127,9 @@ def _compared(run: Run, source: str, left_out: Counter[str]) -> Iterator[PromptG
 
 def _labeled(run: Run, left_out: Counter[str]) -> Iterator[LabeledComparison]:
     """Every comparison of the run whose label is not null, with people's choice if there is one."""
-    _check_labeled(run)
+    run.require_labels()
     labels = {row.comparison_id: row for row in run.read("labels.jsonl", Label)}
-    human = run.read("human.jsonl", HumanChoice) if run.file("human.jsonl").exists() else ()
+    human = run.read("human.jsonl", HumanChoice, missing_ok=True)
     choices = {row.comparison_id: row.p_first for row in human}
     for comparison in run.read("comparisons.jsonl", Comparison):
         label, choice = labels.get(comparison.id), choices.get(comparison.id)
@@ -137,13 +137,6 @@ def _labeled(run: Run, left_out: Counter[str]) -> Iterator[LabeledComparison]:
             left_out[(label and label.fault) or "not labelled"] += 1
         else:
             yield LabeledComparison(comparison, label.p_first, label.by_principle, choice)
-
-
-def _check_labeled(run: Run) -> None:
-    if run.state("label").get("in_progress"):
-        raise AifError(f"{run.path}: labelling was cut off; `aif label --out {run.path}` first")
-    if not run.file("labels.jsonl").exists():
-        raise AifError(f"{run.file('labels.jsonl')}: not there; `aif label --out {run.path}` first")
 
 
 def _chosen(source: str, left_out: Counter[str]) -> Iterator[LabeledComparison]:
@@ -180,7 +173,7 @@ def _judge_grades(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Messa
     """(prompt, response, grade) of every response that the judge graded by itself (pointwise or
     rating). The grade is the weighted mean of the principles' log-odds, over all judges, as a
     probability."""
-    _check_labeled(run)
+    run.require_labels()
     path = run.settings.label.constitution or run.settings.revise.constitution
     weights = {p.id: p.weight for p in constitutions.load(path).principle} if path else {}
     comparisons = {row.id: row for row in run.read("comparisons.jsonl", Comparison)}

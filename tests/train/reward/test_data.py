@@ -120,7 +120,7 @@ def test_labels_that_are_not_all_there_are_an_error(tmp_path, objective):
         read_preferences(run)
     run.write_state("label", {})
     run.file("labels.jsonl").unlink()
-    with pytest.raises(AifError, match="not there; `aif label"):
+    with pytest.raises(AifError, match="got no such file, expected what `aif label"):
         read_preferences(run)
 
 

@@ -253,7 +253,10 @@ def test_peoples_choices_alone_are_enough_to_learn_from(tmp_path, model):
 
 
 ERRORS = {
-    "no labels": (["reward"], r"labels.jsonl: not there; `aif label --out .*` first"),
+    "no labels": (
+        ["reward"],
+        r"no such file, expected what `aif label --out .*` makes",
+    ),
     "cut off": (["reward"], r"labelling was cut off; `aif label --out .*` first"),
     "no model": (["score", "--pairs", "pairs.jsonl"], r"reward: not there or not complete; `aif"),
     "gone": (["score", "--pairs", "gone.jsonl"], r"gone.jsonl: got no such file"),
