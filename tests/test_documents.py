@@ -21,9 +21,11 @@ from aif.config.settings import LoraSettings, PolicySettings, Settings
 from aif.constitution.file import load
 from aif.data.human import read_items
 from aif.data.readers import read_dialogues, read_pairs, read_prompts, read_rated
+from aif.errors import AifError
 from tests.conftest import ROOT, write_jsonl
-from tests.support.documents import Shell, checkout, tiny_bundled
+from tests.support.documents import Shell, checkout
 from tests.support.server import serving
+from tests.test_house import FLOORS
 
 README = "README.md"
 DOCUMENTS = [README] + [
@@ -129,15 +131,9 @@ PRINTS = {
 SMALL = " --set respond.limit=24 --set ppo.max_steps=2"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A cache of models in which the bundled one is tiny."""
-    return tiny_bundled(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
-def shell(tmp_path, models):
-    return Shell(checkout(tmp_path / "checkout"), models)
+def shell(tmp_path, tiny_cache):
+    return Shell(checkout(tmp_path / "checkout"), tiny_cache)
 
 
 @pytest.fixture(scope="module")
@@ -427,6 +423,18 @@ def test_make_targets_exist():
     for document in DOCUMENTS:
         for target in re.findall(r"`?\bmake ([a-z-]+)`", TEXTS[document]):
             assert target in targets, target
+
+
+def test_the_readme_has_every_exit_code():
+    codes = {0, 2} | {error.exit_code for error in [AifError, *AifError.__subclasses__()]}
+    listed = re.findall(r"\b(\d+):", section(README, "Exit codes"))
+    assert list(map(int, listed)) == sorted(codes)
+
+
+def test_the_floors_are_those_of_the_house():
+    rows = re.findall(r"^\| (`aif/.*?) \|", section("aif/README.md", "Floors"), re.MULTILINE)
+    listed = [" ".join(re.findall(r"aif/(\w+)", row)) for row in rows]
+    assert [set(row.split()) for row in reversed(listed)] == [set(f.split()) for f in FLOORS]
 
 
 def test_the_readme_is_short():
