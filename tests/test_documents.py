@@ -22,6 +22,17 @@ from aif.constitution.file import load
 from aif.data.human import read_items
 from aif.data.readers import read_dialogues, read_pairs, read_prompts, read_rated
 from aif.errors import AifError
+from aif.store.records import (
+    Comparison,
+    HumanChoice,
+    Kept,
+    Label,
+    Prompt,
+    Response,
+    Revision,
+    Verdict,
+    Vote,
+)
 from tests.conftest import ROOT, write_jsonl
 from tests.support.documents import Shell, checkout
 from tests.support.server import serving
@@ -414,15 +425,24 @@ def test_every_setting_is_in_its_table_with_its_default():
             assert default == value, f"{name}.{key}: the default is {value!r}"
 
 
+ROWS = {
+    "prompts": Prompt, "responses": Response, "votes": Vote, "revisions": Revision, "kept": Kept,
+    "comparisons": Comparison, "human": HumanChoice, "verdicts": Verdict, "labels": Label,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_run_folder_shows_every_key(name):
+    tree = section("runs/README.md", "The folder").replace("\n│ ", " ")
+    (line,) = re.findall(rf"^├── {name}\.jsonl (.*)$", tree, re.MULTILINE)
+    for key in ROWS[name].__dataclass_fields__:
+        assert re.search(rf"\b{key}\b", line), key
+
+
 def test_make_targets_exist():
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    targets = {
-        *targets,
-        *" ".join(re.findall(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)).split(),
-    }
-    for document in DOCUMENTS:
-        for target in re.findall(r"`?\bmake ([a-z-]+)`", TEXTS[document]):
-            assert target in targets, target
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = [name for text in TEXTS.values() for name in re.findall(r"(?m:^|`)make ([\w-]+)", text)]
+    assert {"demo", "test", "test-vllm"} <= set(named) <= set(targets.split())
 
 
 def test_the_readme_has_every_exit_code():
