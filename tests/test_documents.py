@@ -206,7 +206,7 @@ def test_the_runs_document_runs(shell, server):
     run_through(README, shell, server)
     outputs = run_through("runs/README.md", shell, server)
     (again,) = (text for command, text in outputs.items() if "--from reward" in command)
-    assert re.findall(r"\[\d/\d\] (\w+)$", again, re.MULTILINE) == [
+    assert re.findall(r"\[\d/\d\] (\w+)", again) == [
         "reward", "ppo", "evaluate", "report"
     ]  # fmt: skip
 
