@@ -89,7 +89,7 @@ Judges = Annotated[
     typer.Option("--judge", metavar="NAME", help=f"{JUDGES} Repeat it for a panel."),
 ]
 PAIRS = Flag(
-    "--pairs", "label.pairs", str, "The pairs: JSONL or hf:NAME[:SPLIT]; the README has the shapes."
+    "--pairs", "label.pairs", str, "The pairs: JSONL or hf:NAME[:SPLIT]; see prompts/README.md."
 )
 CONSTITUTION = Flag("--constitution", "label.constitution", str, "The constitution file (TOML).")
 JUDGE = Flag("--judge", "judge.model", str, JUDGES, "NAME")
