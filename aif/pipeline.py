@@ -2,8 +2,8 @@
 
     aif run runs/demo [--from STAGE] [--until STAGE] [--only STAGE]
 
-`STAGES` is the whole of it. A stage is done again only when what it reads, or a setting that it
-depends on, is not what it was; RUN/pipeline.json has the digests of both, and of what was written.
+`STAGES` has them all. A stage is done again only if a file that it reads or a setting that it
+depends on has changed; RUN/pipeline.json has the digests of both, and of the files it wrote.
 """
 
 from __future__ import annotations
@@ -27,46 +27,60 @@ from aif.store.records import content_id
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A verb of a run: its function, called with (run, progress), makes `writes` from `reads`."""
+    """A verb of a run: `code(run, progress)` makes the files `writes` from the files `reads`."""
 
     name: str
+    code: str  # MODULE:FUNCTION in aif
     settings: str  # tables and keys of run.toml
-    reads: str  # of the run, where it is there; "*": all that the stages before it write
+    reads: str  # files of the run, if they exist; "*": all files of the stages before it
     writes: str
-    code: str = ""  # MODULE:FUNCTION within aif; "": stages.NAME:NAME
 
     def function(self) -> Callable[[Run, Progress], dict[str, Any]]:
         """The stage's function; its module is imported only now."""
-        module, _, name = (self.code or f"stages.{self.name}:{self.name}").partition(":")
+        module, _, name = self.code.partition(":")
         return getattr(import_module(f"aif.{module}"), name)
 
 
 # fmt: off
 STAGES = (
-    Stage("respond", "policy respond", "", "prompts.jsonl responses.jsonl"),
-    Stage("vote", "vote", "prompts.jsonl responses.jsonl", "votes.jsonl"),
-    Stage("revise", "policy reviser revise label.constitution",
-          "prompts.jsonl responses.jsonl", "revisions.jsonl"),
-    Stage("filter", "judge label revise.constitution",
-          "prompts.jsonl responses.jsonl revisions.jsonl", "kept.jsonl"),
-    Stage("sft", "policy sft",
+    Stage("respond", "stages.respond:respond", "policy respond",
+          "",
+          "prompts.jsonl responses.jsonl"),
+    Stage("vote", "stages.vote:vote", "vote",
+          "prompts.jsonl responses.jsonl",
+          "votes.jsonl"),
+    Stage("revise", "stages.revise:revise", "policy reviser revise label.constitution",
+          "prompts.jsonl responses.jsonl",
+          "revisions.jsonl"),
+    Stage("filter", "stages.filter:filter", "judge label revise.constitution",
+          "prompts.jsonl responses.jsonl revisions.jsonl",
+          "kept.jsonl"),
+    Stage("sft", "train.sft:sft", "policy sft",
           "prompts.jsonl responses.jsonl votes.jsonl revisions.jsonl kept.jsonl",
-          "sft", "train.sft:sft"),
-    Stage("resample", "policy respond", "sft", "resampled.jsonl", "stages.respond:resample"),
-    Stage("compare", "compare", "prompts.jsonl responses.jsonl resampled.jsonl",
+          "sft"),
+    Stage("resample", "stages.respond:resample", "policy respond",
+          "sft",
+          "resampled.jsonl"),
+    Stage("compare", "stages.compare:compare", "compare",
+          "prompts.jsonl responses.jsonl resampled.jsonl",
           "comparisons.jsonl"),
-    Stage("label", "judge panel label revise.constitution", "comparisons.jsonl",
+    Stage("label", "stages.label:label", "judge panel label revise.constitution",
+          "comparisons.jsonl",
           "comparisons.jsonl verdicts.jsonl labels.jsonl"),
-    Stage("reward", "policy reward",
+    Stage("reward", "train.reward.train:reward", "policy reward",
           "prompts.jsonl responses.jsonl resampled.jsonl revisions.jsonl labels.jsonl human.jsonl "
           "sft",
-          "reward", "train.reward.train:reward"),
-    Stage("ppo", "policy judge label revise.constitution reward ppo",
+          "reward"),
+    Stage("ppo", "stages.ppo:ppo", "policy judge label revise.constitution reward ppo",
           "prompts.jsonl responses.jsonl votes.jsonl revisions.jsonl kept.jsonl sft reward",
           "ppo"),
-    Stage("evaluate", "policy judge label revise.constitution reward ppo.model evaluate", "*",
-          "evaluate.json evaluation.jsonl", "evaluation.evaluate:evaluate"),
-    Stage("report", "", "* audit.json", "report.html", "report:report"),
+    Stage("evaluate", "evaluation.evaluate:evaluate",
+          "policy judge label revise.constitution reward ppo.model evaluate",
+          "*",
+          "evaluate.json evaluation.jsonl"),
+    Stage("report", "report:report", "",
+          "* audit.json",
+          "report.html"),
 )
 # fmt: on
 AGAIN = ("respond", "compare", "label", "reward", "ppo")  # what another iteration does
@@ -75,7 +89,7 @@ STATE = "pipeline"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A stage of a run, or of one of its later iterations."""
+    """A stage of a run or of a later iteration; `name` is as 2/ppo."""
 
     run: Run
     stage: Stage
@@ -83,7 +97,7 @@ class Step:
 
 
 def stage(name: str) -> Stage:
-    """The stage of that name. Raises InputError where there is none."""
+    """The stage of that name. Raises InputError if there is none."""
     for stage in STAGES:
         if stage.name == name:
             return stage
@@ -93,42 +107,40 @@ def stage(name: str) -> Stage:
 
 
 def steps(run: Run) -> list[Step]:
-    """All that `aif run` does, in its order. An iteration after the first is a run in a folder of
-    its own, whose policy is what the one before it ended with."""
+    """The steps of `aif run` in their order. An iteration after the first is a run in a folder of
+    its own; it starts with the policy of the iteration before it."""
     names = run.settings.pipeline.stages or due(run.settings)
     last = [name for name in names if name in ("evaluate", "report")]
-    found = [Step(run, stage(name), name) for name in names if name not in last]
-    before = run
+    first = [Step(run, stage(name), name) for name in names if name not in last]
+    before, later = run, []
     for number in range(2, run.settings.pipeline.iterations + 1):
         before = _iteration(run, number, before)
-        found += [Step(before, stage(name), f"{number}/{name}") for name in AGAIN]
-    return found + [Step(run, stage(name), name) for name in last]
+        later += [Step(before, stage(name), f"{number}/{name}") for name in AGAIN]
+    return first + later + [Step(run, stage(name), name) for name in last]
 
 
 def due(settings: Settings) -> list[str]:
-    """The stages that a run with these settings has, where `pipeline.stages` names none."""
+    """The stages that a run with these settings has by default."""
     left_out = set() if settings.sft.filtered else {"filter"}
     left_out |= set() if "votes" in settings.sft.data else {"vote"}
-    if not settings.respond.prompts:  # pairs of its own, and nobody to sample from
+    if not settings.respond.prompts:  # it has pairs of its own
         return ["label", "report"]
     return [stage.name for stage in STAGES if stage.name not in left_out]
 
 
 def _iteration(run: Run, number: int, before: Run) -> Run:
-    settings = run.settings
-    policy = settings.policy.of_weights(str(before.file("ppo")))
-    fresh = {"model": None}  # each begins as the new policy
-    respond = settings.respond
+    settings, respond = run.settings, run.settings.respond
+    fresh = {"model": None}  # so that it starts from the new policy
     return run.child(
         str(number),
-        policy=policy,
+        policy=settings.policy.of_weights(str(before.file("ppo"))),
         respond=respond.model_copy(update={"samples": respond.resamples or respond.samples}),
         reward=settings.reward.model_copy(update=fresh),
         ppo=settings.ppo.model_copy(update=fresh),
     )
 
 
-def chosen(
+def select(
     every: Sequence[Step], first: str | None, until: str | None, only: str | None
 ) -> Sequence[Step]:
     """The steps from `first` to `until`, or `only` one. Raises InputError for another name."""
@@ -144,7 +156,7 @@ def chosen(
 
 
 def remaining(todo: Sequence[Step]) -> Sequence[Step]:
-    """The steps from the first that is not done: it may change what those after it read."""
+    """The steps from the first that is not done on: it may change what later steps read."""
     first = next((n for n, step in enumerate(todo) if not _is_done(step, _inputs(step))), len(todo))
     return todo[first:]
 
@@ -154,8 +166,8 @@ def run_all(
 ) -> dict[str, Any]:
     """Do the steps that are not done, in their order; returns their summaries by name.
 
-    Raises TooManyFaults after a stage whose calls failed more often than it is allowed: nothing is
-    learned from what it left. `expected_s` has the seconds that a step is expected to take.
+    Raises TooManyFaults after a stage whose calls failed too often, so that nothing is trained on
+    its results. `expected_s` has the seconds that a step is expected to take.
     """
     summaries, expected_s = {}, expected_s or {}
     for number, step in enumerate(todo, 1):
@@ -192,21 +204,21 @@ def _keep_done(step: Step, inputs: str, seconds: float) -> None:
 
 
 def _inputs(step: Step) -> str:
-    """Of what a step depends on. A setting that names a file or a model counts by its content; a
-    file that the step also writes counts as written."""
+    """The digest of everything that a step depends on. A setting that names a file or a model
+    counts by its content; a file that the step also writes is one of its outputs."""
     tables = step.run.settings.model_dump(mode="json")
     for table in filter(None, (tables[name] for name in ("policy", "reviser", "judge", "label"))):
-        table.pop("price", None)  # what calls cost is no part of what they are answered
+        table.pop("price", None)  # the answers do not depend on what calls cost
         table.pop("budget", None)
-    found = {}
+    settings = {}
     for key in step.stage.settings.split():
         table, _, name = key.partition(".")
-        found[key] = tables[table][name] if name else tables[table]
-    names = [*_named(found)]
+        settings[key] = tables[table][name] if name else tables[table]
+    named = [(name, fingerprint.of(name)) for name in _files_in(settings)]
     files = {name: step.run.file(name) for name in _reads(step) if name not in _writes(step)}
     templates = [fingerprint.of(path) for path in sorted(BUILTIN.iterdir())]
     return content_id(
-        metadata.version("aif"), found, templates, [(name, fingerprint.of(name)) for name in names],
+        metadata.version("aif"), settings, templates, named,
         [(name, fingerprint.of(path)) for name, path in files.items()],
     )  # fmt: skip
 
@@ -231,15 +243,15 @@ def _reads(step: Step) -> list[str]:
     return own + named
 
 
-def _named(value: Any) -> Iterator[str]:
-    """Every text in settings that is a file or a folder, FILE.py:FUNCTION, or RUN:POLICY."""
+def _files_in(value: Any) -> Iterator[str]:
+    """Every text in the settings that names a file or folder, FILE.py:FUNCTION, or RUN:POLICY."""
     if isinstance(value, dict):
         for key, one in value.items():
-            yield from _named(key)
-            yield from _named(one)
+            yield from _files_in(key)
+            yield from _files_in(one)
     elif isinstance(value, list):
         for one in value:
-            yield from _named(one)
+            yield from _files_in(one)
     elif isinstance(value, str):
         value = value.removeprefix(VLLM)
         head, _, tail = value.rpartition(":")

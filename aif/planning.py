@@ -1,4 +1,4 @@
-"""What a run would ask and what that comes to, before anything is asked or written."""
+"""The calls that a run would make and what they would cost. It makes none and writes nothing."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from aif.store.records import Comparison, Prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """Of some calls."""
+class CallTokens:
+    """The tokens of some calls."""
 
     prompt: int
-    exact: bool  # whether that is a tokenizer's count, or else an estimate
-    prompt_most: int  # the most that there can be
+    exact: bool  # a tokenizer's count, or else an estimate
+    prompt_most: int  # an upper bound
     completion_most: int
 
     @classmethod
-    def of(cls, llm: LLM, asks: Iterable[Ask]) -> Tokens:
+    def of(cls, llm: LLM, asks: Iterable[Ask]) -> CallTokens:
         prompt = most = completion = 0
         exact = True
         for ask in asks:
@@ -48,7 +48,7 @@ class Tokens:
         return cls(prompt, exact, most, completion)
 
     def dollars(self, price: Price | None) -> dict[str, float | None]:
-        """About, and at most, what they cost; both count every token that an answer may have."""
+        """An estimate of the cost and an upper bound. Both count answers at their full length."""
         if price is None:
             return {"about": None, "at_most": None}
         return {
@@ -58,11 +58,11 @@ class Tokens:
 
 
 def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
-    """What `aif label` would do with the same settings, and what comes before it in `aif run`.
+    """What `aif label` would do with the same settings, and the stages before it in `aif run`.
 
-    Where the responses are still to be sampled, they are taken to be as many and as long as the
-    settings allow: calls and tokens are then at most what is said. `rate` is calls a second; None:
-    as in the last labelling by the same judges. Raises InputError for a budget without a price.
+    If the responses are not sampled yet, it counts as many and as long ones as the settings allow:
+    calls and tokens are then upper bounds. `rate` is calls per second; None: the rate of the last
+    labelling by the same judges. Raises InputError for a budget without a price.
     """
     path = constitution_path(run.settings)
     check_models(run, STAGE, [run.settings.judge, *run.settings.panel])
@@ -75,7 +75,7 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
     principles = Counter(name for calls in pending.missing.values() for name in calls.values())
     rate = rate or measured_rate(run, panel)
     exact = all(judge["prompt_tokens_are"] == "exact" for judge in judges)
-    found = {
+    summary = {
         "run": str(run.path),
         "sampling": _sampling(run) if sampled else {},
         "comparisons": pending.comparisons,
@@ -95,22 +95,22 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
         "protocol": panel.judges[0].protocol,
         "judge": ", ".join(judge.name for judge in panel.judges),
     }
-    return found | _money(run, found, _sampling_dollars(run) if sampled else {})
+    return summary | _dollars(run, judges, _sampling_dollars(run) if sampled else {})
 
 
 def _of_judge(run: Run, judge: Judge, pending: PendingCalls, index: Index) -> dict[str, Any]:
-    """What one judge is asked, and what that costs; `at_most` is with every call that the answers
-    to others may call for."""
+    """The calls of one judge and their cost; `at_most` includes the calls that depend on the
+    answers to others."""
     missing, perhaps = pending.missing[judge.name], pending.conditional[judge.name]
     price = price_of(judge.model)
     with open_llm(judge.model) as llm:
-        tokens = Tokens.of(llm, judge.asks(comparisons_of(run), missing, llm.control_tokens))
+        tokens = CallTokens.of(llm, judge.asks(comparisons_of(run), missing, llm.control_tokens))
         cost = tokens.dollars(price)
         if perhaps:
             calls = (call for row in comparisons_of(run) for call in judge.calls_for(row))
             most = {call.digest for call in calls} - index.answered.keys()
             asks = judge.asks(comparisons_of(run), most, llm.control_tokens)
-            cost["at_most"] = Tokens.of(llm, asks).dollars(price)["at_most"]
+            cost["at_most"] = CallTokens.of(llm, asks).dollars(price)["at_most"]
     return {
         "judge": judge.name,
         "calls": len(missing),
@@ -123,16 +123,12 @@ def _of_judge(run: Run, judge: Judge, pending: PendingCalls, index: Index) -> di
     }
 
 
-def _money(run: Run, found: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
-    """What is to be paid and what has been, in dollars, held against the budgets.
-
-    Without any price nothing is said; a judge without one adds nothing, and is told beside it.
-    """
-    told = [judge["dollars"] for judge in found["judges"] if judge["price"] is not None]
-    labels = {key: sum(cost[key] for cost in told) for key in ("about", "at_most")}
+def _dollars(run: Run, judges: list[dict[str, Any]], sampling: dict[str, Any]) -> dict[str, Any]:
+    """The dollars to pay and paid, and the budgets. A judge without a price adds nothing."""
+    priced = [judge["dollars"] for judge in judges if judge["price"] is not None]
+    labels = {key: sum(cost[key] for cost in priced) for key in ("about", "at_most")}
     whole = {key: labels[key] + sum(c[key] for c in sampling.values()) for key in labels}
-    every = journals(run.root)
-    paid = {path: spent_in(path, run.settings) for path in every}
+    paid = {path: spent_in(path, run.settings) for path in journals(run.root)}
     of_labels = sum(spent for path, spent in paid.items() if path.stem == LABELS)
     budgets = []
     for setting, dollars, cost, spent in (
@@ -142,7 +138,7 @@ def _money(run: Run, found: dict[str, Any], sampling: dict[str, Any]) -> dict[st
         if dollars is not None:
             budgets.append({"setting": setting, "dollars": dollars, "spent": spent} | cost)
     return {
-        "dollars": labels if told else {"about": None, "at_most": None},
+        "dollars": labels if priced else {"about": None, "at_most": None},
         "dollars_of_sampling": sampling,
         "dollars_paid": of_labels,
         "budgets": budgets,
@@ -150,11 +146,11 @@ def _money(run: Run, found: dict[str, Any], sampling: dict[str, Any]) -> dict[st
 
 
 def comparisons_of(run: Run) -> Iterator[Comparison]:
-    """What `aif label` will have to judge once what comes before it is done."""
+    """The comparisons that `aif label` will judge after the stages before it."""
     label = run.settings.label
     if label.pairs is not None:
-        found = unique(islice(read_pairs(label.pairs), label.limit))
-        return (pair.comparison for pair, is_new in found if is_new)
+        rows = unique(islice(read_pairs(label.pairs), label.limit))
+        return (pair.comparison for pair, is_new in rows if is_new)
     if _is_to_be_sampled(run):
         return islice(_expected(run), label.limit)
     own_comparisons(run)
@@ -163,12 +159,12 @@ def comparisons_of(run: Run) -> Iterator[Comparison]:
 
 def _is_to_be_sampled(run: Run) -> bool:
     settings = run.settings
-    given = settings.label.pairs is not None or run.file("comparisons.jsonl").exists()
-    return not given and settings.respond.prompts is not None
+    has_pairs = settings.label.pairs is not None or run.file("comparisons.jsonl").exists()
+    return not has_pairs and settings.respond.prompts is not None
 
 
 def _expected(run: Run) -> Iterator[Comparison]:
-    """Comparisons of responses that are as long as they may be."""
+    """Comparisons of responses that are as long as the settings allow."""
     words = "word " * run.settings.policy.response_tokens
     texts = [f"{words}{number}" for number in range(samples_of(run))]
     for prompt in prompts_of(run):
@@ -182,14 +178,14 @@ def prompts_of(run: Run) -> list[Prompt]:
 
 
 def samples_of(run: Run) -> int:
-    """Of those responses to a prompt that are compared."""
+    """The number of responses to a prompt that are compared."""
     settings = run.settings.respond
     again = any(step.name == "resample" for step in steps(run))
     return (again and settings.resamples) or settings.samples
 
 
 def _sampling(run: Run) -> dict[str, int]:
-    """Calls of the stages of `aif run` that come before labels, at most."""
+    """An upper bound of the calls of the stages before labels, by stage."""
     settings = run.settings
     prompts = len(prompts_of(run))
     responses = prompts * settings.respond.samples
@@ -200,18 +196,18 @@ def _sampling(run: Run) -> dict[str, int]:
 
 
 def _sampling_dollars(run: Run) -> dict[str, dict[str, float | None]]:
-    """What those of them cost whose model has a price (`resample` asks a model that was trained
-    here, which has none)."""
+    """The cost of these calls, if their model has a price. (`resample` asks a model that was
+    trained here, which has none.)"""
     names = {step.name for step in steps(run)}
-    found = {}
+    costs = {}
     for stage, model, asks in (
         ("respond", run.settings.policy, lambda llm: _samples_asked(run)),
         ("revise", model_of(run), lambda llm: _revisions_asked(run, llm)),
     ):
         if stage in names and model.price is not None:
             with open_llm(model) as llm:
-                found[stage] = Tokens.of(llm, asks(llm)).dollars(price_of(model))
-    return found
+                costs[stage] = CallTokens.of(llm, asks(llm)).dollars(price_of(model))
+    return costs
 
 
 def _samples_asked(run: Run) -> Iterator[Ask]:
@@ -221,8 +217,7 @@ def _samples_asked(run: Run) -> Iterator[Ask]:
 
 
 def _revisions_asked(run: Run, llm: LLM) -> Iterator[Ask]:
-    """The critiques and revisions of responses that are as long as they may be, and so are the
-    critiques."""
+    """The calls for critiques and revisions, if every text is as long as the settings allow."""
     settings = run.settings
     reviser = reviser_of(run, llm)
     text = "word " * settings.policy.response_tokens

@@ -21,7 +21,7 @@ import tomli_w
 from aif.cli.run import run_lines, status_lines
 from aif.config.settings import load_settings
 from aif.errors import InputError, TooManyFaults
-from aif.pipeline import STAGES, chosen, run_all, steps
+from aif.pipeline import STAGES, run_all, select, steps
 from aif.planning import plan
 from aif.run import Run
 from aif.status import status
@@ -91,7 +91,7 @@ def opened(place: Path, **changes: object) -> Run:
 def do(place: Path, first=None, until=None, only=None, **changes) -> list[str]:
     """Run it; returns the stages that were done."""
     run = opened(place, **changes)
-    return list(run_all(chosen(steps(run), first, until, only), Said()))
+    return list(run_all(select(steps(run), first, until, only), Said()))
 
 
 def test_from_nothing_to_a_report_and_then_nothing(place):
@@ -148,9 +148,9 @@ def test_a_part_of_it(place):
     assert do(place, only="compare") == ["compare"]
     run = opened(place)
     with pytest.raises(InputError, match=r"--from.*tea.*one of respond, revise"):
-        chosen(steps(run), "tea", None, None)
+        select(steps(run), "tea", None, None)
     with pytest.raises(InputError, match=r"--until.*respond.*compare or a stage after it"):
-        chosen(steps(run), "compare", "respond", None)
+        select(steps(run), "compare", "respond", None)
     wrong = opened(place, **{"pipeline.stages": ["respond", "tea"]})
     with pytest.raises(InputError, match=r"pipeline.*stages.*tea"):
         steps(wrong)

@@ -1,11 +1,11 @@
 """Which labels flipped between two labellings of the same comparisons, and under which principles.
 
     aif diff runs/first runs/second           two runs
-    aif diff runs/first --constitution FILE   a run, and what its paid answers come to under FILE
+    aif diff runs/first --constitution FILE   a run, and the labels of its stored answers under FILE
 
-Comparisons are joined by their ids, which are of their texts, and where a pair stands the other way
-round in the other run its label is turned. Nothing is asked, and no run is held: either of them may
-be being written. Each row of diff.jsonl is a flip, those that moved farthest first:
+Comparisons are joined by their ids, which depend on their texts; if a pair stands the other way
+round in the other run, its label is swapped. It makes no call and locks no run, so a stage may be
+writing to either. Each row of diff.jsonl is a flip, the largest change of probability first:
 
     {"comparison_id": "9f0c...", "moved": 0.51, "prompt": [...], "first": "...", "second": "...",
      "a": {"p_first": 0.31, "by_principle": {"kindness": 0.2}, "verdicts": [...]}, "b": {...}}
@@ -38,18 +38,18 @@ FILE = "diff.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Labelling:
-    """Labels and the verdicts they are made of, read anew at each call."""
+    """Labels and the verdicts they are made of; each call reads them again."""
 
     name: str
-    run: Run  # whose comparisons.jsonl they are of
-    used: dict[str, Any]  # as `label.facts`; {} where it is not known
+    run: Run  # the run of the comparisons
+    used: dict[str, Any]  # as `provenance.facts`; {} if it is not known
     labels: Callable[[], Iterator[Label]]
     verdicts: Callable[[set[str]], Iterator[Verdict]]  # on the comparisons of these ids
     notes: tuple[str, ...] = ()
 
 
 class Flip(NamedTuple):
-    """Two labels of one comparison that name different winners, seen from B's pair."""
+    """Two labels of one comparison that name different winners, in the order of B's pair."""
 
     moved: float
     a: Label
@@ -58,8 +58,8 @@ class Flip(NamedTuple):
 
 
 @dataclass
-class Tally:
-    """How two labellings' probabilities for the first response lie to each other."""
+class LabelAgreement:
+    """How far the probabilities of two labellings agree."""
 
     outcomes: Counter[tuple[float, float]] = field(default_factory=Counter)
     moved: float = 0.0
@@ -68,18 +68,18 @@ class Tally:
         self.outcomes[outcome(p_a), outcome(p_b)] += 1
         self.moved += abs(p_a - p_b)
 
-    def figures(self) -> dict[str, Any]:
-        """Agreement is on the side of 0.5; one even label against one that is not agrees by half.
+    def summary(self) -> dict[str, Any]:
+        """Labels agree if they name the same winner; a tie and a winner agree by half.
 
-        The 95 % interval is Wilson's; it takes comparisons for independent, which those of one
-        prompt are not quite. Kappa has the same halves; it is null where both say the same of all.
+        The 95 % interval is Wilson's, which takes comparisons for independent; those of one prompt
+        are not quite. Kappa has the same halves; it is null if both name one outcome throughout.
         """
         n = self.outcomes.total()
-        found = {"n": n, "flips": self.outcomes[0.0, 1.0] + self.outcomes[1.0, 0.0]}
+        counts = {"n": n, "flips": self.outcomes[0.0, 1.0] + self.outcomes[1.0, 0.0]}
         if not n:
-            return found | dict.fromkeys(("agreement", "interval", "kappa", "moved"))
+            return counts | dict.fromkeys(("agreement", "interval", "kappa", "moved"))
         agree = sum(times * (1 - abs(a - b)) for (a, b), times in self.outcomes.items())
-        return found | {
+        return counts | {
             "agreement": agree / n,
             "interval": list(wilson(agree, n)),
             "kappa": kappa(self.outcomes, halves=True),
@@ -88,11 +88,11 @@ class Tally:
 
 
 def diff(run: Run, other: Run | None, to: Path | None = None, show: int = 5) -> dict[str, Any]:
-    """Hold the labels of `run` (A) against those of `other` (B), or, where there is no other,
-    against what the settings of `run` make of the answers in its journal.
+    """Compare the labels of `run` (A) with the labels of `other` (B). Without `other`, B is what
+    the settings of `run` make of the answers in its journal.
 
-    Writes the flips to `to` (default: diff.jsonl in B's run) and returns the figures with the first
-    `show` flips. Raises InputError or AifError, one line, where there is nothing to compare.
+    Writes the flips to `to` (default: diff.jsonl in B's run) and returns the statistics with the
+    first `show` flips. Raises InputError or AifError if there is nothing to compare.
     """
     require("diff", "scipy", "sklearn")
     if other and run.path.resolve() == other.path.resolve():
@@ -100,20 +100,19 @@ def diff(run: Run, other: Run | None, to: Path | None = None, show: int = 5) -> 
     target = to or (other or run).file(FILE)
     a = _written(run)
     with _second(run, other) as b:
-        turned, counts = _joined(a, b)
-        summary, flips = _compared(a, b, turned)
-        flips.sort(key=lambda flip: -flip.moved)  # a stable sort: else in B's order
+        swapped, counts = _join(a, b)
+        summary, flips = _compare(a, b, swapped)
+        flips.sort(key=lambda flip: -flip.moved)  # a stable sort: ties stay in B's order
         rows = _rows(a, b, flips)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AifError(f"{target}: could not be written: {error.strerror}") from error
     jsonl.write(target, rows)
-    known = a.used and b.used
     return {
         "a": a.name,
         "b": b.name,
-        "differences": changes(a.used, b.used) if known else None,
+        "differences": changes(a.used, b.used) if a.used and b.used else None,
         "notes": [*a.notes, *b.notes],
         "comparisons": counts,
         **summary,
@@ -123,10 +122,10 @@ def diff(run: Run, other: Run | None, to: Path | None = None, show: int = 5) -> 
 
 
 def _written(run: Run) -> Labelling:
-    """The labelling that a run's files have."""
+    """The labelling in a run's files."""
     run.require("labels.jsonl")
     used, notes = run.state(STAGE), ()
-    if used.get("in_progress"):  # label.json is of what is to come, labels.jsonl of what was before
+    if used.get("in_progress"):  # label.json is new, labels.jsonl is still old
         used = {}
         notes = (f"{run.path}: labelling goes on or was cut off; its labels are of before",)
     return Labelling(
@@ -149,12 +148,12 @@ def _second(run: Run, other: Run | None) -> AbstractContextManager[Labelling]:
 
 @contextmanager
 def _from_answers(run: Run) -> Iterator[Labelling]:
-    """The labelling that the settings make of the answers that a run has, without any call."""
+    """The labelling that the settings make of a run's stored answers."""
     path = constitution_path(run.settings)
     panel = panel_of(run.settings, path)
     with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:
 
-        def found() -> Iterator[tuple[Comparison, list[Verdict], Label | None]]:
+        def rows() -> Iterator[tuple[Comparison, list[Verdict], Label | None]]:
             for comparison in comparisons(run):
                 pairs, label = panel.judged(comparison, journal)
                 yield comparison, [verdict for verdict, _ in pairs], label
@@ -163,47 +162,47 @@ def _from_answers(run: Run) -> Iterator[Labelling]:
             name=f"{path}, by {', '.join(judge.name for judge in panel.judges)}",
             run=run,
             used=facts(panel, path, {}),
-            labels=lambda: (label for _, _, label in found() if label),
+            labels=lambda: (label for _, _, label in rows() if label),
             verdicts=lambda ids: (
                 verdict
-                for comparison, verdicts, _ in found()
+                for comparison, verdicts, _ in rows()
                 if comparison.id in ids
                 for verdict in verdicts
             ),
         )
 
 
-def _joined(a: Labelling, b: Labelling) -> tuple[dict[str, str], dict[str, int]]:
-    """({id in B: id in A} of pairs that stand the other way round, how many are in which)."""
+def _join(a: Labelling, b: Labelling) -> tuple[dict[str, str], dict[str, int]]:
+    """({id in B: id in A} of the pairs that stand the other way round, how many are in which)."""
     ids_a, ids_b = ({row.id for row in _comparisons(one.run)} for one in (a, b))
     both = len(ids_a & ids_b)
-    turned = {}
+    swapped = {}
     for row in _comparisons(b.run) if both < len(ids_b) else ():
         if row.id not in ids_a:
             id_a = row.swapped().id
             if id_a in ids_a and id_a not in ids_b:  # else B has the pair both ways
-                turned[row.id] = id_a
-    both += len(turned)
+                swapped[row.id] = id_a
+    both += len(swapped)
     if not both:
         raise AifError(f"{a.name} and {b.name}: no comparison is in both")
-    counts = {"both": both, "turned": len(turned)}
-    return turned, counts | {"only_a": len(ids_a) - both, "only_b": len(ids_b) - both}
+    counts = {"both": both, "turned": len(swapped)}
+    return swapped, counts | {"only_a": len(ids_a) - both, "only_b": len(ids_b) - both}
 
 
 def _comparisons(run: Run) -> Iterator[Comparison]:
     return run.read("comparisons.jsonl", Comparison)
 
 
-def _compared(
-    a: Labelling, b: Labelling, turned: dict[str, str]
+def _compare(
+    a: Labelling, b: Labelling, swapped: dict[str, str]
 ) -> tuple[dict[str, Any], list[Flip]]:
-    """The figures of the labels of what is in both, and the labels that flipped."""
+    """The agreement of the labels that are in both, and the labels that flipped."""
     before = {label.comparison_id: label for label in a.labels()}
-    every, by_principle, flips = Tally(), defaultdict(Tally), []
+    every, by_principle, flips = LabelAgreement(), defaultdict(LabelAgreement), []
     gained, lost, labels = Counter(), Counter(), Counter()
     for now in b.labels():
         labels["b"] += 1
-        id_a = turned.get(now.comparison_id, now.comparison_id)
+        id_a = swapped.get(now.comparison_id, now.comparison_id)
         if (was := before.get(id_a)) is None:
             continue
         labels["both"] += 1
@@ -231,25 +230,24 @@ def _compared(
     summary = {
         "labels": {"a": len(before), "b": labels["b"], "both": labels["both"]},
         "nulls": {"both": labels["null_in_both"], "gained": dict(gained), "lost": dict(lost)},
-        "all": every.figures(),
-        "by_principle": {name: by_principle[name].figures() for name in sorted(by_principle)},
+        "all": every.summary(),
+        "by_principle": {name: by_principle[name].summary() for name in sorted(by_principle)},
     }
     return summary, flips
 
 
-def _rows(a: Labelling, b: Labelling, flips: Iterable[Flip]) -> list[dict[str, Any]]:
-    """A row a flip, with the texts and the verdicts of both labellings."""
-    flips = list(flips)
-    wanted = {flip.b.comparison_id for flip in flips}
-    texts = {row.id: row for row in _comparisons(b.run) if row.id in wanted}
-    if len(texts) < len(wanted):
+def _rows(a: Labelling, b: Labelling, flips: list[Flip]) -> list[dict[str, Any]]:
+    """A row for each flip, with the texts and the verdicts of both labellings."""
+    ids = {flip.b.comparison_id for flip in flips}
+    texts = {row.id: row for row in _comparisons(b.run) if row.id in ids}
+    if len(texts) < len(ids):
         raise AifError(f"{b.run.path}: its comparisons have just changed; try again")
-    said_a = _verdicts(a, {flip.id_a for flip in flips})
-    said_b = _verdicts(b, wanted)
+    verdicts_a = _verdicts(a, {flip.id_a for flip in flips})
+    verdicts_b = _verdicts(b, ids)
     rows = []
     for flip in flips:
         row = texts[flip.b.comparison_id]
-        was = said_a[flip.id_a]
+        was = verdicts_a[flip.id_a]
         rows.append(
             {
                 "comparison_id": row.id,
@@ -258,7 +256,7 @@ def _rows(a: Labelling, b: Labelling, flips: Iterable[Flip]) -> list[dict[str, A
                 "first": row.first,
                 "second": row.second,
                 "a": _half(flip.a, was if flip.id_a == row.id else map(Verdict.swapped, was)),
-                "b": _half(flip.b, said_b[row.id]),
+                "b": _half(flip.b, verdicts_b[row.id]),
             }
         )
     return rows
@@ -266,10 +264,10 @@ def _rows(a: Labelling, b: Labelling, flips: Iterable[Flip]) -> list[dict[str, A
 
 def _verdicts(labelling: Labelling, ids: set[str]) -> dict[str, list[Verdict]]:
     """The verdicts on some comparisons, by comparison."""
-    found = defaultdict(list)
+    by_comparison = defaultdict(list)
     for verdict in labelling.verdicts(ids) if ids else ():
-        found[verdict.comparison_id].append(verdict)
-    return found
+        by_comparison[verdict.comparison_id].append(verdict)
+    return by_comparison
 
 
 def _half(label: Label, verdicts: Iterable[Verdict]) -> dict[str, Any]:

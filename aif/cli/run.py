@@ -47,10 +47,10 @@ def run_(
     """
     from aif.forecast import check_time, forecast
     from aif.forecast import lines as forecast_lines
-    from aif.pipeline import chosen, remaining, run_all, steps
+    from aif.pipeline import remaining, run_all, select, steps
 
     opened = existing_run(run, settings)
-    todo = chosen(steps(opened), from_, until, only)
+    todo = select(steps(opened), from_, until, only)
     with console.progress() as progress:
         left = remaining(todo)
         quiet = console.quiet and within is None
