@@ -3,9 +3,9 @@
 Step k of a run is a pure function of (rows, settings, k): the data order needs no state, so a
 resumed run goes on in the middle of an epoch with exactly the rows that it would have had.
 
-Each step's rows are a uniform draw. Only inside the step are they sorted by length, and cut into
-micro-batches of so many tokens: padding is saved without making some steps all short and others
-all long, as grouping across steps does.
+Each step's rows are a uniform draw. Only within a step are they sorted by length and cut into
+micro-batches. This saves padding, and no step is all short or all long, as when rows are grouped by
+length across steps.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from aif.train.tokens import TokenRow
 
+R = TypeVar("R")
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Sequences that are run at once.
 
-    Padded: [B, T], pads on the right, `position_ids` None. No attention mask is needed: with
-    causal attention nothing looks at what comes after it, and no loss is taken there.
-    Packed: [1, T], `position_ids` begin anew with every sequence, from which transformers tells
-    them apart (`masking_utils.find_packed_sequence_indices`, and the flash-attention path).
-    In branches: [B, T], rows with a common beginning (see `branches`); else `branch` is None.
+    Padded: pads on the right, `position_ids` None. No attention mask is needed: causal attention
+    sees nothing later, and padding has no loss.
+    Packed: B = 1, and `position_ids` start from 0 with every sequence, by which transformers
+    separates them (`masking_utils.find_packed_sequence_indices`, and the flash-attention path).
+    With shared prefixes: `branch` as `prefix_mask` has it; else None.
     """
 
-    input_ids: torch.Tensor
-    loss_mask: torch.Tensor  # True where the token itself is learned
-    position_ids: torch.Tensor | None
-    branch: torch.Tensor | None = None
+    input_ids: torch.Tensor  # [B, T]
+    loss_mask: torch.Tensor  # [B, T], True where the token itself is learned
+    position_ids: torch.Tensor | None  # [B, T]
+    branch: torch.Tensor | None = None  # [B, T]
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
         """The keyword arguments of `logprobs.nll_loss` and `ActorCritic.forward`, on `device`."""
@@ -52,8 +54,8 @@ class OptimizerStep:
     """What one optimizer step learns from."""
 
     batches: list[Any]  # each with `inputs(device)`: the keyword arguments of the model's forward
-    tokens: int  # real ones, without padding
-    loss_items: int  # what the sum of all batches' losses is divided by, as learned tokens
+    tokens: int  # without padding
+    loss_items: int  # learned tokens, for example: the batches' summed losses are divided by it
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Layout:
     micro_tokens: int
     packing: bool
     pad_id: int
-    call_tokens: int = 64  # a micro-batch takes as long as so many tokens more
+    call_tokens: int = 64  # a micro-batch itself takes as long as so many tokens
 
     def step(self, rows: Sequence[TokenRow]) -> OptimizerStep:
         """All of `rows`, the longest first."""
@@ -73,14 +75,14 @@ class Layout:
         )
 
     def batches(self, rows: Sequence[TokenRow]) -> Iterator[tuple[list[TokenRow], Batch]]:
-        """Micro-batches of all of `rows`, each with those that it holds, in its order."""
+        """The micro-batches of `rows`, each with its rows in its order."""
         for group in self.groups(rows):
             yield group, self.batch(group)
 
     def groups(self, rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
-        """Rows that lie in one micro-batch each: sorted by length, cut where it costs least.
+        """The rows of each micro-batch: sorted by length, cut where it costs least.
 
-        A micro-batch costs its positions, padding included, and `call_tokens` for being one.
+        A micro-batch costs its positions, padding included, and `call_tokens`.
         """
         rows = sorted(rows, key=len, reverse=True)
         total = [0, *accumulate(map(len, rows))]
@@ -89,8 +91,7 @@ class Layout:
             packed = total[end] - total[start]
             return packed if self.packing else (end - start) * len(rows[start])
 
-        cuts = cheapest_cuts(len(rows), size, self.micro_tokens, self.call_tokens)
-        return [rows[start:end] for start, end in cuts]
+        return cheapest_cuts(rows, size, self.micro_tokens, self.call_tokens)
 
     def batch(self, rows: Sequence[TokenRow]) -> Batch:
         """These rows in one micro-batch."""
@@ -111,14 +112,14 @@ class Layout:
 
 
 def cheapest_cuts(
-    count: int, size: Callable[[int, int], int], most: int, call: int
-) -> list[tuple[int, int]]:
-    """How to cut `count` rows into runs [start, end) so that the sum of size + `call` is least.
+    rows: list[R], size: Callable[[int, int], int], most: int, call: int
+) -> list[list[R]]:
+    """`rows` cut into runs so that the sum of size(start, end) + `call` of all runs is least.
 
     No run is larger than `most` unless it is one row; `size` may not fall as a run grows.
     """
     cost, cut = [0], [0]  # of the first n rows; where their last run begins
-    for end in range(1, count + 1):
+    for end in range(1, len(rows) + 1):
         choices = []
         for start in range(end - 1, -1, -1):
             positions = size(start, end)
@@ -128,25 +129,19 @@ def cheapest_cuts(
         best = min(choices)
         cost.append(best[0])
         cut.append(best[1])
-    found, end = [], count
+    runs, end = [], len(rows)
     while end:
-        found.append((cut[end], end))
+        runs.append(rows[cut[end] : end])
         end = cut[end]
-    return found[::-1]
+    return runs[::-1]
 
 
 def _tensor(array: np.ndarray, dtype: torch.dtype = torch.long) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 
 
-class Row(Protocol):
-    """What a step is made of: one of `source`'s."""
-
-    source: str
-
-
 class Layouts(Protocol):
-    """Says how rows lie in memory; each kind of row has its own."""
+    """How rows of one kind lie in memory; each has a `source`."""
 
     micro_tokens: int
 
@@ -158,7 +153,7 @@ class Steps(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Any],
         weights: Mapping[str, float],
         layout: Layouts,
         *,
@@ -193,7 +188,7 @@ class Steps(torch.utils.data.Dataset):
         return self._epoch(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
 
     def _order(self, epoch: int) -> list[int]:
-        """An epoch's rows, shuffled. A source of weight 1.3 is there once and 30 % of it twice."""
+        """An epoch's rows, shuffled: all of a source of weight 1.3 once, and 30 % of it twice."""
         order: list[int] = []
         for source, numbers in self._by_source.items():
             share, times = math.modf(self._weights.get(source, 1.0))

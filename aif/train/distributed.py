@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 8 --module aif ppo RUN
 
-Each has a share of a step's rows, and every one takes each decision that the others take: a process
-that stops or saves alone leaves the others waiting for it. The first one writes (`run.Follower`).
+Each process has a share of a step's rows. All of them take each decision together: a process that
+stops or saves alone leaves the others waiting. The main process alone writes (`run.Follower`).
 """
 
 from __future__ import annotations
@@ -19,64 +19,68 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 
 from aif.errors import AifError
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
-def ends_process_group(stage: Callable[..., Found]) -> Callable[..., Found]:
-    """A stage that ends its group of processes once its models are gone: to be the last that holds
-    it, as DistributedDataParallel then is, deadlocks now and then (pytorch/pytorch#56297). After an
-    error the others may be waiting, and the launcher ends them all."""
+def ends_process_group(stage: Callable[..., T]) -> Callable[..., T]:
+    """Make a stage end its process group after its models are gone.
+
+    A DistributedDataParallel that holds the group last deadlocks now and then
+    (pytorch/pytorch#56297). After an error the group stays: other processes may be waiting in it,
+    and the launcher ends them all.
+    """
 
     @functools.wraps(stage)
-    def run(*arguments: Any) -> Found:
-        found = stage(*arguments)
+    def run(*arguments: Any) -> T:
+        summary = stage(*arguments)
         if torch.distributed.is_initialized():
             gc.collect()
             torch.distributed.destroy_process_group()
             PartialState._reset_state()
-        return found
+        return summary
 
     return run
 
 
 def any_rank(holds: bool) -> bool:
-    """Whether it holds in any process; all have to ask."""
+    """Whether it holds in any process; all have to call this."""
     state = PartialState()
     if state.num_processes == 1:
         return holds
     return bool(reduce(torch.tensor(float(holds), device=state.device), "sum"))
 
 
-def gather_rows(rows: list[Found]) -> list[Found]:
-    """The rows of every process, in their order; all have to ask."""
+def gather_rows(rows: list[T]) -> list[T]:
+    """The rows of all processes, in the order of the ranks; all have to call this."""
     return gather_object(rows) if PartialState().num_processes > 1 else rows
 
 
-def all_gather(found: Found) -> list[Found]:
-    """What each process has found, in their order; all have to ask."""
-    return gather_rows([found])
+def all_gather(value: T) -> list[T]:
+    """The value of each process, in the order of the ranks; all have to call this."""
+    return gather_rows([value])
 
 
-def weighted_mean(told: dict[str, float], weight: int) -> dict[str, float]:
-    """Each figure's mean over the processes, each of them with its weight; all have to ask, with
-    the same names."""
-    shares = all_gather((told, weight))
+def weighted_mean(metrics: dict[str, float], weight: int) -> dict[str, float]:
+    """Each metric's mean over the processes, by their weights; all have to call this, with the
+    same names."""
+    shares = all_gather((metrics, weight))
     total = sum(weight for _, weight in shares)
-    return {name: sum(one[name] * weight for one, weight in shares) / total for name in told}
+    return {name: sum(one[name] * weight for one, weight in shares) / total for name in metrics}
 
 
-def on_main_process(work: Callable[[], Found]) -> Found:
-    """What `work()` returns or raises (an AifError) in the first process, in all of them."""
+def on_main_process(work: Callable[[], T]) -> T:
+    """What `work()` returns in the main process, or the AifError that it raises there, in all
+    processes; all have to call this."""
     state = PartialState()
     if state.num_processes == 1:
         return work()
-    told: list[Any] = [None]
+    outcome: list[Any] = [None]
     if state.is_main_process:
         try:
-            told = [work()]
+            outcome = [work()]
         except AifError as error:
-            told = [error]
-    (found,) = broadcast_object_list(told)
-    if isinstance(found, AifError):
-        raise found
-    return found
+            outcome = [error]
+    (result,) = broadcast_object_list(outcome)
+    if isinstance(result, AifError):
+        raise result
+    return result

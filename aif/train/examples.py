@@ -11,29 +11,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from aif.config.settings import SFTSettings
+from aif.config.settings import SFTSettings, TrainSettings
 from aif.data.readers import read_dialogues, read_rows
 from aif.errors import InputError, shown
 from aif.run import Run
 from aif.store.records import Kept, Message, Prompt, Response, Revision, Vote, content_id
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One thing to learn: a dialogue that ends in an assistant's turn, or a plain text."""
+    """A dialogue that ends in an assistant's turn, or a plain text."""
 
     id: str  # of the content alone, so that duplicates share it
-    split_key: str  # examples that share it are all trained on or all held out
+    split_key: str  # examples with the same key are all trained on or all held out
     source: str
     messages: list[Message]  # empty: a plain text
     text: str = ""
-    ended: bool = True  # False: the last turn was cut off, so that its end is not to be learned
+    ended: bool = True  # False: the last turn was cut off, so its end is not learned
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """All examples, and how many duplicates each source had besides."""
+    """All distinct examples, and how many duplicates each source had."""
 
     rows: list[Example]
     duplicates: dict[str, int]
@@ -42,19 +45,19 @@ class Examples:
 def read_examples(run: Run) -> Examples:
     """The distinct examples of every source in `sft.data`, in that order.
 
-    Raises InputError for a bad row or a source without any example, AifError for a stage that has
-    not been run.
+    Raises InputError for a bad row or a source without an example, AifError for a stage that has
+    not run.
     """
     settings = run.settings.sft
     rows: list[Example] = []
     duplicates: dict[str, int] = {}
     for source in settings.data:
-        found = list(_from_source(run, source, settings))
-        distinct = {example.id: example for example in found}
+        examples = list(_from_source(run, source, settings))
+        distinct = {example.id: example for example in examples}
         if not distinct:
             raise InputError(f"sft.data.{source}", "", got="no examples", expected="at least one")
         rows += distinct.values()
-        duplicates[source] = len(found) - len(distinct)
+        duplicates[source] = len(examples) - len(distinct)
     if not rows:
         raise InputError("sft", "data", got="no source", expected="revisions, a JSONL file, ...")
     return Examples(rows, duplicates)
@@ -78,7 +81,8 @@ def _from_source(run: Run, source: str, settings: SFTSettings) -> Iterator[Examp
 def _revisions(run: Run) -> Iterator[Example]:
     """Good revisions, as `sft.revisions` picks among the rounds of each response."""
     settings = run.settings.sft
-    kept = _kept_ids(run) if settings.filtered else None
+    rows = run.read("kept.jsonl", Kept) if settings.filtered else ()
+    kept = {row.revision_id for row in rows if row.kept} if settings.filtered else None
     good: dict[str, list[Revision]] = {}
     for row in run.read("revisions.jsonl", Revision):
         if row.fault is None and row.revision and (kept is None or row.id in kept):
@@ -90,29 +94,24 @@ def _revisions(run: Run) -> Iterator[Example]:
             yield _answered(prompts, row.prompt_id, row.revision, "revisions")
 
 
-def _kept_ids(run: Run) -> set[str]:
-    return {row.revision_id for row in run.read("kept.jsonl", Kept) if row.kept}
-
-
 def _votes(run: Run) -> Iterator[Example]:
-    """Responses that end in the answer most of their prompt's responses end in."""
+    """Responses whose final answer is the one that most responses to their prompt have."""
     voted = {
         id for vote in run.read("votes.jsonl", Vote) if not vote.fault
         for id in vote.response_ids
     }  # fmt: skip
-    return (row for id, row in _own_responses(run, "votes") if id in voted)
+    return _responses(run, "votes", voted)
 
 
-def _responses(run: Run) -> Iterator[Example]:
-    return (row for _, row in _own_responses(run, "responses"))
-
-
-def _own_responses(run: Run, source: str) -> Iterator[tuple[str, Example]]:
+def _responses(
+    run: Run, source: str = "responses", ids: set[str] | None = None
+) -> Iterator[Example]:
+    """Good responses; with `ids`, only those."""
     prompts = _prompts(run)
     for row in run.read("responses.jsonl", Response):
-        if row.fault is None and row.text and row.text.strip():
-            ended = row.finish != "length"
-            yield row.id, _answered(prompts, row.prompt_id, row.text, source, ended)
+        good = row.fault is None and row.text and row.text.strip()
+        if good and (ids is None or row.id in ids):
+            yield _answered(prompts, row.prompt_id, row.text, source, row.finish != "length")
 
 
 def _demonstrations(source: str) -> Iterator[Example]:
@@ -140,7 +139,7 @@ def _answered(
     if prompt_id not in prompts:
         raise InputError(
             "prompts.jsonl", "", got=f"no prompt {shown(prompt_id[:12])}",
-            expected=f"that of every row of {source}",
+            expected=f"the prompt of every row of {source}",
         )  # fmt: skip
     return _dialogue(
         [*prompts[prompt_id], {"role": "assistant", "content": text}], source, ended=ended
@@ -159,11 +158,11 @@ def answers_of(prompt: list[Message], texts: Iterable[str], source: str = "") ->
 
 
 def split_key(messages: list[Message]) -> str:
-    """What decides on which side of a split a dialogue is: its opening, up to the user's first
-    turn.
+    """The key that decides on which side of a split a dialogue is: its opening, up to the first
+    turn of the user.
 
-    Data sets hold one conversation at many lengths, and its later turns must not be trained on
-    where its earlier ones are held out.
+    Data sets hold one conversation at many lengths. Its later turns must not be trained on if its
+    earlier turns are held out.
     """
     turns = [message["role"] for message in messages]
     opening = messages[: turns.index("user") + 1] if "user" in turns else messages
@@ -171,30 +170,35 @@ def split_key(messages: list[Message]) -> str:
 
 
 def held_out(keys: Iterable[str], fraction: float, seed: int) -> set[str]:
-    """Which split keys are for evaluation: those whose hash falls below `fraction`.
+    """The split keys for evaluation: those whose hash, in [0, 1), is below `fraction`.
 
-    A key's place depends on nothing but itself and `seed`, so more data moves no key. Only where
-    no key at all falls below is the lowest one taken, and only where all do is the highest one
-    left to train on.
+    A key's hash depends on the key and `seed` alone, so more data moves no key. If no hash is below
+    `fraction`, the lowest key is held out; if all are, the highest is left to train on.
     """
-    place = {key: int(content_id("held out", seed, key)[:13], 16) / 16**13 for key in keys}
+    place = {key: _hash("held out", seed, key) for key in keys}
     if fraction == 0 or len(place) < 2:
         return set()
     out = {key for key, at in place.items() if at < fraction} or {min(place, key=place.get)}
     return out - {max(place, key=place.get)} if len(out) == len(place) else out
 
 
-def split(rows: Sequence[Example], settings: SFTSettings) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out), no split key in both.
-
-    What is held out mirrors the mixture: of a source that an epoch shows a tenth of, a tenth.
-    """
+def split(rows: Sequence[T], settings: TrainSettings) -> tuple[list[T], list[T]]:
+    """(to train on, held out) of rows with a `split_key`, none of which is in both."""
     out = held_out((row.split_key for row in rows), settings.eval_fraction, settings.seed)
     train = [row for row in rows if row.split_key not in out]
-    tests = {row.id: row for row in rows if row.split_key in out}  # shared by sources: once
+    return train, [row for row in rows if row.split_key in out]
+
+
+def mirror_mixture(rows: Sequence[Example], settings: SFTSettings) -> list[Example]:
+    """The distinct examples in the mixture of training: a tenth of a source of weight 0.1."""
+    distinct = {row.id: row for row in rows}
     mirrored = [
-        row for row in tests.values()
-        if int(content_id("shown", settings.seed, row.id)[:13], 16) / 16**13
-        < settings.data[row.source]
+        row for row in distinct.values()
+        if _hash("shown", settings.seed, row.id) < settings.data[row.source]
     ]  # fmt: skip
-    return train, mirrored or list(tests.values())[:1]
+    return mirrored or list(distinct.values())[:1]
+
+
+def _hash(*parts: object) -> float:
+    """A number in [0, 1) that is a function of `parts` alone."""
+    return int(content_id(*parts)[:13], 16) / 16**13

@@ -1,9 +1,9 @@
-"""The loss of a language model, taken only where there is one to take.
+"""Log-probabilities and the loss of a language model, computed for the learned tokens alone.
 
-A response is often a third of its sequence, and logits are large (a vocabulary of 128,000 is half a
-megabyte a position in float32). So the body runs over the whole sequence, and the head only over
-the positions before a learned token, in chunks whose logits are made again in the backward pass:
-[B, T, V] never exists.
+A response is often a third of its sequence, and logits are large: half a megabyte a position in
+float32 with a vocabulary of 128,000. So the body runs over the whole sequence, but the head only
+over the positions before a learned token, in chunks whose logits are computed again in the backward
+pass. [B, T, V] never exists.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def nll_loss(model: Any) -> Callable[..., torch.Tensor]:
     """The loss of a causal language model for `model.forward_is`: the summed -log p of all learned
     tokens of a `batch.Batch`, a scalar.
 
-    A model that does more to its logits than the head (a soft cap, a scale) is found by trying, and
-    takes the long way: all logits at once.
+    A model that changes its logits after the head (a soft cap, a scale) is recognised by a trial.
+    All its logits are computed at once.
     """
     plain_head = head_is_all(model)
 
@@ -108,7 +108,7 @@ def nll_loss(model: Any) -> Callable[..., torch.Tensor]:
 
 @torch.no_grad()
 def head_is_all(model: Any) -> bool:
-    """Whether a model's logits are its head of the last hidden state and no more."""
+    """Whether a model's logits are its head applied to the last hidden state, and no more."""
     was_training = model.training
     model.eval()
     ids_BT = torch.arange(4, device=model.device)[None] + 1

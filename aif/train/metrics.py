@@ -1,4 +1,4 @@
-"""What is measured while a stage trains: metrics.jsonl, one row a number.
+"""metrics.jsonl: what a stage measures while it trains, one row a number.
 
 {"stage": "sft", "step": 10, "name": "eval_loss", "value": 2.31}
 """
@@ -16,9 +16,9 @@ EVERY_S = 10.0
 
 
 class Metrics:
-    """One stage's rows in metrics.jsonl; those of other stages stay.
+    """One stage's rows in metrics.jsonl; the rows of other stages stay.
 
-    The file is written whole, so it is valid at every moment, and at most every EVERY_S seconds.
+    The file is replaced as a whole, so it is valid at every moment; at most every EVERY_S seconds.
     """
 
     def __init__(self, run: Run, stage: str):
@@ -29,9 +29,9 @@ class Metrics:
         self._due = 0.0
 
     def put(self, log: Iterable[dict[str, float]], now: bool = False) -> None:
-        """Make `log` all rows of the stage: each of its entries is a step's numbers by name.
+        """Replace the stage's rows by `log`, whose entries are a step's numbers by name.
 
-        Within EVERY_S seconds of the last time nothing happens, unless it has to be `now`.
+        Does nothing within EVERY_S seconds of the last time, unless `now`.
         """
         if not self._run.leads or (not now and time.monotonic() < self._due):
             return

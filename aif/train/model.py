@@ -1,4 +1,4 @@
-"""Loading a model to train, and leaving it where any user of transformers finds it."""
+"""Loading a model to train, and saving it as any user of transformers expects it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 def load_for_training(name: str, settings: TrainSettings, load: Loader = load_model) -> Any:
     """The model of that name on its device, ready for `Trainer`; with `lora`, its adapters alone
-    learn. `load(name, dtype, device)` says as what it is loaded.
+    learn. `load(name, dtype, device)` loads it.
 
-    Weights that learn are float32 and matrix products in bfloat16 where the hardware has them
+    Weights that learn are float32, and matrix products bfloat16 if the hardware has them
     (autocast): a bfloat16 weight has 8 bits and loses an update smaller than its 256th. Weights
-    that adapters leave frozen lose nothing, and are loaded as what they are multiplied in.
+    that adapters leave frozen lose nothing, and are loaded in the type of the products.
     """
     place = usable_device(settings.device)
     kind = torch_dtype(settings.dtype, place)
@@ -58,20 +58,20 @@ def _with_adapters(model: Any, lora: LoraSettings) -> Any:
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
     )
     try:
-        found = get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(
             "lora", "targets", got=shown(lora.targets),
             expected=f"names of the model's linear layers ({shown(str(error), 160)})",
         ) from error  # fmt: skip
     ends = ("lm_head", "embed_tokens")
-    tied = [name for name in found.targeted_module_names if name.rpartition(".")[2] in ends]
+    tied = [name for name in adapted.targeted_module_names if name.rpartition(".")[2] in ends]
     if tied and model.config.get_text_config().tie_word_embeddings:
-        # Merged into the one weight that both are, an adapter of one would be of the other too.
+        # Both are one weight: an adapter of one, merged, would change the other too.
         raise InputError(
             "lora", "targets", got=shown(tied[0]), expected="layers without a tied weight"
         )
-    return found
+    return adapted
 
 
 def inner(model: Any) -> Any:
@@ -102,8 +102,8 @@ def learning_rate(settings: TrainSettings) -> float:
 def packs(model: Any, settings: SFTSettings) -> bool:
     """Whether sequences are packed without padding.
 
-    By default where attention itself skips what lies between sequences (flash attention). Under
-    sdpa a packed row costs the square of all its tokens, and padding by length costs less.
+    By default they are if attention itself skips what lies between sequences (flash attention).
+    Under sdpa a packed row costs the square of all its tokens; padding by length costs less.
     """
     if settings.packing is not None:
         return settings.packing
@@ -113,23 +113,23 @@ def packs(model: Any, settings: SFTSettings) -> bool:
 
 
 def micro_batch(model: Any, settings: TrainSettings) -> tuple[int, int]:
-    """(positions that are run at once, what a micro-batch costs by itself in positions).
+    """(positions that are run at once, what a micro-batch costs besides, in positions).
 
-    On a CPU a micro-batch costs the weights' way to bfloat16 and the gradients' way back, about 64
-    positions; on a GPU the launch of its kernels, which is worth thousands.
+    On a CPU a micro-batch costs the weights' cast to bfloat16 and the gradients' cast back, about
+    64 positions; on a GPU it costs the launch of its kernels, as much as thousands.
     """
     most, call = (2048, 64) if inner(model).device.type == "cpu" else (16_384, 2048)
     return settings.micro_tokens or most, call
 
 
-def identity(name: str) -> Any:
+def model_identity(name: str) -> Any:
     """What a model is, beyond its name: its files' digest, or a hub id's commit."""
-    found = fingerprint.of_model(str(bundled_folder()) if name == BUNDLED else name)
-    return found or (name, transformers.AutoConfig.from_pretrained(name)._commit_hash)
+    digest = fingerprint.of_model(str(bundled_folder()) if name == BUNDLED else name)
+    return digest or (name, transformers.AutoConfig.from_pretrained(name)._commit_hash)
 
 
 def without_dropout(model: Any) -> None:
-    """Turn dropout off for good: what a comparison of two scores sees then is the responses."""
+    """Turn dropout off for good, so that two scores differ by their responses alone."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -139,9 +139,9 @@ def without_dropout(model: Any) -> None:
 
 
 def generation_ends(model: Any, ends: set[int]) -> None:
-    """Have generation stop at `ends` too, the tokens that end a response."""
-    known = model.generation_config.eos_token_id
-    every = ends | set(known if isinstance(known, list) else [known]) - {None}
+    """Make generation stop at `ends` too, the tokens that end a response."""
+    eos = model.generation_config.eos_token_id
+    every = ends | set(eos if isinstance(eos, list) else [eos]) - {None}
     model.generation_config.eos_token_id = (
         sorted(every) if len(every) > 1 else next(iter(every), None)
     )
@@ -156,10 +156,10 @@ def save(
     load: Loader = load_model,
     finish: Callable[[Any], None] = lambda model: None,
 ) -> None:
-    """Leave `model` in `folder`, whole or not at all: float32 safetensors and the tokenizer.
+    """Save `model` in `folder`, whole or not at all: float32 safetensors and the tokenizer.
 
-    Adapters go to `folder`/adapter, and are merged into the model `name` that they were trained on,
-    in float32. `finish` has the last word on the model's configuration.
+    Adapters go to `folder`/adapter, and are merged in float32 into `name`, the model that they were
+    trained on. `finish` may change the model's configuration last.
     """
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)

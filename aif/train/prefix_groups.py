@@ -1,7 +1,7 @@
-"""A prompt and its responses in one row, the prompt run once (`branches` says how they lie).
+"""A prompt and its responses in one row, the prompt run once (`prefix_mask` has the layout).
 
-The prompt's share of the work is done once, forward and backward (Bradley-Terry pairs pay twice for
-it, six comparisons of four responses twelve times, PPO as often as it samples).
+The prompt's share of the work is done once, forward and backward. Without it Bradley-Terry pairs
+run the prompt twice, six comparisons of four responses twelve times, PPO once a sample.
 """
 
 from __future__ import annotations
@@ -22,28 +22,26 @@ from aif.train.tokens import TokenRow
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPrefix:
-    """A group in tokens: what all responses begin with, and how each goes on (never empty).
-
-    `first`, `second` and `p_first` are its comparisons, `grades` what is known of each response.
-    """
+    """A prompt group in tokens: what all K sequences begin with, and how each goes on (never
+    empty); with its comparisons or grades, as far as there are any."""
 
     source: str
     shared_T: np.ndarray  # int32
-    branches: list[np.ndarray]
-    first: list[int] = field(default_factory=list)
+    branches: list[np.ndarray]  # K of [t], int32
+    first: list[int] = field(default_factory=list)  # a response's number, one a comparison
     second: list[int] = field(default_factory=list)
     p_first: list[float] = field(default_factory=list)
-    grades: list[float] = field(default_factory=list)
+    grades: list[float] = field(default_factory=list)  # one a response
 
     @classmethod
-    def of(cls, sequences: Sequence[TokenRow], **known: list) -> SharedPrefix:
+    def of(cls, rows: Sequence[TokenRow], **labels: list) -> SharedPrefix:
         """The sequences of one group; each keeps a token of its own, where its score is read."""
-        ids = [sequence.ids_T for sequence in sequences]
+        ids = [row.ids_T for row in rows]
         shortest = min(map(len, ids))
-        heads = np.stack([row[: shortest - 1] for row in ids])
+        heads = np.stack([row_T[: shortest - 1] for row_T in ids])
         same = (heads == heads[0]).all(0)
         common = len(same) if same.all() else int(same.argmin())
-        return cls(sequences[0].source, ids[0][:common], [row[common:] for row in ids], **known)
+        return cls(rows[0].source, ids[0][:common], [row_T[common:] for row_T in ids], **labels)
 
     @property
     def responses(self) -> int:
@@ -60,13 +58,13 @@ class SharedPrefix:
 
 
 class Objective(Protocol):
-    """A loss of scores, with what it needs to know of a batch (see `preference_losses`)."""
+    """A loss of scores (see `reward.losses`); `targets` are the labels of a batch."""
 
-    def count(self, tree: SharedPrefix) -> int:
-        """What a tree adds to the number that a step's summed loss is divided by."""
+    def count(self, row: SharedPrefix) -> int:
+        """What a row adds to the number that a step's summed loss is divided by."""
 
-    def targets(self, trees: Sequence[SharedPrefix]) -> dict[str, torch.Tensor]:
-        """Tensors for `loss`; responses are numbered through, tree by tree."""
+    def targets(self, rows: Sequence[SharedPrefix]) -> dict[str, torch.Tensor]:
+        """Tensors for `loss`; responses are numbered through, row by row."""
 
     def loss(self, scores_N: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
         """The summed loss, a scalar."""
@@ -74,28 +72,27 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PrefixBatch:
-    """Trees that are run at once, [B, T]; `ends_N` are places in the flattened rows where the
-    responses end, in order. `branch` is None where each row is one plain sequence."""
+    """Rows that are run at once, with N responses in all."""
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    branch: torch.Tensor | None
-    ends_N: torch.Tensor
-    targets: dict[str, torch.Tensor]
+    input_ids: torch.Tensor  # [B, T]
+    position_ids: torch.Tensor  # [B, T]
+    branch: torch.Tensor | None  # [B, T]; None: each row is one plain sequence
+    ends_N: torch.Tensor  # where each response ends in the flattened rows
+    targets: dict[str, torch.Tensor]  # of the objective
 
     def inputs(self, device: torch.device) -> dict[str, object]:
-        """The keyword arguments of `scoring.scores_forward`, on `device`."""
+        """The keyword arguments of `reward.model.scores_of` and of its loss, on `device`."""
         names = ("input_ids", "position_ids", "branch", "ends_N")
-        found = {name: getattr(self, name) for name in names}
-        moved = {k: None if v is None else v.to(device) for k, v in found.items()}
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {k: None if v is None else v.to(device) for k, v in tensors.items()}
         return moved | {"targets": {name: v.to(device) for name, v in self.targets.items()}}
 
 
 @dataclass(frozen=True)
 class PrefixLayout:
-    """How trees become micro-batches of at most `micro_tokens` positions (or one longer tree).
+    """How groups become micro-batches of at most `micro_tokens` positions (or one longer group).
 
-    With `share` a tree is one row; without, each of its responses is one, with the prompt again.
+    With `share` a group is one row; without, each of its responses is one, with the prompt again.
     """
 
     micro_tokens: int
@@ -104,108 +101,105 @@ class PrefixLayout:
     objective: Objective | None = None  # None: to score, not to learn
     call_tokens: int = 64
 
-    def step(self, trees: Sequence[SharedPrefix]) -> OptimizerStep:
-        """All of `trees`, the longest first."""
-        batches = [self.batch(group) for group in self.groups(trees)]
-        alone = sum(sum(map(len, t.branches)) + t.responses * len(t.shared_T) for t in trees)
-        tokens = sum(map(len, trees)) if self.share else alone
-        return OptimizerStep(batches, tokens, max(1, sum(map(self.objective.count, trees))))
+    def step(self, rows: Sequence[SharedPrefix]) -> OptimizerStep:
+        """All of `rows`, the longest first."""
+        batches = [self.batch(group) for group in self.groups(rows)]
+        alone = sum(sum(map(len, r.branches)) + r.responses * len(r.shared_T) for r in rows)
+        tokens = sum(map(len, rows)) if self.share else alone
+        return OptimizerStep(batches, tokens, max(1, sum(map(self.objective.count, rows))))
 
-    def groups(self, trees: Sequence[SharedPrefix]) -> list[list[SharedPrefix]]:
-        """Trees that lie in one micro-batch each, cut where it costs least."""
-        width = len if self.share else (lambda tree: tree.longest)
-        trees = sorted(trees, key=width, reverse=True)
-        rows = np.cumsum([0, *(1 if self.share else tree.responses for tree in trees)])
+    def groups(self, rows: Sequence[SharedPrefix]) -> list[list[SharedPrefix]]:
+        """The rows of each micro-batch, cut where it costs least."""
+        width = len if self.share else (lambda row: row.longest)
+        rows = sorted(rows, key=width, reverse=True)
+        lines = np.cumsum([0, *(1 if self.share else row.responses for row in rows)])
 
         def size(start: int, end: int) -> int:
-            return int(rows[end] - rows[start]) * width(trees[start])
+            return int(lines[end] - lines[start]) * width(rows[start])
 
-        cuts = cheapest_cuts(len(trees), size, self.micro_tokens, self.call_tokens)
-        return [trees[start:end] for start, end in cuts]
+        return cheapest_cuts(rows, size, self.micro_tokens, self.call_tokens)
 
-    def batch(self, trees: Sequence[SharedPrefix]) -> PrefixBatch:
-        """These trees in one micro-batch; responses are numbered through, tree by tree."""
-        rows: list[list[np.ndarray]] = []  # each the parts of a row: what is shared, then branches
-        for tree in trees:
+    def batch(self, rows: Sequence[SharedPrefix]) -> PrefixBatch:
+        """These rows in one micro-batch; responses are numbered through, row by row."""
+        lines: list[list[np.ndarray]] = []  # each the parts of a line: what is shared, branches
+        for row in rows:
             if self.share:
-                rows.append([tree.shared_T, *tree.branches])
+                lines.append([row.shared_T, *row.branches])
             else:
-                rows += [[tree.shared_T, branch] for branch in tree.branches]
-        width = max(sum(map(len, parts)) for parts in rows)
-        ids_BT = np.full((len(rows), width), self.pad_id)
-        position_BT = np.zeros((len(rows), width), int)
-        branch_BT = np.full((len(rows), width), PAD)
+                lines += [[row.shared_T, branch_T] for branch_T in row.branches]
+        shape = len(lines), max(sum(map(len, parts)) for parts in lines)
+        ids_BT, position_BT = np.full(shape, self.pad_id), np.zeros(shape, int)
+        branch_BT = np.full(shape, PAD)
         ends = []
-        for row, (shared_T, *branches) in enumerate(rows):
-            at = start = len(shared_T)
-            ids_BT[row, :at], position_BT[row, :at], branch_BT[row, :at] = (
-                shared_T, np.arange(at), 0,
-            )  # fmt: skip
-            for number, branch in enumerate(branches, 1):
-                where = slice(at, at + len(branch))
-                ids_BT[row, where] = branch
-                position_BT[row, where] = np.arange(start, start + len(branch))
-                branch_BT[row, where] = number
-                at += len(branch)
-                ends.append(row * width + at - 1)
+        for line, parts in enumerate(lines):
+            at, shared = 0, len(parts[0])
+            for number, part_T in enumerate(parts):
+                where = slice(at, at + len(part_T))
+                start = shared if number else 0
+                ids_BT[line, where] = part_T
+                position_BT[line, where] = np.arange(start, start + len(part_T))
+                branch_BT[line, where] = number
+                at += len(part_T)
+                if number:
+                    ends.append(line * shape[1] + at - 1)
         return PrefixBatch(
             torch.from_numpy(ids_BT).long(),
             torch.from_numpy(position_BT).long(),
             torch.from_numpy(branch_BT) if self.share else None,
             torch.tensor(ends),
-            self.objective.targets(trees) if self.objective else {},
+            self.objective.targets(rows) if self.objective else {},
         )
 
 
 @dataclass(frozen=True)
 class SharingLayout(Layout):
-    """A layout whose `batches` run a prompt once for those of its responses that lie together.
+    """A layout whose `batches` run a prompt once for all its responses in the same row.
 
-    The rows are `experience.tokens_of`'s: a prompt, which is not learned, and a response, which is.
+    Each row is a prompt, which is not learned, and a response, which is.
     """
 
     attention_tokens: int = 1 << 12  # of a row whose attention costs as much as all its products
 
     def batches(self, rows: Sequence[TokenRow]) -> Iterator[tuple[list[TokenRow], Batch]]:
-        """As `Layout.batches`. Where no two rows have a prompt in common it is the plain one."""
-        held = {id(tree): (tree, some) for tree, some in self._trees(rows)}
-        if len(held) == len(rows):
+        """As `Layout.batches`, which it is if no two rows share a prompt."""
+        members = dict(self._shared(rows))
+        if len(members) == len(rows):
             yield from super().batches(rows)
             return
         layout = PrefixLayout(self.micro_tokens, self.pad_id, True, call_tokens=self.call_tokens)
-        for trees in layout.groups([tree for tree, _ in held.values()]):
-            made = layout.batch(trees)
-            batch = Batch(made.input_ids, made.branch > 0, made.position_ids, made.branch)
-            yield list(chain.from_iterable(held[id(tree)][1] for tree in trees)), batch
+        for group in layout.groups(list(members)):
+            shared = layout.batch(group)
+            batch = Batch(shared.input_ids, shared.branch > 0, shared.position_ids, shared.branch)
+            yield list(chain.from_iterable(members[row] for row in group)), batch
 
-    def _trees(self, rows: Sequence[TokenRow]) -> Iterator[tuple[SharedPrefix, list[TokenRow]]]:
-        """Trees with their rows: those of one prompt, in as many trees as cost least.
+    def _shared(self, rows: Sequence[TokenRow]) -> Iterator[tuple[SharedPrefix, list[TokenRow]]]:
+        """The rows of each prompt as one group, or as several where that costs less.
 
         Side by side each response costs attention to all others, though it is masked: long ones
         after a short prompt are better run apart.
         """
-        groups: dict[bytes, list[TokenRow]] = {}
+        by_prompt: dict[bytes, list[TokenRow]] = {}
         for row in rows:
-            groups.setdefault(row.ids_T[~row.loss_mask_T].tobytes(), []).append(row)
-        for some in groups.values():
-            prompt_T = some[0].ids_T[~some[0].loss_mask_T]
-            total = np.cumsum([0, *(len(row) - len(prompt_T) for row in some)])
+            by_prompt.setdefault(row.ids_T[~row.loss_mask_T].tobytes(), []).append(row)
+        for same in by_prompt.values():
+            prompt_T = same[0].ids_T[~same[0].loss_mask_T]
+            total = np.cumsum([0, *(len(row) - len(prompt_T) for row in same)])
 
             def cost(start: int, end: int, head: int = len(prompt_T), total=total) -> int:
                 tokens = head + int(total[end] - total[start])
                 return tokens + tokens**2 // self.attention_tokens
 
-            for start, end in cheapest_cuts(len(some), cost, self.micro_tokens, 0):
-                branches = [row.ids_T[len(prompt_T) :] for row in some[start:end]]
-                yield SharedPrefix(some[0].source, prompt_T, branches), some[start:end]
+            for group in cheapest_cuts(same, cost, self.micro_tokens, 0):
+                branches = [row.ids_T[len(prompt_T) :] for row in group]
+                yield SharedPrefix(group[0].source, prompt_T, branches), group
 
 
-def prefix_digest(trees: Sequence[SharedPrefix]) -> str:
-    """A sha256 of every token and everything known of it."""
-    found = hashlib.sha256()
-    for tree in trees:
-        for ids in (tree.shared_T, *tree.branches):
-            found.update(len(ids).to_bytes(8, "big") + ids.tobytes())
-        known = (tree.source, tree.first, tree.second, tree.p_first, tree.grades)
-        found.update(repr(known).encode())
-    return found.hexdigest()
+def prefix_digest(rows: Sequence[SharedPrefix]) -> str:
+    """A sha256 of every token and every label."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for ids_T in (row.shared_T, *row.branches):
+            digest.update(len(ids_T).to_bytes(8, "big") + ids_T.tobytes())
+        labels = (row.source, row.first, row.second, row.p_first, row.grades)
+        digest.update(repr(labels).encode())
+    return digest.hexdigest()

@@ -1,11 +1,11 @@
-"""Sequences that begin alike in one row, what they begin with run once.
+"""Sequences with a shared prefix in one row, the prefix run once.
 
     tokens    p p p p p  a a a a  b b b       two responses to a prompt
-    branch    0 0 0 0 0  1 1 1 1  2 2 2       0: what all begin with
+    branch    0 0 0 0 0  1 1 1 1  2 2 2       0: the shared prefix
     position  0 1 2 3 4  5 6 7 8  5 6 7
 
-A token sees what stands before it in its own branch and in branch 0, and has the position that it
-would have had alone: every hidden state is the one of the plain sequence, and the gradient too.
+A token sees the earlier tokens of its own branch and of branch 0, and has the position that it has
+in its plain sequence. So every hidden state, and its gradient, is the one of the plain sequence.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ PAD = -1  # the branch of padding
 PLAIN = {"full_attention"}
 
 
-def shares(model: Any, wanted: bool | None, stage: str) -> bool:
-    """Whether prompts are run once: where the attention takes a mask of who sees whom.
+def shares(model: Any, setting: bool | None, stage: str) -> bool:
+    """Whether prompts are run once. It needs attention that takes a mask of who sees whom.
 
-    Flash attention takes none, and a sliding window would not be in it. Raises InputError where
-    the stage's `share_prompt` is true and they cannot be.
+    Flash attention takes none, and such a mask leaves out a sliding window. Raises InputError if
+    the stage's `share_prompt`, the `setting`, is true and the model cannot.
     """
     config = inner(model).config.get_text_config()
     full = set(getattr(config, "layer_types", None) or PLAIN) <= PLAIN
@@ -33,12 +33,12 @@ def shares(model: Any, wanted: bool | None, stage: str) -> bool:
         getattr(config, "layer_types", None)
     )
     can = full and config._attn_implementation == "sdpa"
-    if wanted and not can:
+    if setting and not can:
         raise InputError(
             stage, "share_prompt", got="true for a model whose attention cannot",
             expected="full attention on sdpa, or no share_prompt",
         )  # fmt: skip
-    return can if wanted is None else wanted
+    return can if setting is None else setting
 
 
 def body_inputs(
@@ -46,8 +46,8 @@ def body_inputs(
 ) -> dict[str, Any]:
     """The keyword arguments of a transformers model's body; `branch_BT` is None where each row is
     one plain sequence."""
-    # A mask of four dimensions is taken as it is. None is plain causal attention; what comes after
-    # a sequence's end, where rows are padded, is seen by nothing that is read.
+    # transformers takes a mask of four dimensions as it is. None is causal attention, which is
+    # enough for padded rows: no state that is read sees the padding after it.
     mask = None if branch_BT is None else branch_mask(branch_BT)
     return {
         "input_ids": input_ids,
@@ -58,8 +58,8 @@ def body_inputs(
 
 
 def branch_mask(branch_BT: torch.Tensor) -> torch.Tensor:
-    """[B, 1, T, T], True where token i may look at token j: not later, and of its own branch or of
-    what is shared. Padding looks at padding, so that no row of a softmax is empty."""
+    """[B, 1, T, T], True where token i sees token j: j is not later, and of i's branch or shared.
+    Padding sees padding, so that no row of a softmax is empty."""
     i, j = branch_BT[:, :, None], branch_BT[:, None, :]
     causal_TT = torch.ones(
         branch_BT.shape[1:] * 2, dtype=torch.bool, device=branch_BT.device
@@ -68,11 +68,11 @@ def branch_mask(branch_BT: torch.Tensor) -> torch.Tensor:
 
 
 def before(hidden_BTD: torch.Tensor, branch_BT: torch.Tensor) -> torch.Tensor:
-    """[B, T, D], for each token the state that predicts it: of the token to its left, or where a
-    branch begins of the last one that is shared, the same for all branches.
+    """[B, T, D], for each token the state that predicts it: the state of the token to its left, or
+    of the last shared token at the start of a branch.
 
-    Something has to be shared. The gradient of that one state is a sum over a dimension and no
-    scatter, whose order would be another every time.
+    Every row needs a shared token. The gradient of its state is a sum over a dimension; a scatter's
+    order would change from run to run.
     """
     last_B = (branch_BT == 0).sum(1) - 1
     last_B1D = hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]

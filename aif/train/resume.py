@@ -1,7 +1,7 @@
-"""What every training stage does around its training: once is enough, and anew where it must be.
+"""What every training stage does around its training: finish once, resume, or start anew.
 
-A stage's work is a function of its data, settings and model; their digest is kept with what comes
-of it, so that the same command finds it done, goes on with it, or begins anew.
+A stage's work is a function of its data, settings and model. Their digest is kept with the result,
+so the same command finds the work done, resumes it, or starts anew.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from aif.progress import Progress
 from aif.run import Run
 from aif.store import checkpoint
 from aif.store.records import content_id
-from aif.train.model import identity, learning_rate
+from aif.train.model import learning_rate, model_identity
 
 # transformers' names of ours.
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-# What may be changed in the middle of a run: where and how it is computed, not what.
+# Settings that may change in the middle of a run: where and how it is computed, not what.
 FREE = {"device", "micro_tokens", "packing", "share_prompt", "gradient_checkpointing"}
 FREE |= {"save_every", "keep_checkpoints", "members", "combine", "curve", "trackers"}
 FREE |= {"vllm_memory", "require_audit"}
@@ -31,23 +31,23 @@ FREE |= {"vllm_memory", "require_audit"}
 
 @contextmanager
 def training_in(run: Run) -> Iterator[None]:
-    """Hold the run for this process, and keep what peft and transformers warn each other of off
-    the terminal."""
+    """Hold the run for this process, without the warnings that peft and transformers cause in each
+    other."""
     with run.writing(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 def start_model(run: Run, named: str | None) -> str:
-    """What training starts from: the model that is named, or what `aif sft` left, or the policy."""
+    """The model that training starts from: `named`, or else the SFT model, or else the policy."""
     if named:
         return named
-    tuned = run.file("sft")
-    return str(tuned) if checkpoint.sealed(tuned) is not None else run.settings.policy.weights
+    sft = run.file("sft")
+    return str(sft) if checkpoint.sealed(sft) is not None else run.settings.policy.weights
 
 
 def check_start(stage: str, name: str, folder: Path) -> None:
-    """Raise InputError where a stage is to start from the model that it makes."""
+    """Raise InputError if a stage is to start from the model that it makes."""
     if Path(name).expanduser().resolve() == folder.resolve():
         raise InputError(
             stage, "model", got=f"{shown(name)}, what it makes", expected="the model to start from"
@@ -55,9 +55,9 @@ def check_start(stage: str, name: str, folder: Path) -> None:
 
 
 def digest_of(stage: str, settings: TrainSettings, name: str, *data: str) -> str:
-    """Of everything that the weights at the end depend on; `data` are digests of the tokens."""
+    """A digest of all that the final weights depend on; `data` are digests of the tokens."""
     resolved = {
-        "model": identity(name),
+        "model": model_identity(name),
         "dtype": str(torch_dtype(settings.dtype, usable_device(settings.device))),
         "learning_rate": learning_rate(settings),
     }
@@ -67,8 +67,8 @@ def digest_of(stage: str, settings: TrainSettings, name: str, *data: str) -> str
 def done_before(
     run: Run, stage: str, folder: Path, about: dict[str, Any], progress: Progress
 ) -> dict[str, Any] | None:
-    """The summary of an earlier time, if `folder` is what it left of the same digest; else None,
-    and the stage is marked as begun."""
+    """The last summary, if `folder` is its whole result with the same digest. Else None, and the
+    stage is marked as in progress."""
     last = run.state(stage)
     if last.get("digest", about["digest"]) != about["digest"]:
         progress.say(f"{stage}: data, settings or model have changed since the last time: anew")

@@ -1,12 +1,12 @@
-"""Supervised fine-tuning: revisions, demonstrations -> sft/, a model that transformers loads.
+"""Supervised fine-tuning: revisions, demonstrations -> sft/, a model for transformers.
 
     [sft]
     data = { revisions = 1.0, "demonstrations.jsonl" = 0.5 }
 
 The policy learns each response's tokens and its end, nothing else (`tokens`); with
-objective = "lm" every token of plain texts. Stopped and started again it ends with the same bits
-as if it had not been stopped (`trainer`); started again when it is done it does nothing, unless
-data, settings or model have changed.
+objective = "lm" it learns every token of plain texts. A run that is stopped and started again ends
+with the same bits (`trainer`). A run that is done does nothing more, unless data, settings or model
+have changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aif.progress import Progress
 from aif.run import Run
 from aif.train.batch import Layout
 from aif.train.distributed import ends_process_group
-from aif.train.examples import Example, read_examples, split
+from aif.train.examples import Example, mirror_mixture, read_examples, split
 from aif.train.logprobs import nll_loss
 from aif.train.model import (
     forward_is,
@@ -33,23 +33,24 @@ from aif.train.model import (
     save,
 )
 from aif.train.resume import check_start, digest_of, done_before, training_in
-from aif.train.tokens import TokenRow, blocks, check_any, digest, tokeniser_of
+from aif.train.tokens import TokenRow, blocks, check_any, token_digest, tokeniser_of
 from aif.train.trainer import Trained, Training, train
 
 STAGE = "sft"
 
 
 class SFTData:
-    """What a run's SFT learns from and is evaluated on, in tokens; reads no weights."""
+    """The data of a run's SFT in tokens, to train on and held out; reads no weights."""
 
     def __init__(self, run: Run, name: str):
-        """`name` is the model to start from. Raises as `read_examples`, and AifError if nothing
-        fits into `sft.max_tokens`."""
+        """`name` is the model to start from. Raises what `read_examples` raises, and AifError if no
+        example fits into `sft.max_tokens`."""
         settings = run.settings.sft
         self.tokeniser = tokeniser_of(run, name, settings.max_tokens, loss_on=settings.loss_on)
         examples = read_examples(run)
         self.duplicates = examples.duplicates
-        self.train_examples, self.eval_examples = split(examples.rows, settings)
+        self.train_examples, tests = split(examples.rows, settings)
+        self.eval_examples = mirror_mixture(tests, settings)
         self.train = self._tokens(self.train_examples, settings)
         self.held_out = self._tokens(self.eval_examples, settings)
         check_any(STAGE, self.train, f"{len(examples.rows):,} examples", self.tokeniser)
@@ -74,7 +75,7 @@ def sft(run: Run, progress: Progress) -> dict[str, Any]:
     with training_in(run):
         data = SFTData(run, name)
         run.keep_settings()
-        tokens = digest(data.train), digest(data.held_out)
+        tokens = token_digest(data.train), token_digest(data.held_out)
         about = {"digest": digest_of(STAGE, settings, name, *tokens)}
         if last := done_before(run, STAGE, folder, about, progress):
             return last

@@ -1,12 +1,12 @@
-"""Examples as tokens, each marked as learned or only read.
+"""Examples as tokens, with a mask of the tokens that are learned.
 
-A dialogue is rendered with the chat template, and its prompt's tokens are exactly those that a
-local model is given when it generates: the tokens of the rendered prompt by itself. What follows
-is tokenised in its context (SentencePiece writes a word differently at the start of a text), or
-apart from it in the rare case that a token would reach over the border.
+A dialogue is rendered with the chat template. The tokens of its prompt are exactly those that a
+local model generates from: the tokens of the rendered prompt by itself. The answer is tokenised
+after its prompt (SentencePiece writes a word differently at the start of a text), or by itself in
+the rare case that a token would cross the border.
 
-Learned are an assistant's text and the token that ends the turn; never the system, the user, the
-template's headers, the newline that a template puts after the end of a turn, or padding.
+An assistant's text and the token that ends the turn are learned. The system message, the user's
+turns, the template's headers, the newline after the end of a turn, and padding are not.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ class Tokeniser:
                 yield self._fitted(group, [next(rows) for _ in group])
 
     def prompts(self, dialogues: Iterable[list[Message]], room: int) -> Iterator[np.ndarray | None]:
-        """Each prompt as a model is given it to answer, with `room` tokens to spare for that; None
-        for one that does not fit, even without its oldest turns."""
+        """The tokens of each prompt, ready to be answered in `room` tokens; None for one that does
+        not fit even without its oldest turns."""
         for messages in dialogues:
-            # What is left out is what would be left out before an answer.
+            # The same turns are left out as before an answer.
             talk: list[Message] | None = [*_clean(messages), {"role": "assistant", "content": ""}]
             while talk is not None:
                 (ids,) = self._encoded([self._text(talk[:-1], prompt=True)])
@@ -163,7 +163,7 @@ class Tokeniser:
             ) from error  # fmt: skip
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        # A template writes BOS itself, where there is one; a plain text gets it from the tokenizer.
+        # A template writes BOS itself, if there is one; a plain text gets it from the tokenizer.
         return self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"] if texts else []
 
     def _tokenised(
@@ -182,7 +182,7 @@ class Tokeniser:
                 whole = next(encoded)
                 if whole[: len(ids)] == ids:
                     ids = whole
-                else:  # a token reaches over the last border: what follows it stands by itself
+                else:  # a token crosses the last border: the part after it is tokenised alone
                     part = r.text[before:border]
                     ids = ids + self.tokenizer(part, add_special_tokens=False)["input_ids"]
                 at[border] = len(ids)
@@ -211,10 +211,10 @@ class Tokeniser:
         return TokenRow(np.array(ids, np.int32), np.array(mask, bool), example.source)
 
     def _stop(self, ids: list[int], start: int, end: int) -> int | None:
-        """After the control token that ends the turn, if the template writes one.
+        """The place after the control token that ends the turn, if the template writes one.
 
-        Chat templates end a turn in <|im_end|> or the like, many with a newline behind it, which
-        no model ever generates: it has stopped by then.
+        Chat templates end a turn with <|im_end|> or the like, many with a newline after it, which a
+        model never generates: it has stopped by then.
         """
         for n in range(end, start, -1):
             if ids[n - 1] in self._control:
@@ -225,14 +225,14 @@ class Tokeniser:
 
 
 def tokeniser_of(run: Run, name: str, max_tokens: int, **options: Any) -> Tokeniser:
-    """For the model `name`, in the form of the run's policy; no longer than the model's context."""
+    """The tokeniser of the model `name` in the form of the run's policy, within its context."""
     tokenizer, context = load_tokenizer(name)
     chat = run.settings.policy.form != "text"
     return Tokeniser(tokenizer, min(max_tokens, context), chat=chat, **options)
 
 
 def check_any(stage: str, rows: Sequence[Any], of: str, tokeniser: Tokeniser) -> None:
-    """Raise AifError unless some row is left to train on; `of` says of how many."""
+    """Raise AifError if no row is left to train on; `of` names what there was."""
     if not rows:
         raise AifError(
             f"{stage}: none of {of} is left to learn from; {tokeniser.dropped:,} do not fit into "
@@ -241,13 +241,14 @@ def check_any(stage: str, rows: Sequence[Any], of: str, tokeniser: Tokeniser) ->
 
 
 def transcript(messages: list[Message], prompt: bool = False) -> str:
-    """A dialogue as plain text; with `prompt` it ends where the assistant's answer is due."""
+    """A dialogue as plain text; with `prompt` it ends where the assistant's answer begins."""
     turns = [f"{message['role'].title()}: {message['content'].strip()}" for message in messages]
     return "\n\n".join([*turns, "Assistant:"] if prompt else turns)
 
 
 def _without_oldest(messages: list[Message]) -> list[Message] | None:
-    """Less the oldest turns, up to the next one of the user; None if none can go."""
+    """The dialogue without its oldest turns, up to the next turn of the user; None if none can
+    go."""
     head = int(messages[0]["role"] == "system")
     for n in range(head + 1, len(messages) - 1):
         if messages[n]["role"] == "user":
@@ -256,7 +257,7 @@ def _without_oldest(messages: list[Message]) -> list[Message] | None:
 
 
 def _clean(messages: list[Message]) -> list[Message]:
-    """Half characters, which no tokenizer takes, as U+FFFD."""
+    """The messages with lone surrogates, which no tokenizer takes, as U+FFFD."""
     return [message | {"content": _whole(message["content"])} for message in messages]
 
 
@@ -298,11 +299,11 @@ def blocks(
                 yield TokenRow(ids_T, np.arange(len(ids_T)) > 0, source)
 
 
-def digest(rows: Iterable[TokenRow]) -> str:
-    """A sha256 of every token, mark and source."""
-    found = hashlib.sha256()
+def token_digest(rows: Iterable[TokenRow]) -> str:
+    """A sha256 of every row's tokens, mask and source."""
+    digest = hashlib.sha256()
     for row in rows:
-        found.update(repr((row.source, len(row))).encode())
-        found.update(row.ids_T.tobytes())
-        found.update(row.loss_mask_T.tobytes())
-    return found.hexdigest()
+        digest.update(repr((row.source, len(row))).encode())
+        digest.update(row.ids_T.tobytes())
+        digest.update(row.loss_mask_T.tobytes())
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""`transformers.Trainer` made to train on prepared steps, to stop at once and to resume exactly.
+"""`transformers.Trainer` on prepared steps; it stops at once and resumes exactly.
 
-The Trainer's data set is the run's optimizer steps (`batch.Steps`), its model's forward is the
-summed loss of one micro-batch. What the Trainer does at each step is decided in `_Guide`.
+The Trainer's data set is the run's optimizer steps (`batch.Steps`), and its model's forward is the
+summed loss of one micro-batch. `_Guide` decides when to evaluate, save and stop.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from aif.progress import Progress
 from aif.run import Run
 from aif.signals import handling
 from aif.store import checkpoint
-from aif.train.batch import Layouts, OptimizerStep, Row, Steps
+from aif.train.batch import Layouts, OptimizerStep, Steps
 from aif.train.distributed import any_rank, on_main_process
 from aif.train.metrics import Metrics
 from aif.train.model import learning_rate
@@ -40,7 +40,7 @@ SAVE_EVERY_S = 600.0
 
 @dataclass
 class Training:
-    """Everything a training depends on, and where it tells of itself."""
+    """Everything that a training depends on, and where it reports."""
 
     stage: str
     model: Any  # its forward gives the summed loss of a batch
@@ -56,9 +56,9 @@ class Training:
     @classmethod
     def of(
         cls, run: Run, stage: str, settings: TrainSettings, model: Any, layout: Layouts,
-        rows: Sequence[Row], held_out: Sequence[Row], about: dict[str, Any], progress: Progress,
+        rows: Sequence[Any], held_out: Sequence[Any], about: dict[str, Any], progress: Progress,
     ) -> Training:  # fmt: skip
-        """A stage of a run that trains on `rows`, weighed by `settings.data`, and evaluates on
+        """The training of a run's stage on `rows`, weighted by `settings.data`, with evaluation on
         `held_out`."""
         steps = Steps(
             rows, settings.data, layout, batch_size=settings.batch_size, epochs=settings.epochs,
@@ -89,9 +89,9 @@ class Trained:
 def train(training: Training) -> Trained:
     """Train to the end, from the newest whole checkpoint if there is one.
 
-    Raises Interrupted when a signal stops it; a checkpoint of the step that was under way is then
-    kept, and the same call goes on from it, bit for bit on a CPU. Without one, an earlier
-    training's metrics and checkpoints are replaced.
+    Raises Interrupted when a signal stops it, after a checkpoint of the current step; the same call
+    resumes from it, bit for bit on a CPU. Without a checkpoint, the metrics and checkpoints of an
+    earlier training are replaced.
     """
     trainer = StepTrainer(training)
     resume = on_main_process(lambda: _resumable(training))
@@ -128,20 +128,20 @@ def train(training: Training) -> Trained:
 
 
 def _resumable(training: Training) -> Path | None:
-    """The newest whole checkpoint of this training; without one, what another left is removed."""
-    found = checkpoint.newest(training.checkpoints, training.about, training.progress)
-    if found is None:
+    """The newest whole checkpoint of this training; without one, older checkpoints are removed."""
+    newest = checkpoint.newest(training.checkpoints, training.about, training.progress)
+    if newest is None:
         shutil.rmtree(training.checkpoints, ignore_errors=True)
-    return found
+    return newest
 
 
 def arguments(training: Training) -> TrainingArguments:
-    """The settings under the Trainer's names; what it saves, evaluates and says is decided here."""
+    """The settings under the Trainer's names. It saves, evaluates and logs nothing on its own."""
     settings, steps = training.settings, len(training.steps)
     place = usable_device(settings.device)
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
-    made = TrainingArguments(
+    trainer_arguments = TrainingArguments(
         output_dir=str(training.checkpoints),
         per_device_train_batch_size=1,
         max_steps=steps,
@@ -165,9 +165,10 @@ def arguments(training: Training) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    if not made.distributed_state.use_distributed:
-        made._n_gpu = min(made.n_gpu, 1)  # else several GPUs mean nn.DataParallel, which cuts rows
-    return made
+    if not trainer_arguments.distributed_state.use_distributed:
+        # With several GPUs the Trainer would use nn.DataParallel, which cuts rows.
+        trainer_arguments._n_gpu = min(trainer_arguments.n_gpu, 1)
+    return trainer_arguments
 
 
 class StepTrainer(Trainer):
@@ -188,18 +189,18 @@ class StepTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader:
-        """One step after another: step k is item k, whatever has gone before."""
+        """The steps in order: step k is item k, also after a resume."""
         steps = self.training.steps
         return DataLoader(steps, 1, sampler=SequentialSampler(steps), collate_fn=_only)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: the estimate is of one padded batch."""
+        """Not counted: the Trainer's estimate assumes one padded batch."""
         return 0
 
     def _get_num_items_in_batch(
         self, batch_samples: list[OptimizerStep], device: torch.device
     ) -> None:
-        """Each step knows its own."""
+        """None: an OptimizerStep has its own count."""
 
     def training_step(
         self, model: Any, inputs: OptimizerStep, num_items_in_batch: Any = None
@@ -207,14 +208,14 @@ class StepTrainer(Trainer):
         """Forward and backward over the step's micro-batches; returns the step's mean loss.
 
         The loss is divided by the items of the whole step, so it depends neither on padding nor on
-        how the step is cut.
+        the cut into micro-batches.
         """
         began = time.perf_counter()
         model.train()
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         share = inputs.batches[rank::world]
         loss = torch.zeros((), device=self.args.device)
-        # Each process has to take part in the backward pass: one without a batch adds nothing.
+        # Every process takes part in the backward pass; one without a batch adds nothing.
         for n, batch in enumerate(share or inputs.batches[:1]):
             last = n + 1 >= len(share)
             with nullcontext() if last else self.accelerator.no_sync(model):
@@ -231,18 +232,20 @@ class StepTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The mean loss over what is held out. Draws no random number."""
+        """The mean loss on the held-out rows. Draws no random number."""
         held_out, model = self.training.held_out, self.model_wrapped
         model.eval()
         loss = sum(float(model(**batch.inputs(self.args.device))) for batch in held_out.batches)
         loss /= held_out.loss_items
-        found = {"eval_loss": loss}
-        self.log(dict(found))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        metrics = {"eval_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def rows(self) -> list[dict[str, float]]:
-        """The log as metrics: of steps alone, and without the Trainer's own clock."""
+        """The log's entries of steps, without the Trainer's own clock."""
         names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
         kept = [
             {k: e[k] for k in names if k in e and math.isfinite(e[k])}
@@ -251,7 +254,7 @@ class StepTrainer(Trainer):
         return [entry for entry in kept if len(entry) > 1]
 
     def end_with_best(self) -> None:
-        """Take the weights of the lowest eval loss, unless they are the last ones anyway."""
+        """Load the weights with the lowest eval loss, unless they are the last weights."""
         best, state = self.state.best_global_step, self.state
         if not self.training.settings.load_best or best in (None, state.global_step):
             state.best_global_step = None if best == state.global_step else best
@@ -266,7 +269,7 @@ class StepTrainer(Trainer):
         self._load_best_model()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Note the best step and keep its weights; those of the last step are kept anyway."""
+        """Note the best step and save its weights; the last step's weights are saved anyway."""
         better = self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric
         if better and self.training.settings.load_best:
             self.state.best_metric = metrics["eval_loss"]
@@ -276,7 +279,7 @@ class StepTrainer(Trainer):
         return better
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As the Trainer does, then marked complete; only then may an older one go."""
+        """Save as the Trainer does and mark it complete; only then may an older one go."""
         training = self.training
         folder = training.checkpoints / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -295,7 +298,7 @@ class StepTrainer(Trainer):
 
 
 class _Guide(TrainerCallback):
-    """When to evaluate, save and stop; and what to show of it."""
+    """Decides when to evaluate, save and stop, and shows the progress."""
 
     def __init__(self, trainer: StepTrainer):
         self._trainer = trainer
@@ -348,19 +351,19 @@ class _Guide(TrainerCallback):
 
 @contextmanager
 def stopping(event: threading.Event, progress: Progress) -> Iterator[None]:
-    """Make SIGINT and SIGTERM set `event`, so that training ends after the step under way, with a
+    """Make SIGINT and SIGTERM set `event`, so that training ends after the current step, with a
     checkpoint.
 
-    The same one again leaves at once: checkpoints are valid at every moment. (On Ctrl-C a launcher
-    of several processes adds a SIGTERM to the SIGINT that they have.) Outside the main thread
-    signals are left alone.
+    The same signal again ends the process at once: checkpoints are valid at every moment. (On
+    Ctrl-C a launcher of several processes sends them a SIGTERM after their SIGINT.) Outside the
+    main thread signals are left alone.
     """
-    heard: set[int] = set()
+    received: set[int] = set()
 
     def stop(number: int, frame: object) -> None:
-        if number in heard:
+        if number in received:
             os._exit(Interrupted.exit_code)
-        heard.add(number)
+        received.add(number)
         if not event.is_set():
             progress.say("stopping after this step; again to leave at once")
         event.set()

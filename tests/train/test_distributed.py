@@ -86,11 +86,11 @@ def same(one: Path, two: Path, models: list[str]) -> None:
 
 def metrics(run: Path) -> dict[tuple[str, int, str], float]:
     rows = read_jsonl(run / "metrics.jsonl")
-    found = {(r["stage"], r["step"], r["name"]): r["value"] for r in rows}
-    assert len(found) == len(rows)  # written by one of them
+    values = {(r["stage"], r["step"], r["name"]): r["value"] for r in rows}
+    assert len(values) == len(rows)  # written by one of them
     # Clocks; what is a mean of each process's own figure; a variance that is all rounding.
     others = ("time/", "objective/scores/", "val/explained", "val/ratio_var")
-    return {key: value for key, value in found.items() if not key[2].startswith(others)}
+    return {key: value for key, value in values.items() if not key[2].startswith(others)}
 
 
 def test_ppo_learns_the_same_and_its_judge_is_paid_once(tmp_path, toy):
@@ -123,12 +123,12 @@ def test_stopped_it_goes_on_from_where_both_stood(tmp_path, toy):
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    _, told = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode
     (kept,) = (run / "checkpoints" / "ppo").glob("checkpoint-*/COMPLETE")
     step = int(kept.parent.name.partition("-")[2])
     assert 0 < step < 120
-    assert told.count(f"aif: interrupted at step {step} of 120; the same command resumes") == 1
+    assert stderr.count(f"aif: interrupted at step {step} of 120; the same command resumes") == 1
     done = in_two("ppo", run, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f'"resumed_from": {step}' in done.stdout

@@ -13,7 +13,7 @@ from aif.data.readers import read_dialogues
 from aif.errors import AifError, InputError
 from aif.run import Run
 from aif.store.records import Kept, Prompt, Response, Revision, Vote
-from aif.train.examples import Example, held_out, read_examples, split
+from aif.train.examples import Example, held_out, mirror_mixture, read_examples, split
 from tests.conftest import write_jsonl
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -64,28 +64,28 @@ def answers(run: Run) -> list[str]:
     [("all", ["A1", "A2", "B1"]), ("first", ["A1", "B1"]), ("last", ["A2", "B1"])],
 )
 def test_good_revisions_are_learned_from(run, which, want):
-    found = read_examples(run(revisions=which)).rows
-    assert [example.messages[-1]["content"] for example in found] == want
-    assert [m["role"] for m in found[0].messages] == ["user", "assistant"]
-    assert found[0].messages[0]["content"] == "One?"
+    examples = read_examples(run(revisions=which)).rows
+    assert [example.messages[-1]["content"] for example in examples] == want
+    assert [m["role"] for m in examples[0].messages] == ["user", "assistant"]
+    assert examples[0].messages[0]["content"] == "One?"
 
 
 def test_filtered_takes_what_the_filter_kept_and_asks_for_it_first(run):
-    made = run(filtered=True, revisions="last")
+    filtered = run(filtered=True, revisions="last")
     with pytest.raises(AifError, match=r"kept.jsonl: got no such file, .* `aif filter .*run`"):
-        read_examples(made)
+        read_examples(filtered)
     kept = [
         Kept(f"a{n}", "a", n, "c", p_revision=p, by_principle={}, fault=None, kept=p > 0.5)
         for n, p in [(1, 0.9), (2, 0.1)]
     ]
-    made.write("kept.jsonl", kept)
-    assert answers(made) == ["A1"]
+    filtered.write("kept.jsonl", kept)
+    assert answers(filtered) == ["A1"]
 
 
 def test_responses_and_votes_are_sources_too(run):
     assert answers(run(data={"votes": 1.0})) == ["A"]
-    found = read_examples(run(data={"responses": 1.0})).rows
-    assert [(e.messages[-1]["content"], e.ended) for e in found] == [("A", True), ("B", False)]
+    examples = read_examples(run(data={"responses": 1.0})).rows
+    assert [(e.messages[-1]["content"], e.ended) for e in examples] == [("A", True), ("B", False)]
 
 
 def test_a_stage_that_was_not_run_is_named(tmp_path):
@@ -96,15 +96,15 @@ def test_a_stage_that_was_not_run_is_named(tmp_path):
 def test_demonstrations_join_and_duplicates_count_once(run, tmp_path):
     rows = [{"prompt": "Hi", "response": "Hello"}] * 3 + [{"prompt": "Hi", "response": "Hey"}]
     path = str(write_jsonl(tmp_path / "d.jsonl", rows))
-    found = read_examples(run(data={"revisions": 1.0, path: 0.5}))
-    assert Counter(e.source for e in found.rows) == {"revisions": 3, path: 2}
-    assert found.duplicates == {"revisions": 0, path: 2}
+    examples = read_examples(run(data={"revisions": 1.0, path: 0.5}))
+    assert Counter(e.source for e in examples.rows) == {"revisions": 3, path: 2}
+    assert examples.duplicates == {"revisions": 0, path: 2}
 
 
 def test_plain_texts_are_for_the_lm_objective(run, tmp_path):
     path = str(write_jsonl(tmp_path / "t.jsonl", [{"text": "Once."}, {"text": "Twice."}]))
-    found = read_examples(run(objective="lm", data={path: 1.0})).rows
-    assert [e.text for e in found] == ["Once.", "Twice."]
+    examples = read_examples(run(objective="lm", data={path: 1.0})).rows
+    assert [e.text for e in examples] == ["Once.", "Twice."]
     with pytest.raises(
         InputError, match=r"^sft: data: got 'revisions', expected JSONL with `text`"
     ):
@@ -198,6 +198,6 @@ def test_what_is_held_out_mirrors_the_mixture():
     sft = {"eval_fraction": 0.5, "data": {"revisions": 1.0, "big": 0.1}}
     settings = checked(Settings, {"sft": sft}, "test").sft
     _, tests = split(examples(200) + examples(2000, "big"), settings)
-    count = Counter(e.source for e in tests)
+    count = Counter(e.source for e in mirror_mixture(tests, settings))
     assert 70 < count["revisions"] < 130
     assert 60 < count["big"] < 140

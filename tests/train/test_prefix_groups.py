@@ -1,6 +1,6 @@
 """A prompt that is run once for all its responses: scores, loss and gradients are the plain ones.
 
-The oracle is transformers' own sequence classifier, given one response at a time.
+The oracle is transformers' own sequence classifier, one response at a time.
 """
 
 # ruff: noqa: E402  (what needs torch is imported once torch is known to be there)
@@ -79,7 +79,7 @@ def groups(seed: int = 0) -> list[list[TokenRow]]:
     """1, 2, 3 and 4 responses to a prompt, of unlike lengths, with one that goes on as another
     does, two that are the same, and some that end in a token that may be the pad's."""
     rng = np.random.default_rng(seed)
-    found = []
+    made = []
     for responses, prompt in PROMPTS.items():
         head = rng.integers(8, 399, prompt).tolist()
         tails = [rng.integers(8, 399, rng.integers(1, 14)).tolist() for _ in range(responses)]
@@ -88,11 +88,11 @@ def groups(seed: int = 0) -> list[list[TokenRow]]:
             tails[1] = tails[0] + [LAST]
         if responses > 3:
             tails[3] = tails[2]
-        found.append([tokens(*head, *tail) for tail in tails])
-    return found
+        made.append([tokens(*head, *tail) for tail in tails])
+    return made
 
 
-def known(responses: int, seed: int = 0) -> dict[str, list]:
+def labels(responses: int, seed: int = 0) -> dict[str, list]:
     """Comparisons of all with all, either one first, and grades."""
     rng = np.random.default_rng([seed, responses])
     pairs = [(a, b) for a in range(responses) for b in range(responses) if (a + b) % 2 == (a < b)]
@@ -105,18 +105,18 @@ def known(responses: int, seed: int = 0) -> dict[str, list]:
     }
 
 
-def trees(seed: int = 0) -> list[SharedPrefix]:
-    return [SharedPrefix.of(group, **known(len(group), seed)) for group in groups(seed)]
+def shared(seed: int = 0) -> list[SharedPrefix]:
+    return [SharedPrefix.of(group, **labels(len(group), seed)) for group in groups(seed)]
 
 
-def whole(tree: SharedPrefix) -> list[list[int]]:
-    return [[*tree.shared_T.tolist(), *branch.tolist()] for branch in tree.branches]
+def whole(prefix: SharedPrefix) -> list[list[int]]:
+    return [[*prefix.shared_T.tolist(), *branch.tolist()] for branch in prefix.branches]
 
 
-def own_scores(model, found: list[SharedPrefix]) -> torch.Tensor:
+def own_scores(model, prefixes: list[SharedPrefix]) -> torch.Tensor:
     """transformers' score of every response by itself, [N]."""
     assert model.config.pad_token_id is None
-    ids = [torch.tensor([row]) for tree in found for row in whole(tree)]
+    ids = [torch.tensor([row]) for prefix in prefixes for row in whole(prefix)]
     return torch.cat([model(input_ids=ids_BT).logits[0] for ids_BT in ids])
 
 
@@ -128,49 +128,49 @@ def objective_of(name: str = "pairs"):
     return OBJECTIVES[name](RewardSettings(centering=0.05))
 
 
-def plain(model, found: list[SharedPrefix], name: str = "pairs") -> tuple[float, list]:
+def plain(model, prefixes: list[SharedPrefix], name: str = "pairs") -> tuple[float, list]:
     model.zero_grad()
     objective = objective_of(name)
-    loss = objective.loss(own_scores(model, found), objective.targets(found))
-    loss = loss / sum(map(objective.count, found))
+    loss = objective.loss(own_scores(model, prefixes), objective.targets(prefixes))
+    loss = loss / sum(map(objective.count, prefixes))
     loss.backward()
     return float(loss.detach()), gradients(model)
 
 
-def ours(model, found: list[SharedPrefix], name: str = "pairs", **layout) -> tuple[float, list]:
+def ours(model, prefixes: list[SharedPrefix], name: str = "pairs", **layout) -> tuple[float, list]:
     model.zero_grad()
     objective = objective_of(name)
     options = {"micro_tokens": 10_000, "pad_id": 0, "share": True} | layout
-    made, total = PrefixLayout(objective=objective, **options).step(found), 0.0
+    step, total = PrefixLayout(objective=objective, **options).step(prefixes), 0.0
     with forward_is(model, score_loss(objective)):
-        for batch in made.batches:
-            loss = model(**batch.inputs(model.device)) / made.loss_items
+        for batch in step.batches:
+            loss = model(**batch.inputs(model.device)) / step.loss_items
             loss.backward()
             total += float(loss.detach())
     return total, gradients(model)
 
 
-def scored(model, found: list[SharedPrefix], **layout) -> torch.Tensor:
+def scored(model, prefixes: list[SharedPrefix], **layout) -> torch.Tensor:
     """Our scores of all responses, [N], as one batch."""
     options = {"micro_tokens": 10_000, "pad_id": 0, "share": True} | layout
-    batch = PrefixLayout(**options).batch(found).inputs(model.device)
+    batch = PrefixLayout(**options).batch(prefixes).inputs(model.device)
     batch.pop("targets")
     with torch.no_grad():
         return scores_of(model, **batch)
 
 
-def close(found: tuple[float, list], want: tuple[float, list]) -> None:
-    assert found[0] == pytest.approx(want[0], rel=1e-5)
-    for ours, theirs in zip(found[1], want[1], strict=True):
+def close(got: tuple[float, list], want: tuple[float, list]) -> None:
+    assert got[0] == pytest.approx(want[0], rel=1e-5)
+    for ours, theirs in zip(got[1], want[1], strict=True):
         assert theirs.norm() > 0
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 def test_what_all_begin_with_is_shared_and_every_response_keeps_a_token():
-    tree = SharedPrefix.of([tokens(1, 2, 3, 4), tokens(1, 2, 5), tokens(1, 2, 3, 9)])
-    assert tree.shared_T.tolist() == [1, 2]
-    assert [branch.tolist() for branch in tree.branches] == [[3, 4], [5], [3, 9]]
-    assert (len(tree), tree.longest, tree.responses) == (7, 4, 3)
+    prefix = SharedPrefix.of([tokens(1, 2, 3, 4), tokens(1, 2, 5), tokens(1, 2, 3, 9)])
+    assert prefix.shared_T.tolist() == [1, 2]
+    assert [branch.tolist() for branch in prefix.branches] == [[3, 4], [5], [3, 9]]
+    assert (len(prefix), prefix.longest, prefix.responses) == (7, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +186,10 @@ def test_what_all_begin_with_is_shared_and_every_response_keeps_a_token():
     ids=["equal", "a prefix", "the first goes on", "one alone", "one token", "nothing in common"],
 )
 def test_no_branch_is_empty(rows, shared):
-    tree = SharedPrefix.of([tokens(*row) for row in rows])
-    assert len(tree.shared_T) == shared
-    assert all(len(branch) for branch in tree.branches)
-    assert whole(tree) == rows
+    prefix = SharedPrefix.of([tokens(*row) for row in rows])
+    assert len(prefix.shared_T) == shared
+    assert all(len(branch) for branch in prefix.branches)
+    assert whole(prefix) == rows
 
 
 sequences = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=5)
@@ -197,18 +197,18 @@ sequences = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_si
 
 @limits(max_examples=60, deadline=None)
 @given(sequences)
-def test_a_tree_holds_its_sequences_and_shares_all_it_can(rows):
-    tree = SharedPrefix.of([tokens(*row) for row in rows])
-    assert whole(tree) == rows
-    assert all(len(branch) for branch in tree.branches)
-    one_more = {tuple(row[: len(tree.shared_T) + 1]) for row in rows}
-    assert len(one_more) > 1 or len(tree.shared_T) == min(map(len, rows)) - 1
+def test_a_prefix_holds_its_sequences_and_shares_all_it_can(rows):
+    prefix = SharedPrefix.of([tokens(*row) for row in rows])
+    assert whole(prefix) == rows
+    assert all(len(branch) for branch in prefix.branches)
+    one_more = {tuple(row[: len(prefix.shared_T) + 1]) for row in rows}
+    assert len(one_more) > 1 or len(prefix.shared_T) == min(map(len, rows)) - 1
 
 
 def test_a_row_is_the_prompt_and_then_its_branches():
     head = [11, 12, 13, 14, 15]
-    tree = SharedPrefix.of([tokens(*head, 21, 22, 23, 24), tokens(*head, 31, 32, 33)])
-    batch = PrefixLayout(100, 0, share=True).batch([tree, SharedPrefix.of([tokens(5, 6)])])
+    prefix = SharedPrefix.of([tokens(*head, 21, 22, 23, 24), tokens(*head, 31, 32, 33)])
+    batch = PrefixLayout(100, 0, share=True).batch([prefix, SharedPrefix.of([tokens(5, 6)])])
     assert batch.input_ids.tolist() == [[*head, 21, 22, 23, 24, 31, 32, 33], [5, 6] + [0] * 10]
     assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]
     assert batch.position_ids[1, :2].tolist() == [0, 1]
@@ -219,13 +219,13 @@ def test_a_row_is_the_prompt_and_then_its_branches():
 @limits(max_examples=30, deadline=None)
 @given(st.lists(sequences, min_size=1, max_size=3))
 def test_a_token_sees_its_own_branch_and_what_is_shared(rows):
-    found = [SharedPrefix.of([tokens(*row) for row in group]) for group in rows]
-    batch = PrefixLayout(100, 0, share=True).batch(found)
+    prefixes = [SharedPrefix.of([tokens(*row) for row in group]) for group in rows]
+    batch = PrefixLayout(100, 0, share=True).batch(prefixes)
     got = branch_mask(batch.branch)
-    assert got.shape == (len(found), 1, *2 * (batch.input_ids.shape[1],))
-    for row, tree in enumerate(found):
-        where = [0] * len(tree.shared_T)
-        for number, branch in enumerate(tree.branches, 1):
+    assert got.shape == (len(prefixes), 1, *2 * (batch.input_ids.shape[1],))
+    for row, prefix in enumerate(prefixes):
+        where = [0] * len(prefix.shared_T)
+        for number, branch in enumerate(prefix.branches, 1):
             where += [number] * len(branch)
         for i, mine in enumerate(where):
             for j, theirs in enumerate(where):
@@ -236,55 +236,57 @@ def test_a_token_sees_its_own_branch_and_what_is_shared(rows):
 @pytest.mark.parametrize("kind", SHAREABLE)
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_loss_and_gradients_are_those_of_transformers(kind, objective):
-    model, found = tiny(kind), trees()
-    want = plain(model, found, objective)
-    close(ours(model, found, objective, share=True), want)
-    close(ours(model, found, objective, share=False), want)
+    model, prefixes = tiny(kind), shared()
+    want = plain(model, prefixes, objective)
+    close(ours(model, prefixes, objective, share=True), want)
+    close(ours(model, prefixes, objective, share=False), want)
 
 
 @pytest.mark.parametrize("responses", [1, 2, 3, 4])
 @pytest.mark.parametrize("share", [True, False])
 def test_any_number_of_responses_will_do(responses, share):
     model = tiny()
-    found = [tree for seed in range(3) for tree in trees(seed) if tree.responses == responses]
-    close(ours(model, found, "grades", share=share), plain(model, found, "grades"))
+    prefixes = [
+        prefix for seed in range(3) for prefix in shared(seed) if prefix.responses == responses
+    ]
+    close(ours(model, prefixes, "grades", share=share), plain(model, prefixes, "grades"))
 
 
 @pytest.mark.parametrize("kind", SEPARATE)
 def test_where_nothing_can_be_shared_each_response_is_run_by_itself(kind):
-    model, found = tiny(kind), trees()
+    model, prefixes = tiny(kind), shared()
     assert not shares(model, None, "reward")
-    close(ours(model, found, share=False), plain(model, found))
+    close(ours(model, prefixes, share=False), plain(model, prefixes))
 
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("micro_tokens", [1, 64, 10_000])
 @pytest.mark.parametrize("pad_id", [0, LAST, 399])
 def test_how_they_lie_in_memory_changes_nothing(share, micro_tokens, pad_id):
-    model, found = tiny(), trees() + trees(1)
-    want = plain(model, found)
-    made = {"share": share, "micro_tokens": micro_tokens, "pad_id": pad_id}
-    close(ours(model, found, **made), want)
-    close(ours(model, found[::-1], **made), want)
+    model, prefixes = tiny(), shared() + shared(1)
+    want = plain(model, prefixes)
+    layout = {"share": share, "micro_tokens": micro_tokens, "pad_id": pad_id}
+    close(ours(model, prefixes, **layout), want)
+    close(ours(model, prefixes[::-1], **layout), want)
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_gradient_checkpointing_changes_nothing(share):
-    model, found = tiny(), trees()
-    want, runs = plain(model, found), []
+    model, prefixes = tiny(), shared()
+    want, runs = plain(model, prefixes), []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    close(ours(model.train(), found, share=share), want)
+    close(ours(model.train(), prefixes, share=share), want)
     once = len(runs)
     model.activation_checkpointing_enable()
-    close(ours(model.train(), found, share=share), want)
+    close(ours(model.train(), prefixes, share=share), want)
     assert len(runs) == 3 * once, "the layer was not run again on the way back"
 
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("pad_id", [0, LAST, 399])
 def test_a_score_is_read_at_the_last_token(share, pad_id):
-    model, found = tiny(), trees()
-    rows = [row for tree in found for row in whole(tree)]
+    model, prefixes = tiny(), shared()
+    rows = [row for prefix in prefixes for row in whole(prefix)]
     width = max(map(len, rows))
     ids_BT = torch.full((len(rows), width), 399)  # no row has this one, so transformers sees ends
     for n, row in enumerate(rows):
@@ -293,21 +295,21 @@ def test_a_score_is_read_at_the_last_token(share, pad_id):
     with torch.no_grad():
         want = model(input_ids=ids_BT, attention_mask=ids_BT != 399).logits[:, 0]
     torch.testing.assert_close(
-        scored(model, found, share=share, pad_id=pad_id), want, rtol=1e-4, atol=1e-5
+        scored(model, prefixes, share=share, pad_id=pad_id), want, rtol=1e-4, atol=1e-5
     )
 
 
-def swapped(tree: SharedPrefix) -> SharedPrefix:
+def swapped(prefix: SharedPrefix) -> SharedPrefix:
     return replace(
-        tree, first=tree.second, second=tree.first, p_first=[1 - p for p in tree.p_first]
+        prefix, first=prefix.second, second=prefix.first, p_first=[1 - p for p in prefix.p_first]
     )
 
 
 @pytest.mark.parametrize("objective", ["pairs", "ranking"])
 def test_which_response_is_called_first_does_not_matter(objective):
-    model, found = tiny(), trees()
-    want = ours(model, found, objective)
-    close(ours(model, [swapped(tree) for tree in found], objective), want)
+    model, prefixes = tiny(), shared()
+    want = ours(model, prefixes, objective)
+    close(ours(model, [swapped(prefix) for prefix in prefixes], objective), want)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -325,34 +327,35 @@ def test_swapped_texts_swap_their_scores_and_nothing_else(share):
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("micro_tokens", [1, 50, 128, 10_000])
-def test_a_layout_holds_every_tree_once_within_its_budget(share, micro_tokens):
-    found = [tree for seed in range(4) for tree in trees(seed)]
+def test_a_layout_holds_every_group_once_within_its_budget(share, micro_tokens):
+    prefixes = [prefix for seed in range(4) for prefix in shared(seed)]
     layout = PrefixLayout(micro_tokens, 0, share, Pairs(RewardSettings()))
-    made = layout.groups(found)
-    assert sorted(id(tree) for group in made for tree in group) == sorted(map(id, found))
-    for group in made:
+    cut = layout.groups(prefixes)
+    assert sorted(id(prefix) for group in cut for prefix in group) == sorted(map(id, prefixes))
+    for group in cut:
         positions = layout.batch(group).input_ids.numel()
         assert positions <= micro_tokens or len(group) == 1
-    assert (len(made) == len(found)) == (micro_tokens == 1)
-    step = layout.step(found)
+    assert (len(cut) == len(prefixes)) == (micro_tokens == 1)
+    step = layout.step(prefixes)
     assert [b.input_ids.shape for b in step.batches] == [
-        layout.batch(g).input_ids.shape for g in made
+        layout.batch(g).input_ids.shape for g in cut
     ]
-    times = [1 if share else len(t.branches) for t in found]  # that what is shared is run
+    times = [1 if share else len(t.branches) for t in prefixes]  # that what is shared is run
     assert step.tokens == sum(
-        n * len(t.shared_T) + sum(map(len, t.branches)) for n, t in zip(times, found, strict=True)
+        n * len(t.shared_T) + sum(map(len, t.branches))
+        for n, t in zip(times, prefixes, strict=True)
     )
-    assert step.loss_items == sum(len(tree.p_first) for tree in found)
+    assert step.loss_items == sum(len(prefix.p_first) for prefix in prefixes)
 
 
 @pytest.mark.parametrize(("share", "fits"), [(True, 2 * 17), (False, 2 * 2 * 15)])
-def test_two_trees_lie_in_one_micro_batch_where_they_just_fit(share, fits):
-    found = [
+def test_two_groups_lie_in_one_micro_batch_where_they_just_fit(share, fits):
+    prefixes = [
         SharedPrefix.of([tokens(*range(13), 20, n), tokens(*range(13), 30, n)]) for n in range(2)
     ]
-    assert [len(tree) for tree in found] == [17, 17]
+    assert [len(prefix) for prefix in prefixes] == [17, 17]
     for micro_tokens, batches in ((fits, 1), (fits - 1, 2)):
-        assert len(PrefixLayout(micro_tokens, 0, share).groups(found)) == batches
+        assert len(PrefixLayout(micro_tokens, 0, share).groups(prefixes)) == batches
 
 
 def test_a_step_that_says_nothing_is_not_divided_by_zero():
@@ -364,30 +367,32 @@ def test_a_step_that_says_nothing_is_not_divided_by_zero():
 @pytest.mark.parametrize("kind", SHAREABLE)
 def test_full_attention_on_sdpa_shares_unless_told_not_to(kind):
     model = tiny(kind)
-    found = [shares(model, wanted, "reward") for wanted in (None, True, False)]
-    assert found == [True, True, False]
+    sharing = [shares(model, setting, "reward") for setting in (None, True, False)]
+    assert sharing == [True, True, False]
 
 
 @pytest.mark.parametrize("kind", SEPARATE)
 def test_attention_that_takes_no_mask_does_not_share(kind):
     model = tiny(kind)
-    assert [shares(model, wanted, "reward") for wanted in (None, False)] == [False, False]
+    assert [shares(model, setting, "reward") for setting in (None, False)] == [False, False]
     with pytest.raises(InputError, match="ppo: share_prompt: got true for a model"):
         shares(model, True, "ppo")
 
 
 def test_a_digest_is_of_every_token_and_all_that_is_known():
-    tree = trees()[0]
+    prefix = shared()[0]
     changed = [
-        replace(tree, source="t"),
-        replace(tree, p_first=[*tree.p_first[:-1], 0.123]),
-        replace(tree, grades=[*tree.grades[:-1], 0.123]),
-        replace(tree, first=tree.second, second=tree.first),
-        replace(tree, branches=tree.branches[::-1]),
-        replace(tree, shared_T=tree.shared_T[:-1]),
-        replace(tree, shared_T=np.where(tree.shared_T == tree.shared_T[3], 9, tree.shared_T)),
-        replace(tree, shared_T=tree.shared_T[:0], branches=[tree.shared_T, *tree.branches]),
+        replace(prefix, source="t"),
+        replace(prefix, p_first=[*prefix.p_first[:-1], 0.123]),
+        replace(prefix, grades=[*prefix.grades[:-1], 0.123]),
+        replace(prefix, first=prefix.second, second=prefix.first),
+        replace(prefix, branches=prefix.branches[::-1]),
+        replace(prefix, shared_T=prefix.shared_T[:-1]),
+        replace(
+            prefix, shared_T=np.where(prefix.shared_T == prefix.shared_T[3], 9, prefix.shared_T)
+        ),
+        replace(prefix, shared_T=prefix.shared_T[:0], branches=[prefix.shared_T, *prefix.branches]),
     ]
-    digests = {prefix_digest([one]) for one in [tree, *changed]}
+    digests = {prefix_digest([one]) for one in [prefix, *changed]}
     assert len(digests) == len(changed) + 1
-    assert prefix_digest(trees()) == prefix_digest(trees())
+    assert prefix_digest(shared()) == prefix_digest(shared())

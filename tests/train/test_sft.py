@@ -85,28 +85,28 @@ def same_end(run: Path, straight: Path) -> None:
 
 
 def test_it_learns_and_says_what_it_did(straight):
-    found = json.loads((straight / "sft.json").read_text())
-    assert (found["examples"], found["eval_examples"]) == (39, 1)
-    assert (found["steps"], found["truncated"], found["dropped"]) == (20, 0, 0)
-    assert found["eval_loss"] < found["eval_loss_before"] - 1
-    assert found["perplexity"] == pytest.approx(math.exp(found["eval_loss"]))
+    summary = json.loads((straight / "sft.json").read_text())
+    assert (summary["examples"], summary["eval_examples"]) == (39, 1)
+    assert (summary["steps"], summary["truncated"], summary["dropped"]) == (20, 0, 0)
+    assert summary["eval_loss"] < summary["eval_loss_before"] - 1
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["eval_loss"]))
     rows = read_jsonl(straight / "metrics.jsonl")
     assert {row["stage"] for row in rows} == {"sft"}
     at = {(row["name"], row["step"]): row["value"] for row in rows}
     assert [at["loss", step] for step in range(1, 21)]
     assert [step for name, step in at if name == "eval_loss"] == [0, 4, 8, 12, 16, 20]
     assert at["eval_loss", 0] == pytest.approx(math.log(49152), rel=0.05)  # it knew nothing
-    assert found["train_loss"] == pytest.approx(sum(at["loss", s] for s in range(1, 21)) / 20)
+    assert summary["train_loss"] == pytest.approx(sum(at["loss", s] for s in range(1, 21)) / 20)
 
 
 def test_what_it_leaves_loads_for_transformers_and_for_us(straight):
     folder = straight / "sft"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.pad_token_id == 0 != tokenizer.eos_token_id
-    found = AutoModelForCausalLM.from_pretrained(folder)
-    assert found.dtype == torch.float32
-    assert (found.config.pad_token_id, found.generation_config.eos_token_id) == (0, 2)
-    assert all(torch.equal(found.state_dict()[n], w) for n, w in weights(straight).items())
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == torch.float32
+    assert (loaded.config.pad_token_id, loaded.generation_config.eos_token_id) == (0, 2)
+    assert all(torch.equal(loaded.state_dict()[n], w) for n, w in weights(straight).items())
     settings = LLMSettings(model=str(folder), dtype="float32", device="cpu")
     with open_llm(settings) as llm:
         ask = Ask("a", messages=[{"role": "user", "content": "question 1"}], max_tokens=5)
@@ -114,25 +114,25 @@ def test_what_it_leaves_loads_for_transformers_and_for_us(straight):
     ids_BT = tokenizer.apply_chat_template(
         ask.messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
-    theirs = found.generate(ids_BT, max_new_tokens=5, do_sample=False)
+    theirs = loaded.generate(ids_BT, max_new_tokens=5, do_sample=False)
     assert answer.texts == (tokenizer.decode(theirs[0, ids_BT.shape[1] :]),)
 
 
 def test_a_finished_run_does_nothing_more(straight, model, data):
     run = tiny_run(straight, model, data, **STRAIGHT)
     before = (straight / "sft" / "model.safetensors").stat().st_mtime_ns
-    said = Said()
-    assert sft(run, said) == json.loads((straight / "sft.json").read_text())
-    assert said.lines == [f"{straight}/sft: done already, of the same data, settings and model"]
+    progress = Said()
+    assert sft(run, progress) == json.loads((straight / "sft.json").read_text())
+    assert progress.lines == [f"{straight}/sft: done already, of the same data, settings and model"]
     assert (straight / "sft" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_model_that_was_damaged_is_made_again(tmp_path, straight, model, data):
     path = shutil.copytree(straight, tmp_path / "run")
     flip(path / "sft" / "model.safetensors")
-    said = Said()
-    sft(tiny_run(path, model, data, **STRAIGHT), said)
-    assert said.lines[0] == (
+    progress = Said()
+    sft(tiny_run(path, model, data, **STRAIGHT), progress)
+    assert progress.lines[0] == (
         f"{path}/sft: model.safetensors is not what was written; it is made again"
     )
     same_end(path, straight)
@@ -211,8 +211,8 @@ def stopped(tmp_path_factory, model, data, one_thread) -> Path:
     run = tiny_run(tmp_path_factory.mktemp("runs") / "run", model, data, **STRAIGHT)
     with pytest.raises(Interrupted):
         sft(run, Said(8))
-    found = [step for step, _ in checkpoint.checkpoints(run.path / "checkpoints" / "sft")]
-    assert found == [8, 6]
+    steps = [step for step, _ in checkpoint.checkpoints(run.path / "checkpoints" / "sft")]
+    assert steps == [8, 6]
     return run.path
 
 
@@ -232,9 +232,9 @@ BREAK = {
 def test_a_broken_checkpoint_is_passed_over_with_a_warning(tmp_path, stopped, why):
     folder = shutil.copytree(stopped / "checkpoints" / "sft", tmp_path / "sft")
     BREAK[why](folder / "checkpoint-8")
-    about, said = checkpoint.sealed(folder / "checkpoint-6"), Said()
-    assert checkpoint.newest(folder, about, said) == folder / "checkpoint-6"
-    (line,) = said.lines
+    about, progress = checkpoint.sealed(folder / "checkpoint-6"), Said()
+    assert checkpoint.newest(folder, about, progress) == folder / "checkpoint-6"
+    (line,) = progress.lines
     assert line.startswith(f"{folder}/checkpoint-8: not resumed from: ")
     assert why in line
 
@@ -243,19 +243,19 @@ def test_from_an_older_checkpoint_it_comes_to_the_same_bits(tmp_path, stopped, s
     path = shutil.copytree(stopped, tmp_path / "run")
     flip(path / "checkpoints" / "sft" / "checkpoint-8" / "optimizer.pt")
     model = Path(json.loads((straight / "sft.json").read_text())["from"])
-    said = Said()
-    assert sft(tiny_run(path, model, data, **STRAIGHT), said)["resumed_from"] == 6
-    assert len(said.lines) == 1
+    progress = Said()
+    assert sft(tiny_run(path, model, data, **STRAIGHT), progress)["resumed_from"] == 6
+    assert len(progress.lines) == 1
     same_end(path, straight)
 
 
 def test_with_other_settings_or_data_it_starts_anew_and_says_so(tmp_path, stopped, model, data):
     for changes in ({"weight_decay": 0.1}, {"max_tokens": 45}, {"seed": 1}):
         path = shutil.copytree(stopped, tmp_path / next(iter(changes)))
-        said = Said(stop_at=1)
+        progress = Said(stop_at=1)
         with pytest.raises(Interrupted):
-            sft(tiny_run(path, model, data, **STRAIGHT | changes), said)
-        assert said.lines[0] == (
+            sft(tiny_run(path, model, data, **STRAIGHT | changes), progress)
+        assert progress.lines[0] == (
             "sft: data, settings or model have changed since the last time: anew"
         )
         assert [n for n, _ in checkpoint.checkpoints(path / "checkpoints" / "sft")] == [1]
@@ -264,20 +264,20 @@ def test_with_other_settings_or_data_it_starts_anew_and_says_so(tmp_path, stoppe
 def test_how_it_is_computed_may_change_in_the_middle(tmp_path, stopped, model, data):
     path = shutil.copytree(stopped, tmp_path / "run")
     free = {"micro_tokens": 64, "gradient_checkpointing": True, "keep_checkpoints": 1}
-    found = sft(tiny_run(path, model, data, **STRAIGHT | free), Said())
-    assert (found["resumed_from"], found["steps"]) == (8, 20)
+    summary = sft(tiny_run(path, model, data, **STRAIGHT | free), Said())
+    assert (summary["resumed_from"], summary["steps"]) == (8, 20)
 
 
 def test_the_best_weights_are_those_it_ends_with(tmp_path, model, data):
     sft_settings = {"learning_rate": 3.0, "schedule": "constant", "eval_every": 1, "max_steps": 5}
     run = tiny_run(tmp_path / "run", model, data, **sft_settings)
-    found = sft(run, Said())
+    summary = sft(run, Said())
     rows = read_jsonl(run.path / "metrics.jsonl")
     losses = {r["step"]: r["value"] for r in rows if r["name"] == "eval_loss" and r["step"]}
     best = min(losses, key=losses.get)
     assert best < 5
-    assert found["best_step"] == best
-    assert found["eval_loss"] == losses[best]
+    assert summary["best_step"] == best
+    assert summary["eval_loss"] == losses[best]
     kept = load_file(run.path / "checkpoints" / "sft" / f"checkpoint-{best}" / "model.safetensors")
     assert all(torch.equal(kept[name], w) for name, w in weights(run.path).items())
     run = tiny_run(tmp_path / "last", model, data, load_best=False, **sft_settings)
@@ -297,8 +297,8 @@ def test_with_lora_only_adapters_learn_and_the_model_is_merged(tmp_path, model, 
     run = tiny_run(tmp_path / "run", model, data, lora={"rank": 4}, save_every=2, max_steps=4)
     with pytest.raises(Interrupted):
         sft(run, Said(3))
-    found = sft(run, Said())
-    assert found["resumed_from"] == 3
+    summary = sft(run, Said())
+    assert summary["resumed_from"] == 3
     kept = load_file(
         run.path / "checkpoints" / "sft" / "checkpoint-3" / "adapter_model.safetensors"
     )
@@ -333,7 +333,7 @@ def test_perplexity_on_plain_texts_is_what_a_direct_computation_gives(tmp_path, 
     run = tiny_run(
         tmp_path / "run", model, {path: 1.0}, objective="lm", max_tokens=64, eval_fraction=0.3
     )
-    found = sft(run, Said())
+    summary = sft(run, Said())
     from aif.models.load import load_tokenizer
     from aif.train.examples import read_examples, split
     from aif.train.tokens import blocks
@@ -349,8 +349,8 @@ def test_perplexity_on_plain_texts_is_what_a_direct_computation_gives(tmp_path, 
             ids_BT = torch.tensor(block.ids_T[None].astype(int))
             nll += float(trained(ids_BT, labels=ids_BT).loss) * (len(block) - 1)
             count += len(block) - 1
-    assert found["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
-    assert found["eval_loss"] < found["eval_loss_before"]
+    assert summary["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
+    assert summary["eval_loss"] < summary["eval_loss_before"]
 
 
 def test_its_own_output_is_no_model_to_start_from(tmp_path, data):
@@ -393,12 +393,12 @@ def test_metrics_of_other_stages_stay(tmp_path, model, data):
 
 
 def test_outside_the_main_thread_signals_are_left_alone(tmp_path, model, data):
-    found = []
+    summaries = []
     run = tiny_run(tmp_path / "run", model, data, max_steps=1)
-    thread = threading.Thread(target=lambda: found.append(sft(run, Said())))
+    thread = threading.Thread(target=lambda: summaries.append(sft(run, Said())))
     thread.start()
     thread.join()
-    assert found[0]["steps"] == 1
+    assert summaries[0]["steps"] == 1
 
 
 def test_the_first_loss_is_that_of_trl(tmp_path, data):

@@ -63,8 +63,8 @@ def dialogue(*contents: str, system: str = "", ended: bool = True) -> Example:
 
 def marked(tokenizer, example: Example, **options) -> list[tuple[str, bool]]:
     """(token as text, learned?) of the one example."""
-    (found,) = Tokeniser(tokenizer, options.pop("max_tokens", 512), **options).dialogues([example])
-    return pieces(tokenizer, found)
+    (row,) = Tokeniser(tokenizer, options.pop("max_tokens", 512), **options).dialogues([example])
+    return pieces(tokenizer, row)
 
 
 def pieces(tokenizer, tokens) -> list[tuple[str, bool]]:
@@ -72,24 +72,24 @@ def pieces(tokenizer, tokens) -> list[tuple[str, bool]]:
     return list(zip(texts, tokens.loss_mask_T.tolist(), strict=True))
 
 
-def read(found: list[tuple[str, bool]]) -> str:
-    return "".join(text for text, learned in found if not learned)
+def read(marks: list[tuple[str, bool]]) -> str:
+    return "".join(text for text, learned in marks if not learned)
 
 
-def learned(found: list[tuple[str, bool]]) -> str:
+def learned(marks: list[tuple[str, bool]]) -> str:
     """What is learned, a | between stretches that do not touch."""
     text, before = "", True
-    for piece, is_learned in found:
+    for piece, is_learned in marks:
         text += ("" if before else "|") + piece if is_learned else ""
         before = is_learned
     return text.removeprefix("|")
 
 
 def test_only_the_last_response_and_its_end_are_learned(tokenizer):
-    found = marked(tokenizer, dialogue("Hi!", "Hello.", "Bye?", "Goodbye, friend.", system="Be."))
-    assert learned(found) == "Goodbye, friend.<|im_end|>"
-    assert found[-1] == ("<|im_end|>", True)  # and not the template's newline behind it
-    assert read(found) == (
+    marks = marked(tokenizer, dialogue("Hi!", "Hello.", "Bye?", "Goodbye, friend.", system="Be."))
+    assert learned(marks) == "Goodbye, friend.<|im_end|>"
+    assert marks[-1] == ("<|im_end|>", True)  # and not the template's newline behind it
+    assert read(marks) == (
         "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n"
         "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nBye?<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -98,9 +98,9 @@ def test_only_the_last_response_and_its_end_are_learned(tokenizer):
 
 def test_every_answer_is_learned_with_loss_on_assistant(tokenizer):
     example = dialogue("Hi!", "Hello.", "Bye?", "Goodbye.", system="Be.")
-    found = marked(tokenizer, example, loss_on="assistant")
-    assert learned(found) == "Hello.<|im_end|>|Goodbye.<|im_end|>"
-    assert [t for t, _ in found] == [t for t, _ in marked(tokenizer, example)]  # the same tokens
+    marks = marked(tokenizer, example, loss_on="assistant")
+    assert learned(marks) == "Hello.<|im_end|>|Goodbye.<|im_end|>"
+    assert [t for t, _ in marks] == [t for t, _ in marked(tokenizer, example)]  # the same tokens
 
 
 @pytest.mark.parametrize("template", [None, LLAMA2, PLAIN, TRIMMED])
@@ -108,17 +108,17 @@ def test_every_answer_is_learned_with_loss_on_assistant(tokenizer):
 def test_the_prompt_is_what_a_local_model_is_given(tokenizer, template, response):
     tokenizer.chat_template = template or tokenizer.chat_template
     example = dialogue("One?", "Two.", "Three?", response)
-    (found,) = Tokeniser(tokenizer, 512).dialogues([example])
+    (row,) = Tokeniser(tokenizer, 512).dialogues([example])
     llm = LocalLLM(LLMSettings())
     llm._reader = tokenizer, 8192
-    asked = llm._tokens(Ask("", messages=example.messages[:-1], max_tokens=1))
-    n = len(asked)
-    assert tuple(found.ids_T[:n]) == asked
-    assert not found.loss_mask_T[:n].any()
-    assert found.loss_mask_T[n:].all()
-    end = tokenizer.decode(found.ids_T[n:])
+    prompt = llm._tokens(Ask("", messages=example.messages[:-1], max_tokens=1))
+    n = len(prompt)
+    assert tuple(row.ids_T[:n]) == prompt
+    assert not row.loss_mask_T[:n].any()
+    assert row.loss_mask_T[n:].all()
+    end = tokenizer.decode(row.ids_T[n:])
     assert end.strip().startswith(response.strip())
-    assert found.ids_T[-1] == tokenizer.eos_token_id
+    assert row.ids_T[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_without_a_template_the_dialogue_is_a_transcript(tokenizer):
     want = "System: Be.\n\nUser: A?\n\nAssistant: Good.\n\nUser: B?\n\nAssistant:"
     by_form = marked(tokenizer, example, chat=False)
     tokenizer.chat_template = None
-    found = marked(tokenizer, example)
-    assert (read(found), learned(found)) == (want, " Fine.<|im_end|>")
-    assert by_form == found
+    marks = marked(tokenizer, example)
+    assert (read(marks), learned(marks)) == (want, " Fine.<|im_end|>")
+    assert by_form == marks
 
 
 def test_a_template_that_hides_its_turns_is_one_clear_line(tokenizer):
@@ -173,10 +173,10 @@ def test_words_are_written_as_they_are_in_context():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = LLAMA2.replace("{{ bos_token }}", "").replace("[INST]", "User:")
     tokenizer.chat_template = tokenizer.chat_template.replace("[/INST]", "Assistant:")
-    (found,) = Tokeniser(tokenizer, 64).dialogues([dialogue("Hi", "Yes")])
-    ids = [words[i] for i in found.ids_T]
+    (row,) = Tokeniser(tokenizer, 64).dialogues([dialogue("Hi", "Yes")])
+    ids = [words[i] for i in row.ids_T]
     assert ids == ["▁User:", "▁Hi", "▁Assistant:", "▁Yes", "</s>"]
-    assert found.loss_mask_T.tolist() == [False, False, False, True, True]
+    assert row.loss_mask_T.tolist() == [False, False, False, True, True]
 
 
 def test_the_end_of_a_response_that_was_cut_off_is_not_learned(tokenizer):
@@ -188,8 +188,8 @@ def test_the_end_of_a_response_that_was_cut_off_is_not_learned(tokenizer):
 def test_too_long_oldest_turns_go_first_and_the_system_message_stays(tokenizer):
     example = dialogue("A?", "one " * 30, "B?", "two " * 30, "C?", "Three.", system="Be.")
     tokeniser = Tokeniser(tokenizer, 60)
-    (found,) = tokeniser.dialogues([example])
-    text = tokenizer.decode(found.ids_T)
+    (row,) = tokeniser.dialogues([example])
+    text = tokenizer.decode(row.ids_T)
     assert text == (
         "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nC?<|im_end|>\n"
         "<|im_start|>assistant\nThree.<|im_end|>"
@@ -200,10 +200,10 @@ def test_too_long_oldest_turns_go_first_and_the_system_message_stays(tokenizer):
 def test_then_the_response_is_cut_and_its_end_not_learned(tokenizer):
     example = dialogue("A?", "one " * 50)
     tokeniser = Tokeniser(tokenizer, 40)
-    whole, found = marked(tokenizer, example), next(tokeniser.dialogues([example]))
-    assert pieces(tokenizer, found) == whole[:40]
-    assert len(found) == 40
-    assert "<|im_end|>" not in learned(pieces(tokenizer, found))
+    whole, row = marked(tokenizer, example), next(tokeniser.dialogues([example]))
+    assert pieces(tokenizer, row) == whole[:40]
+    assert len(row) == 40
+    assert "<|im_end|>" not in learned(pieces(tokenizer, row))
     assert (tokeniser.truncated, tokeniser.dropped) == (1, 0)
 
 
@@ -212,8 +212,8 @@ def test_without_room_for_one_token_of_the_response_it_is_dropped(tokenizer):
     prompt = len(marked(tokenizer, example)) - 3
     for room, counts in [(0, (0, 1)), (1, (1, 0)), (3, (0, 0))]:
         tokeniser = Tokeniser(tokenizer, prompt + room)
-        found = list(tokeniser.dialogues([example]))
-        assert [int(t.loss_mask_T.sum()) for t in found] == ([room] if room else [])
+        rows = list(tokeniser.dialogues([example]))
+        assert [int(t.loss_mask_T.sum()) for t in rows] == ([room] if room else [])
         assert (tokeniser.truncated, tokeniser.dropped) == counts
 
 
@@ -224,9 +224,9 @@ def test_half_characters_do_not_stop_it(tokenizer):
 def test_plain_texts_are_packed_into_blocks_with_eos_between(tokenizer):
     texts = [f"text number {n} " * (n + 1) for n in range(9)]
     examples = [Example(str(n), str(n), "s", [], text) for n, text in enumerate(texts)]
-    found = list(blocks(tokenizer, examples, 32, seed=0))
-    stream = [i for block in found for i in block.ids_T]
-    assert {len(block) for block in found[:-1]} == {32}
+    made = list(blocks(tokenizer, examples, 32, seed=0))
+    stream = [i for block in made for i in block.ids_T]
+    assert {len(block) for block in made[:-1]} == {32}
     assert sorted(tokenizer.decode(stream).split("<|im_end|>")[:-1]) == sorted(texts)
     assert stream.count(tokenizer.eos_token_id) == 9
-    assert all(block.loss_mask_T[1:].all() and not block.loss_mask_T[0] for block in found)
+    assert all(block.loss_mask_T[1:].all() and not block.loss_mask_T[0] for block in made)

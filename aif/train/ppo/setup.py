@@ -29,11 +29,11 @@ from aif.store.records import content_id
 from aif.train.batch import Layout, Steps
 from aif.train.examples import read_examples
 from aif.train.model import (
-    identity,
     inner,
     learning_rate,
     load_for_training,
     micro_batch,
+    model_identity,
     without_dropout,
 )
 from aif.train.ppo.actor_critic import ActorCritic, Reference, freeze
@@ -48,8 +48,7 @@ from aif.train.prefix_groups import SharingLayout
 from aif.train.prefix_mask import shares
 from aif.train.resume import SCHEDULES, digest_of, start_model
 from aif.train.reward.model import Ensemble, RewardModel, member_folders
-from aif.train.tokens import Tokeniser, TokenRow
-from aif.train.tokens import digest as tokens_digest
+from aif.train.tokens import Tokeniser, TokenRow, token_digest
 
 STAGE = "ppo"
 LOOKS = 10  # in all, where ppo.eval_every does not say how often
@@ -106,17 +105,17 @@ class Prepared:
 
     def digest(self) -> str:
         """Of all that the weights at the end depend on."""
-        models = [identity(str(folder)) for folder in self.reward_folders]
+        models = [model_identity(str(folder)) for folder in self.reward_folders]
         sources = [*self.functions.values(), self.gold]
         others = [getattr(source, "identity", None) for source in sources]
         reward = self.run.settings.reward
         scored = (reward.combine, reward.max_tokens) if models else None
-        critic = identity(self.critic) if self.critic else None
+        critic = model_identity(self.critic) if self.critic else None
         prompts = [(prompt.id, prompt.ids_T.tolist()) for prompt in self.learn]
         return digest_of(
             STAGE, self.settings, self.name,
             content_id(prompts, self.room, temperature(self.run), models, scored, others, critic),
-            content_id([prompt.id for prompt in self.held_out]), tokens_digest(self.ptx),
+            content_id([prompt.id for prompt in self.held_out]), token_digest(self.ptx),
         )  # fmt: skip
 
     def rewards(self, ensemble: Ensemble | None) -> Rewards:

@@ -1,4 +1,4 @@
-"""May a reward model learn from a run's labels? What the audit of their judge has to say.
+"""Whether a reward model may learn from a run's labels, by the audit of their judge.
 
 [reward]
 require_audit = { agreement = 0.7, position_bias = 0.2, fault_rate = 0.02 }
@@ -17,9 +17,9 @@ from aif.store.provenance import identity
 
 def check_audit(run: Run) -> None:
     """Raise AifError, one line, unless RUN/audit.json has a card of the judge that made the run's
-    labels and it is as good as `reward.require_audit` asks. Labels alone are asked about."""
-    wanted = run.settings.reward.require_audit
-    if wanted is None or "labels" not in run.settings.reward.data:
+    labels, as good as `reward.require_audit`. Data without labels needs no audit."""
+    required = run.settings.reward.require_audit
+    if required is None or "labels" not in run.settings.reward.data:
         return
     path = run.file("audit.json")
     again = f"`aif audit --pairs HUMAN.jsonl --out {run.path}`"
@@ -29,31 +29,32 @@ def check_audit(run: Run) -> None:
     cards = [card for card in run.state("audit").get("judges", []) if card.get("used") == used]
     if not used or not cards:
         judge = used.get("judge")
-        told = judge.get("model") if isinstance(judge, dict) else judge
+        model = judge.get("model") if isinstance(judge, dict) else judge
         raise AifError(
             f"{path}: has no card of the judge and constitution that made the labels "
-            f"({shown(told)}); {again} makes one"
+            f"({shown(model)}); {again} makes one"
         )
-    if short := list(_short(cards[0], wanted)):
+    if short := list(_shortfalls(cards[0], required)):
         raise AifError(f"{path}: reward.require_audit does not hold: {'; '.join(short)}")
 
 
-def _short(card: Mapping[str, Any], wanted: RequireAudit) -> Iterator[str]:
-    """What a card falls short in. A judge that grades responses one by one has no position to be
-    biased to."""
-    if wanted.agreement is not None:
-        found = card["agreement"]["mean"]
-        if found is None or found < wanted.agreement:
-            yield f"agreement {_told(found)}, at least {wanted.agreement:g} is asked"
-    if wanted.position_bias is not None and card["position"]:
-        found = card["position"]["bias"]
-        if found is None or abs(found) > wanted.position_bias:
-            yield f"position bias {_told(found)}, at most {wanted.position_bias:g} is asked"
-    if wanted.fault_rate is not None:
-        found = card["fault_rate"]
-        if found is None or found > wanted.fault_rate:
-            yield f"fault rate {_told(found)}, at most {wanted.fault_rate:g} is asked"
+def _shortfalls(card: Mapping[str, Any], required: RequireAudit) -> Iterator[str]:
+    """Where a card is worse than required. A judge that grades responses one by one has no position
+    bias."""
+    least, most, faults = required.agreement, required.position_bias, required.fault_rate
+    if least is not None:
+        agreement = card["agreement"]["mean"]
+        if agreement is None or agreement < least:
+            yield f"agreement {_number(agreement)}, at least {least:g} is required"
+    if most is not None and card["position"]:
+        bias = card["position"]["bias"]
+        if bias is None or abs(bias) > most:
+            yield f"position bias {_number(bias)}, at most {most:g} is required"
+    if faults is not None:
+        rate = card["fault_rate"]
+        if rate is None or rate > faults:
+            yield f"fault rate {_number(rate)}, at most {faults:g} is required"
 
 
-def _told(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"

@@ -1,7 +1,7 @@
-"""A reward model's report card: how often it is right, where, and whether it knows when.
+"""A reward model's report card: how often it is right, on what, and whether it knows when.
 
-Judged are pairs that it did not learn from. A pair is right when the better response has the higher
-score; equal scores are half right. Everything is the same whichever response is called first.
+The card is of pairs that the model did not learn from. A pair is right if the better response has
+the higher score; equal scores are half right. The card is the same whichever response is first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aif.stats.calibration import CONFIDENT, accuracy, calibration
 
 @dataclass(frozen=True, slots=True)
 class ScoredPair:
-    """A comparison with the scores of its two responses and what others say of it."""
+    """A comparison with the scores of its two responses, its AI label and a person's choice."""
 
     comparison_id: str
     prompt_id: str
@@ -33,71 +33,68 @@ class ScoredPair:
     def delta(self) -> float:
         return self.score_first - self.score_second
 
+    @property
+    def words_more(self) -> int:
+        return self.words_first - self.words_second
+
 
 def report_card(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
-    """All figures of these pairs; what none of them can say is left out."""
+    """All statistics of these pairs; those without any label to compare with are left out."""
     card: dict[str, Any] = {"pairs": len(pairs)}
-    labelled = [pair for pair in pairs if pair.p_first is not None]
-    for name, p_of in (("ai", _p_ai), ("human", _p_human)):
-        known = [(pair.delta, p, pair) for pair in pairs if (p := p_of(pair)) not in (None, 0.5)]
-        if known:
+    for name, key in (("ai", "p_first"), ("human", "p_human")):
+        decided = [pair for pair in pairs if getattr(pair, key) not in (None, 0.5)]
+        labels = [getattr(pair, key) for pair in decided]
+        if decided:
+            scored = list(zip([pair.delta for pair in decided], labels, strict=True))
+            longer = list(zip([pair.words_more for pair in decided], labels, strict=True))
             card[name] = {
-                **accuracy((delta, p) for delta, p, _ in known),
-                "longer_wins": accuracy(
-                    (pair.words_first - pair.words_second, p) for _, p, pair in known
-                )["accuracy"],
-                "calibration": calibration([(delta, p) for delta, p, _ in known]),
-                "by_length": _by_length(known),
+                **accuracy(scored),
+                "longer_wins": accuracy(longer)["accuracy"],
+                "calibration": calibration(scored),
+                "by_length": _by_length(scored, longer),
             }
-    if labelled and "ai" in card:
-        known = [(pair.delta, pair.p_first) for pair in labelled if pair.p_first != 0.5]
-        card["ai"]["confident"] = accuracy(
-            (delta, p) for delta, p in known if not CONFIDENT[0] <= p <= CONFIDENT[1]
-        )
-        card["ai"]["by_confidence"] = _by_confidence(known)
-        card["by_principle"] = _by_principle(labelled)
+            if name == "ai":
+                confident = [(d, p) for d, p in scored if not CONFIDENT[0] <= p <= CONFIDENT[1]]
+                card["ai"]["confident"] = accuracy(confident)
+                card["ai"]["by_confidence"] = _by_confidence(scored)
+                labeled = [pair for pair in pairs if pair.p_first is not None]
+                card["by_principle"] = _by_principle(labeled)
     return card
 
 
-def _p_ai(pair: ScoredPair) -> float | None:
-    return pair.p_first
-
-
-def _p_human(pair: ScoredPair) -> float | None:
-    return pair.p_human
-
-
-def _by_confidence(known: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+def _by_confidence(scored: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
     """Accuracy where the label's winner has a probability of 0.5-0.6, 0.6-0.7, ..."""
-    found = []
+    parts = []
     edges = (0.5, 0.6, 0.7, 0.8, 0.9, math.inf)
     for low, high in pairwise(edges):
-        here = [(d, p) for d, p in known if low <= max(p, 1 - p) < high]
-        found += [{"from": low, **accuracy(here)}] if here else []
-    return found
+        here = [(d, p) for d, p in scored if low <= max(p, 1 - p) < high]
+        parts += [{"from": low, **accuracy(here)}] if here else []
+    return parts
 
 
 def _by_principle(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
+    """Accuracy by each principle of the AI labels."""
     names = dict.fromkeys(name for pair in pairs for name in pair.by_principle)
-    found = {}
-    for name in names:
-        known = [
+    return {
+        name: accuracy(
             (pair.delta, p) for pair in pairs if (p := pair.by_principle.get(name)) is not None
-        ]
-        found[name] = accuracy(known)
-    return found
+        )
+        for name in names
+    }
 
 
-def _by_length(known: Sequence[tuple[float, float, ScoredPair]]) -> list[dict[str, Any]]:
+def _by_length(
+    scored: Sequence[tuple[float, float]], longer: Sequence[tuple[int, float]]
+) -> list[dict[str, Any]]:
     """Accuracy where the better response is the shorter, about as long, the longer."""
     ranges = ((-math.inf, -10), (-10, -2), (-2, 3), (3, 11), (11, math.inf))
-    found = []
+    parts = []
     for low, high in ranges:
         here = [
-            (delta, p) for delta, p, pair in known
-            if low <= (pair.words_first - pair.words_second) * (1 if p > 0.5 else -1) < high
+            pair for pair, (words, p) in zip(scored, longer, strict=True)
+            if low <= words * (1 if p > 0.5 else -1) < high
         ]  # fmt: skip
         if here:
             bounds = [None if math.isinf(bound) else bound for bound in (low, high)]
-            found.append({"words_more": bounds, **accuracy(here)})
-    return found
+            parts.append({"words_more": bounds, **accuracy(here)})
+    return parts

@@ -1,11 +1,11 @@
-"""What a reward model learns from: AI labels, people's choices, grades of single responses.
+"""The data of reward models: AI labels, people's choices, grades of single responses.
 
     [reward.data]
-    labels = 1.0                 # what `aif label` made of the run's comparisons
+    labels = 1.0                 # the run's comparisons with the labels of `aif label`
     "human.jsonl" = 0.5          # pairs as `aif label --pairs` reads them, with a choice
 
-A prompt with all its responses and comparisons is one group: it is split, shuffled, weighed and run
-through the model as a whole, as InstructGPT did (Ouyang et al. 2022, 2203.02155, section 3.5).
+A prompt with all its responses and comparisons is one group, which is split, shuffled, weighted and
+run through the model as a whole (InstructGPT: Ouyang et al. 2022, 2203.02155, section 3.5).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aif.errors import InputError, shown
 from aif.run import Run
 from aif.stats.odds import log_odds, probability
 from aif.store.records import Comparison, HumanChoice, Label, Message, Verdict, content_id
-from aif.train.examples import answers_of, held_out
+from aif.train.examples import answers_of, split
 from aif.train.prefix_groups import SharedPrefix
 from aif.train.reward.labeled import LabeledComparison, PromptGroup
 from aif.train.tokens import Tokeniser, check_any, tokeniser_of
@@ -36,11 +36,11 @@ class Preferences:
 
 
 class RewardData:
-    """What a run's reward models learn from and are measured by, in tokens; reads no weights."""
+    """The data of a run's reward models in tokens, to train on and held out; reads no weights."""
 
     def __init__(self, run: Run, name: str):
-        """`name` is the model to start from. Raises as `read_preferences`, and AifError if nothing
-        fits into `reward.max_tokens`."""
+        """`name` is the model to start from. Raises what `read_preferences` raises, and AifError if
+        no prompt fits into `reward.max_tokens`."""
         self.run, self.name = run, name
         self.chat = run.settings.policy.form != "text"
         self.tokeniser = tokeniser_of(run, name, run.settings.reward.max_tokens)
@@ -63,8 +63,8 @@ def tokenised(groups: Sequence[PromptGroup], tokeniser: Tokeniser) -> Iterator[S
 def read_preferences(run: Run) -> Preferences:
     """The groups of every source in `reward.data`, in that order.
 
-    Null labels are left out and counted. Raises InputError for a bad row, a source without any
-    data, or data that all say the same; AifError for a stage that has not been run.
+    Null labels are left out and counted. Raises InputError for a bad row, a source without data, or
+    labels that are all the same; AifError for a stage that has not run.
     """
     settings = run.settings.reward
     left_out: Counter[str] = Counter()
@@ -83,15 +83,6 @@ def read_preferences(run: Run) -> Preferences:
         raise InputError("reward", "data", got="no source", expected="labels, a JSONL file, ...")
     _check_not_constant(groups, settings)
     return Preferences(groups, dict(left_out))
-
-
-def split(
-    groups: list[PromptGroup], settings: RewardSettings
-) -> tuple[list[PromptGroup], list[PromptGroup]]:
-    """(to train on, held out); no opening of a conversation is in both."""
-    out = held_out((group.split_key for group in groups), settings.eval_fraction, settings.seed)
-    train = [group for group in groups if group.split_key not in out]
-    return train, [group for group in groups if group.split_key in out]
 
 
 def _check_not_constant(groups: Iterable[PromptGroup], settings: RewardSettings) -> None:
@@ -126,7 +117,7 @@ def _compared(run: Run, source: str, left_out: Counter[str]) -> Iterator[PromptG
 
 
 def _labeled(run: Run, left_out: Counter[str]) -> Iterator[LabeledComparison]:
-    """Every comparison of the run whose label is not null, with people's choice if there is one."""
+    """Every comparison of the run whose label is not null, with a person's choice if any."""
     run.require_labels()
     labels = {row.comparison_id: row for row in run.read("labels.jsonl", Label)}
     human = run.read("human.jsonl", HumanChoice, missing_ok=True)
@@ -140,7 +131,7 @@ def _labeled(run: Run, left_out: Counter[str]) -> Iterator[LabeledComparison]:
 
 
 def _chosen(source: str, left_out: Counter[str]) -> Iterator[LabeledComparison]:
-    """Every pair of a file for which a person's choice is known."""
+    """Every pair of a file that has a person's choice."""
     for pair in read_pairs(source):
         if pair.human is None:
             left_out["no choice"] += 1

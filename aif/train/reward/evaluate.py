@@ -1,7 +1,7 @@
-"""What trained reward models say of texts: the reference scores and the report card.
+"""The evaluation of trained reward models: the reference scores and the report card.
 
-reward-card.json is of the prompts that the models did not learn from. The reference is the mean and
-standard deviation of the scores of the policy's responses, which PPO normalises by.
+reward-card.json is of the prompts that the models did not learn from. The reference scores are of
+the policy's responses; PPO normalises by their mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOGETHER = 4  # of them in a row: each costs attention to all others, and a row 
 
 
 def score_comparisons(ensemble: Ensemble, rows: Sequence[LabeledComparison]) -> list[ScoredPair]:
-    """The scores of each comparison's responses, those of one prompt run together; comparisons that
+    """Each comparison with its scores; all responses to a prompt are run together. Comparisons that
     do not fit into the model are left out."""
     groups: dict[str, tuple[list, dict[str, None]]] = {}
     for row in rows:
@@ -53,7 +53,7 @@ def score_comparisons(ensemble: Ensemble, rows: Sequence[LabeledComparison]) -> 
     return pairs
 
 
-def held_out(data: RewardData) -> list[LabeledComparison]:
+def held_out_comparisons(data: RewardData) -> list[LabeledComparison]:
     """The comparisons that the models did not learn from."""
     return [row for group in data.eval_groups for row in group.compared()]
 
@@ -113,11 +113,11 @@ def by_prompt(rows: list[PromptResponses]) -> list[PromptResponses]:
 def keep_card(
     data: RewardData, members: list[dict[str, Any]], curve: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The report card, kept as reward-card.json; made again only if what it is of has changed.
+    """The report card, kept as reward-card.json; made again only if its models or texts changed.
 
     `members` are the summaries of the trained models, `curve` the points of the learning curve.
     """
-    run, rows = data.run, held_out(data)
+    run, rows = data.run, held_out_comparisons(data)
     texts = {"held out": drawn([(g.prompt, g.responses) for g in data.eval_groups])}
     if run.file(run.sampled).exists():
         texts[POLICY] = policy_responses(run)

@@ -1,9 +1,9 @@
-"""A reward model's head, fitted before the model around it is trained.
+"""A reward model's head, fitted before the whole model is trained.
 
-A random head sends random gradients into a body that can tell most of what is to be learned
-already; fitted to the body's features first, training begins as a linear probe and bends less of
-what was there (Kumar et al. 2022, 2202.10054). It takes one forward pass and a convex problem in as
-many numbers as the model is wide, whose penalty is chosen by cross-validation over prompts.
+A random head sends random gradients into a body whose features already hold most of what is to be
+learned. A fitted head starts training as a linear probe and changes less of the body (Kumar et al.
+2022, 2202.10054). The fit takes one forward pass and a convex problem in as many numbers as the
+model is wide; cross-validation over prompts chooses the penalty.
 """
 
 from __future__ import annotations
@@ -19,38 +19,37 @@ from aif.train.prefix_groups import Objective, PrefixLayout, SharedPrefix
 from aif.train.reward.losses import Targets
 from aif.train.reward.model import hidden_of, of_each_row
 
-SAMPLE = 4096  # prompts that it is fitted to, at most
-CHUNK = 64  # prompts whose loss is taken at once
+SAMPLE = 4096  # prompts of the fit, at most
+CHUNK = 64  # prompts whose loss is computed at once
 FOLDS = 5
 PENALTIES = [10 ** (n / 2) for n in range(2, 11)]  # 10 to 100,000
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prompts' responses as the body sees them, features [N, D], and what the loss needs."""
+    """The N responses of some prompts."""
 
-    features_ND: torch.Tensor
-    targets: Targets
+    features_ND: torch.Tensor  # the body's state at each response's end
+    targets: Targets  # of the objective
 
 
 def fit_head(
-    model: Any, trees: Sequence[SharedPrefix], layout: PrefixLayout, dtype: torch.dtype, seed: int
+    model: Any, rows: Sequence[SharedPrefix], layout: PrefixLayout, dtype: torch.dtype, seed: int
 ) -> None:
-    """Set `model.score` to the penalised optimum of the layout's objective over `trees`, each of
-    which counts once.
+    """Set `model.score` to the penalised optimum of the layout's objective over `rows`, each once.
 
-    `dtype` is of the matrix products; `seed` decides which prompts are held out together.
+    Matrix products are in `dtype`; `seed` decides which prompts are held out together.
     """
     draw = random.Random(f"head {seed}")
-    sample = draw.sample(list(trees), min(SAMPLE, len(trees)))
+    sample = draw.sample(list(rows), min(SAMPLE, len(rows)))
     features = list(of_each_row(hidden_of, model, sample, layout, dtype))
     draw.shuffle(features)
-    # A penalty is fair to features of one size; one that never varies stays as it is.
-    scale_D = torch.cat([rows_ND for _, rows_ND in features]).std(0, correction=0)
+    # A penalty is fair if all features have one scale; a constant feature stays as it is.
+    scale_D = torch.cat([features_KD for _, features_KD in features]).std(0, correction=0)
     scale_D[scale_D == 0] = 1.0
-    found = [(tree, rows_ND / scale_D) for tree, rows_ND in features]
-    penalty = _penalty(found, layout.objective)
-    weight_D = _fitted(_chunks(found, layout.objective), penalty, layout.objective)
+    scaled = [(row, features_KD / scale_D) for row, features_KD in features]
+    penalty = _penalty(scaled, layout.objective)
+    weight_D = _fitted(_chunks(scaled, layout.objective), penalty, layout.objective)
     with torch.no_grad():
         model.score.weight.copy_(weight_D / scale_D)
 
@@ -60,14 +59,17 @@ def _chunks(
 ) -> list[Chunk]:
     parts = (features[start : start + CHUNK] for start in range(0, len(features), CHUNK))
     return [
-        Chunk(torch.cat([rows for _, rows in some]), objective.targets([tree for tree, _ in some]))
-        for some in parts
+        Chunk(
+            torch.cat([features_KD for _, features_KD in part]),
+            objective.targets([row for row, _ in part]),
+        )
+        for part in parts
     ]
 
 
 def _penalty(features: Sequence[tuple[SharedPrefix, torch.Tensor]], objective: Objective) -> float:
-    """The penalty whose fits do best on the prompts that they have not seen; the largest where
-    there are too few prompts to tell."""
+    """The penalty whose fits have the least loss on prompts that they have not seen; the largest
+    if there are too few prompts to tell."""
     if len(features) < 2 * FOLDS:
         return PENALTIES[-1]
     folds = [(
@@ -85,7 +87,7 @@ def _penalty(features: Sequence[tuple[SharedPrefix, torch.Tensor]], objective: O
 
 
 def _fitted(chunks: Sequence[Chunk], penalty: float, objective: Objective) -> torch.Tensor:
-    """The weight [D] of the least loss and half the penalty times its square."""
+    """The weight [D] that minimises the loss plus half the penalty times its square."""
     weight_D = torch.zeros(chunks[0].features_ND.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight_D], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -100,4 +102,4 @@ def _fitted(chunks: Sequence[Chunk], penalty: float, objective: Objective) -> to
 
 
 def _loss(chunks: Sequence[Chunk], weight_D: torch.Tensor, objective: Objective) -> torch.Tensor:
-    return sum(objective.loss(some.features_ND @ weight_D, some.targets) for some in chunks)
+    return sum(objective.loss(chunk.features_ND @ weight_D, chunk.targets) for chunk in chunks)

@@ -62,7 +62,7 @@ class PromptGroup:
         }
 
     def compared(self) -> list[LabeledComparison]:
-        """The comparisons; of graded responses each with each, where the better grade is to win."""
+        """The comparisons, or every pair of graded responses, whose better grade should win."""
         if not self.grades:
             return self.comparisons
         labeler = "p_first" if self.source == "labels" else "p_human"

@@ -1,7 +1,7 @@
-"""Scores of responses: the forward of a reward model, and a trained one to ask.
+"""Scores of responses: a reward model's forward pass, and trained models.
 
-A score is one number for a response to a prompt, read at the response's last token (its EOS, or
-wherever it was cut off), found by its place and never by looking for padding.
+A score is one number for a response to a prompt. It is read at the response's last token (its EOS,
+or where it was cut off), by that token's place and never by a search for padding.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def hidden_of(
     ends_N: torch.Tensor,
     **_: Any,
 ) -> torch.Tensor:
-    """What the body makes of a batch's responses [N, D], in float32.
+    """The body's state at the end of each of a batch's responses, [N, D], in float32.
 
-    What else a wrapper passes (peft: a mask and labels, all None) is left aside.
+    Other arguments of a wrapper (peft: a mask and labels, all None) are ignored.
     """
     inputs = body_inputs(input_ids, position_ids, branch)
     hidden_BTD = model.base_model(**inputs).last_hidden_state
@@ -63,6 +63,15 @@ def score_loss(objective: Objective) -> Callable[..., torch.Tensor]:
     return loss
 
 
+def layout_of(
+    model: Any, settings: RewardSettings, tokenizer: Any, objective: Objective | None = None
+) -> PrefixLayout:
+    """How groups lie in memory for `model`; without an objective they are scored, not learned."""
+    most, call = micro_batch(model, settings)
+    share = shares(model, settings.share_prompt, STAGE)
+    return PrefixLayout(most, tokenizer.pad_token_id, share, objective, call)
+
+
 def of_each_row(
     forward: Callable[..., torch.Tensor],
     model: Any,
@@ -70,8 +79,10 @@ def of_each_row(
     layout: PrefixLayout,
     dtype: torch.dtype,
 ) -> Iterator[tuple[SharedPrefix, torch.Tensor]]:
-    """Each row, in the layout's order, with what `forward` makes of its K responses, [K, ...] on
-    the CPU: `scores_of` or `hidden_of`, without gradients, matrix products in `dtype`."""
+    """Each row, in the layout's order, with `forward` of its K responses, [K, ...], on the CPU.
+
+    `forward` is `scores_of` or `hidden_of`; without gradients, matrix products in `dtype`.
+    """
     mixed = dtype != torch.float32
     for group in layout.groups(rows):
         batch = layout.batch(group).inputs(model.device)
@@ -81,9 +92,9 @@ def of_each_row(
 
 
 class RewardModel:
-    """A reward model to ask for scores, in evaluation mode.
+    """A reward model in evaluation mode.
 
-    `mean` and `std` are of its scores of reference responses; `normalised` uses them.
+    `mean` and `std` are of its reference scores; `normalised` uses them.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: RewardSettings, chat: bool):
@@ -93,20 +104,14 @@ class RewardModel:
         config = model.config.get_text_config()
         limit = min(settings.max_tokens, config.max_position_embeddings)
         self._tokeniser = Tokeniser(tokenizer, limit, chat=about.get("chat", chat))
-        most, call = micro_batch(model, settings)
-        self._layout = PrefixLayout(
-            most,
-            tokenizer.pad_token_id,
-            shares(model, settings.share_prompt, STAGE),
-            call_tokens=call,
-        )
+        self._layout = layout_of(model, settings, tokenizer)
         self._dtype = torch_dtype(settings.dtype, model.device)
 
     @classmethod
     def load(cls, folder: Path, settings: RewardSettings, chat: bool = True) -> RewardModel:
-        """The one that `aif reward` left in `folder`, or any sequence classifier with one score.
+        """The model that `aif reward` left in `folder`, or any sequence classifier with one score.
 
-        Raises AifError where the folder is damaged or no reward model.
+        Raises AifError if the folder is damaged, InputError if it is no reward model.
         """
         why = checkpoint.fault(folder) if checkpoint.sealed(folder) is not None else None
         if why:
@@ -117,8 +122,8 @@ class RewardModel:
     def scores(self, groups: Sequence[PromptResponses]) -> list[list[float | None]]:
         """The score of every response of each (prompt, responses).
 
-        None for all of a group in which not a token of one fits into `reward.max_tokens`. Raises
-        AifError where a score is no number.
+        All scores of a group are None if no token of one response fits into `reward.max_tokens`.
+        Raises AifError for a score that is not finite.
         """
         scores: list[list[float | None]] = [[None] * len(texts) for _, texts in groups]
         answered = [n for n, (_, texts) in enumerate(groups) if texts]
@@ -142,13 +147,13 @@ class RewardModel:
 
 
 class Ensemble:
-    """One or several reward models that speak with one voice."""
+    """One or several reward models with one score."""
 
     def __init__(self, members: Sequence[RewardModel], combine: str):
         self.members, self.combine = members, combine
 
     def scores(self, groups: Sequence[PromptResponses]) -> list[list[float | None]]:
-        """The single member's scores as they are; of several, their normalised scores combined."""
+        """A single member's scores as they are; the normalised scores of several, combined."""
         by_member = [member.scores(groups) for member in self.members]
         if len(by_member) == 1:
             return by_member[0]
@@ -170,7 +175,7 @@ def member_name(number: int) -> str:
 
 
 def member_folders(run: Run) -> list[Path]:
-    """Where the run's trained reward model, or models, are. Raises AifError where one is not."""
+    """The folders of the run's reward models. Raises AifError if one is not complete."""
     folders = [run.file(member_name(n)) for n in range(run.settings.reward.members)]
     for folder in folders:
         if checkpoint.sealed(folder) is None:
@@ -179,7 +184,7 @@ def member_folders(run: Run) -> list[Path]:
 
 
 def load_ensemble(run: Run) -> Ensemble:
-    """The run's trained reward model, or models. Raises AifError where one is not there."""
+    """The run's reward models. Raises AifError if one is not complete."""
     settings = run.settings.reward
     chat = run.settings.policy.form != "text"
     members = [RewardModel.load(folder, settings, chat) for folder in member_folders(run)]
@@ -187,8 +192,8 @@ def load_ensemble(run: Run) -> Ensemble:
 
 
 def combined(scores: Sequence[float], how: str) -> float:
-    """One score of an ensemble's: their mean, the least, or the mean less a standard deviation
-    (Coste et al. 2023, 2310.02743)."""
+    """The mean of an ensemble's scores, the least, or the mean less a standard deviation (Coste et
+    al. 2023, 2310.02743)."""
     if how == "min":
         return min(scores)
     return fmean(scores) - (pstdev(scores) if how == "lower" else 0.0)

@@ -1,4 +1,4 @@
-"""Scores of any pairs: FILE -> scores.jsonl, with accuracy where the file says which is better.
+"""Scores of any pairs: FILE -> scores.jsonl, and their accuracy if the file has choices.
 
 {"comparison_id": "...", "prompt_id": "...", "score_first": 1.2, "score_second": -0.4,
  "p_first": 0.83, "p_human": 1.0}

@@ -1,11 +1,11 @@
-"""The reward model: labels -> reward/, a transformers sequence classifier with one score.
+"""Reward model training: labels -> reward/, a transformers sequence classifier with one score.
 
     [reward]
     data = { labels = 1.0, "human.jsonl" = 0.5 }
 
-Bradley-Terry on soft labels (or Plackett-Luce, or binary grades), starting from the SFT policy
-where there is one. The report card of the prompts that were held out is reward-card.json; the mean
-and standard deviation of the reference scores stand in the model's configuration.
+The loss is Bradley-Terry on soft labels, Plackett-Luce, or cross-entropy of grades. Training starts
+from the SFT model if there is one. The report card of the held-out prompts is reward-card.json; the
+mean and standard deviation of the reference scores go into the model's configuration.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from aif.progress import Progress
 from aif.run import Run
 from aif.stats.calibration import accuracy
 from aif.train.distributed import ends_process_group
-from aif.train.model import forward_is, inner, load_for_training, micro_batch, save, without_dropout
+from aif.train.model import forward_is, inner, load_for_training, save, without_dropout
 from aif.train.prefix_groups import PrefixLayout, SharedPrefix, prefix_digest
-from aif.train.prefix_mask import shares
 from aif.train.resume import check_start, digest_of, done_before, start_model, training_in
 from aif.train.reward.audit_gate import check_audit
 from aif.train.reward.card import report_card
 from aif.train.reward.data import RewardData
-from aif.train.reward.evaluate import held_out, keep_card, reference, score_comparisons
+from aif.train.reward.evaluate import held_out_comparisons, keep_card, reference, score_comparisons
 from aif.train.reward.head import fit_head
 from aif.train.reward.losses import objective_of
-from aif.train.reward.model import STAGE, Ensemble, RewardModel, member_name, score_loss
+from aif.train.reward.model import (
+    STAGE,
+    Ensemble,
+    RewardModel,
+    layout_of,
+    member_name,
+    score_loss,
+)
 from aif.train.trainer import Trained, Training, train
 
 
@@ -64,14 +70,14 @@ def reward(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _member(data: RewardData, number: int, progress: Progress) -> dict[str, Any]:
-    """Train the ensemble's nth model; returns its summary, of an earlier time if it was done."""
+    """Train the ensemble's nth model; returns its summary, the last one if it was done before."""
     run, stage = data.run, member_name(number)
     base = run.settings.reward
     settings = base.model_copy(update={"seed": base.seed + number})
-    about = {"digest": _digest(settings, data, data.train)}
+    about = _about(settings, data, data.train)
     if last := done_before(run, stage, run.file(stage), about, progress):
         return last
-    model, layout, trained = _trained(data, stage, settings, data.train, progress)
+    model, layout, trained = _trained(data, stage, settings, data.train, about, progress)
     if not run.leads:
         return about
     scores = reference(data, _reward_model(data, model, settings))
@@ -101,43 +107,40 @@ def _member(data: RewardData, number: int, progress: Progress) -> dict[str, Any]
 
 def _trained(
     data: RewardData, stage: str, settings: RewardSettings, rows: Sequence[SharedPrefix],
-    progress: Progress,
+    about: dict[str, Any], progress: Progress,
 ) -> tuple[Any, PrefixLayout, Trained]:  # fmt: skip
-    """A model trained on `rows`, how they lay in memory, and how it went."""
+    """A model trained on `rows`, the layout of its batches, and how the training went."""
 
     def load(name: str, dtype: str, device: str) -> Any:
         model = load_reward_model(name, dtype, device, new_head=settings.seed)
-        without_dropout(model)  # but for that of adapters, which come later
+        without_dropout(model)  # adapters, added later, keep theirs
         if settings.head == "fitted":
             progress.say(f"{stage}: fitting the head")
             products = torch_dtype(settings.dtype, model.device)
-            fit_head(model, rows, _layout(model, settings, data), products, settings.seed)
+            layout = layout_of(model, settings, tokenizer, objective)
+            fit_head(model, rows, layout, products, settings.seed)
         return model
 
+    tokenizer, objective = data.tokeniser.tokenizer, objective_of(settings)
     model = load_for_training(data.name, settings, load)
-    inner(model).config.pad_token_id = data.tokeniser.tokenizer.pad_token_id
-    layout = _layout(model, settings, data)
-    about = {"digest": _digest(settings, data, rows)}
+    inner(model).config.pad_token_id = tokenizer.pad_token_id
+    layout = layout_of(model, settings, tokenizer, objective)
     training = Training.of(
         data.run, stage, settings, model, layout, rows, data.held_out, about, progress
     )
-    with forward_is(inner(model), score_loss(layout.objective)):
+    with forward_is(inner(model), score_loss(objective)):
         return model, layout, train(training)
-
-
-def _layout(model: Any, settings: RewardSettings, data: RewardData) -> PrefixLayout:
-    most, call = micro_batch(model, settings)
-    share = shares(model, settings.share_prompt, STAGE)
-    pad = data.tokeniser.tokenizer.pad_token_id
-    return PrefixLayout(most, pad, share, objective_of(settings), call)
 
 
 def _reward_model(data: RewardData, model: Any, settings: RewardSettings) -> RewardModel:
     return RewardModel(inner(model), data.tokeniser.tokenizer, settings, data.chat)
 
 
-def _digest(settings: RewardSettings, data: RewardData, rows: Sequence[SharedPrefix]) -> str:
-    return digest_of(STAGE, settings, data.name, prefix_digest(rows), prefix_digest(data.held_out))
+def _about(
+    settings: RewardSettings, data: RewardData, rows: Sequence[SharedPrefix]
+) -> dict[str, Any]:
+    tokens = prefix_digest(rows), prefix_digest(data.held_out)
+    return {"digest": digest_of(STAGE, settings, data.name, *tokens)}
 
 
 def _pairs(rows: Sequence[SharedPrefix]) -> int:
@@ -152,13 +155,13 @@ def _curve_point(data: RewardData, share: float, progress: Progress) -> dict[str
     random.Random(f"curve {settings.seed}").shuffle(order)
     rows = order[: max(1, round(share * len(order)))]
     stage = f"{STAGE}-curve-{share:g}"
-    digest = _digest(settings, data, rows)
-    if (last := run.state(stage)).get("digest") == digest and "accuracy" in last:
+    about = _about(settings, data, rows)
+    if (last := run.state(stage)).get("digest") == about["digest"] and "accuracy" in last:
         return last
-    model, _, _ = _trained(data, stage, settings, rows, progress)
+    model, _, _ = _trained(data, stage, settings, rows, about, progress)
     ensemble = Ensemble([_reward_model(data, model, settings)], settings.combine)
-    card = report_card(score_comparisons(ensemble, held_out(data)))
-    point = {"digest": digest, "pairs": _pairs(rows)}
+    card = report_card(score_comparisons(ensemble, held_out_comparisons(data)))
+    point = about | {"pairs": _pairs(rows)}
     point |= card.get("ai") or card.get("human") or accuracy(())
     run.write_state(stage, point)
     return point

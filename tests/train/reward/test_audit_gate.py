@@ -29,15 +29,15 @@ CARD = {
     "position": {"bias": -0.1},
     "fault_rate": 0.01,
 }
-WANTED = {"agreement": 0.7, "position_bias": 0.2, "fault_rate": 0.02}
+REQUIRED = {"agreement": 0.7, "position_bias": 0.2, "fault_rate": 0.02}
 
 
 @pytest.fixture
 def gated(tmp_path):
     """Check a run with these labels, cards and demands."""
 
-    def check(cards, wanted=WANTED, used=USED, **reward):
-        tables = {"reward": {"require_audit": wanted} | reward}
+    def check(cards, required=REQUIRED, used=USED, **reward):
+        tables = {"reward": {"require_audit": required} | reward}
         run = Run(tmp_path, checked(Settings, tables, "test"))
         if used is not None:
             run.write_state("label", used)
@@ -50,8 +50,8 @@ def gated(tmp_path):
 
 def test_a_judge_that_is_good_enough_passes(gated):
     gated([{**CARD, "used": {"judge": "another"}}, CARD])
-    gated([CARD], wanted={"agreement": 0.75, "position_bias": 0.1, "fault_rate": 0.01})
-    gated([CARD], wanted={})
+    gated([CARD], required={"agreement": 0.75, "position_bias": 0.1, "fault_rate": 0.01})
+    gated([CARD], required={})
 
 
 def test_without_a_demand_nothing_is_looked_at(gated, tmp_path):
@@ -60,20 +60,20 @@ def test_without_a_demand_nothing_is_looked_at(gated, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "shortfall"),
     [
-        ({"agreement": {"mean": 0.69, "n": 9}}, "agreement 0.690, at least 0.7 is asked"),
-        ({"agreement": {"mean": None, "n": 0}}, "agreement unknown, at least 0.7 is asked"),
-        ({"position": {"bias": -0.3}}, "position bias -0.300, at most 0.2 is asked"),
-        ({"position": {"bias": None}}, "position bias unknown, at most 0.2 is asked"),
-        ({"fault_rate": 0.03}, "fault rate 0.030, at most 0.02 is asked"),
-        ({"fault_rate": None}, "fault rate unknown, at most 0.02 is asked"),
+        ({"agreement": {"mean": 0.69, "n": 9}}, "agreement 0.690, at least 0.7 is required"),
+        ({"agreement": {"mean": None, "n": 0}}, "agreement unknown, at least 0.7 is required"),
+        ({"position": {"bias": -0.3}}, "position bias -0.300, at most 0.2 is required"),
+        ({"position": {"bias": None}}, "position bias unknown, at most 0.2 is required"),
+        ({"fault_rate": 0.03}, "fault rate 0.030, at most 0.02 is required"),
+        ({"fault_rate": None}, "fault rate unknown, at most 0.02 is required"),
     ],
 )
-def test_what_falls_short_is_told(gated, change, told):
+def test_each_shortfall_is_named(gated, change, shortfall):
     with pytest.raises(AifError) as error:
         gated([CARD | change])
-    assert str(error.value).endswith(f"does not hold: {told}")
+    assert str(error.value).endswith(f"does not hold: {shortfall}")
 
 
 def test_a_judge_that_grades_one_by_one_has_no_position_to_be_biased_to(gated):
@@ -132,9 +132,9 @@ def test_from_label_to_reward(tmp_path: Path):
     assert aif("label", "--out", run, *files).exit_code == 0
 
     def reward(least: float) -> str:
-        wanted = f"reward.require_audit={{agreement={least}}}"
+        required = f"reward.require_audit={{agreement={least}}}"
         model = ["--set", f"reward.model={tmp_path / 'no-model'}"]  # where it ends, if let through
-        done = aif("reward", run, "--set", wanted, *model)
+        done = aif("reward", run, "--set", required, *model)
         assert done.exit_code == 1
         (line,) = done.stderr.strip().splitlines()
         return line
@@ -147,4 +147,4 @@ def test_from_label_to_reward(tmp_path: Path):
     audit = json.loads((run / "audit.json").read_text())
     audit["judges"][0]["agreement"]["mean"] = 0.6
     (run / "audit.json").write_text(json.dumps(audit))
-    assert "agreement 0.600, at least 0.9 is asked" in reward(0.9)
+    assert "agreement 0.600, at least 0.9 is required" in reward(0.9)

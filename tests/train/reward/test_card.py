@@ -56,19 +56,19 @@ rows = st.builds(
 
 @limits(max_examples=100, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=12))
-def test_which_response_is_called_first_does_not_show_on_the_card(found):
-    card = report_card(found)
-    assert report_card(list(map(swapped, found))) == card
-    mixed = [swapped(row) if n % 2 else row for n, row in enumerate(found)]
+def test_which_response_is_called_first_does_not_show_on_the_card(pairs):
+    card = report_card(pairs)
+    assert report_card(list(map(swapped, pairs))) == card
+    mixed = [swapped(row) if n % 2 else row for n, row in enumerate(pairs)]
     assert report_card(mixed) == card
 
 
 @limits(max_examples=100, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=12))
-def test_every_pair_with_a_winner_is_in_one_part_of_each_table(found):
-    card = report_card(found)
+def test_every_pair_with_a_winner_is_in_one_part_of_each_table(pairs):
+    card = report_card(pairs)
     for kind, of in (("ai", "p_first"), ("human", "p_human")):
-        n = sum(getattr(row, of) not in (None, 0.5) for row in found)
+        n = sum(getattr(row, of) not in (None, 0.5) for row in pairs)
         if not n:
             assert kind not in card
             continue
@@ -79,8 +79,8 @@ def test_every_pair_with_a_winner_is_in_one_part_of_each_table(found):
 
 def test_equal_scores_are_half_right():
     assert accuracy([(0.0, 1.0), (0.0, 0.2)])["accuracy"] == 0.5
-    found = accuracy([(1.0, 0.9), (0.0, 0.9), (-1.0, 0.9), (2.0, 0.5)])
-    assert (found["n"], found["accuracy"]) == (3, 0.5)
+    stats = accuracy([(1.0, 0.9), (0.0, 0.9), (-1.0, 0.9), (2.0, 0.5)])
+    assert (stats["n"], stats["accuracy"]) == (3, 0.5)
     assert accuracy([(1.0, 0.5)]) == {"n": 0, "accuracy": None, "interval": None}
 
 
@@ -89,37 +89,37 @@ def test_the_interval_is_wilsons(right, n):
     z, share = 1.959963984540054, right / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     width = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    known = [(1.0, 0.8)] * right + [(1.0, 0.3)] * (n - right)
-    assert accuracy(known)["interval"] == pytest.approx([middle - width, middle + width], abs=1e-9)
+    scored = [(1.0, 0.8)] * right + [(1.0, 0.3)] * (n - right)
+    assert accuracy(scored)["interval"] == pytest.approx([middle - width, middle + width], abs=1e-9)
 
 
 def test_a_model_that_has_learned_soft_labels_is_calibrated_to_them():
     deltas = np.random.default_rng(0).normal(scale=2, size=500)
     p = 1 / (1 + np.exp(-deltas))
-    found = calibration(list(zip(deltas.tolist(), p.tolist(), strict=True)))
-    assert found["ece"] == pytest.approx(0, abs=1e-9)
-    assert found["brier"] == pytest.approx(0, abs=1e-9)
-    assert found["loss"] == pytest.approx(float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean()))
-    assert sum(part["n"] for part in found["bins"]) == 500
+    stats = calibration(list(zip(deltas.tolist(), p.tolist(), strict=True)))
+    assert stats["ece"] == pytest.approx(0, abs=1e-9)
+    assert stats["brier"] == pytest.approx(0, abs=1e-9)
+    assert stats["loss"] == pytest.approx(float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean()))
+    assert sum(part["n"] for part in stats["bins"]) == 500
     bold = calibration(list(zip((3 * deltas).tolist(), p.tolist(), strict=True)))
     assert bold["ece"] > 0.05
 
 
 def test_calibration_is_its_definition_on_a_small_case():
-    found = calibration([(math.log(3), 1.0), (-math.log(3), 1.0), (math.log(9), 1.0), (0.0, 1.0)])
-    assert [tuple(part.values()) for part in found["bins"]] == [
+    stats = calibration([(math.log(3), 1.0), (-math.log(3), 1.0), (math.log(9), 1.0), (0.0, 1.0)])
+    assert [tuple(part.values()) for part in stats["bins"]] == [
         (0.5, 0.5, 1), (pytest.approx(0.75), 0.5, 2), (pytest.approx(0.9), 1.0, 1),
     ]  # fmt: skip
-    assert found["ece"] == pytest.approx((0 + 2 * 0.25 + 0.1) / 4)
-    assert found["brier"] == pytest.approx((0.25**2 + 0.75**2 + 0.1**2) / 4)
+    assert stats["ece"] == pytest.approx((0 + 2 * 0.25 + 0.1) / 4)
+    assert stats["brier"] == pytest.approx((0.25**2 + 0.75**2 + 0.1**2) / 4)
     want = -(math.log(0.5) + math.log(0.75) + math.log(0.25) + math.log(0.9)) / 4
-    assert found["loss"] == pytest.approx(want)
+    assert stats["loss"] == pytest.approx(want)
     assert calibration([(1e6, 1.0), (-1e6, 0.0)])["loss"] < 1e-6
 
 
 def test_the_card_says_how_often_the_longer_response_wins():
-    found = [pair(1, 0.9, 5), pair(1, 0.1, -3), pair(1, 0.8, -20), pair(1, 0.8, 0)]
-    card = report_card(found)["ai"]
+    pairs = [pair(1, 0.9, 5), pair(1, 0.1, -3), pair(1, 0.8, -20), pair(1, 0.8, 0)]
+    card = report_card(pairs)["ai"]
     assert card["longer_wins"] == (1 + 1 + 0 + 0.5) / 4
     assert card["accuracy"] == 0.75
     assert [(part["words_more"], part["n"], part["accuracy"]) for part in card["by_length"]] == [
@@ -137,13 +137,13 @@ def test_the_card_says_how_accuracy_goes_with_confidence():
 
 
 def test_people_and_principles_have_figures_of_their_own():
-    found = [
+    pairs = [
         pair(1, 0.9, by_principle={"kind": 0.8, "true": None}, p_human=0.0),
         pair(-1, 0.2, by_principle={"kind": 0.7, "true": 0.5}),
         pair(-2, by_principle={"kind": 0.0}, p_human=0.0),
         pair(3, 0.5, p_human=0.5),
     ]
-    card = report_card(found)
+    card = report_card(pairs)
     assert card["pairs"] == 4
     assert (card["ai"]["n"], card["ai"]["accuracy"]) == (2, 1.0)
     assert (card["human"]["n"], card["human"]["accuracy"]) == (2, 0.5)
@@ -153,9 +153,9 @@ def test_people_and_principles_have_figures_of_their_own():
 
 
 def test_moments_are_those_of_the_scores():
-    found = moments([1.0, 2.0, 3.0, 6.0])
-    assert (found["n"], found["mean"], found["std"]) == (4, 3.0, pytest.approx(math.sqrt(3.5)))
-    assert found["quantiles"][2] == 2.5
+    stats = moments([1.0, 2.0, 3.0, 6.0])
+    assert (stats["n"], stats["mean"], stats["std"]) == (4, 3.0, pytest.approx(math.sqrt(3.5)))
+    assert stats["quantiles"][2] == 2.5
 
 
 class ByLength:
@@ -206,20 +206,20 @@ def test_scores_come_back_where_they_were_asked_for():
     model = LlamaForSequenceClassification(config)
     model.config.aif_reward = {"mean": 3.0, "std": 2.0}
     settings = RewardSettings(max_tokens=64, micro_tokens=40, device="cpu", dtype="float32")
-    found = RewardModel(model, tokenizer, settings, chat=True)
+    member = RewardModel(model, tokenizer, settings, chat=True)
     texts = [["Yes.", "No, never."], ["Perhaps."], ["Yes.", "Yes.", "It depends on " * 30]]
-    asked = [([{"role": "user", "content": "Why? " * n}], row) for n, row in enumerate(texts, 1)]
+    groups = [([{"role": "user", "content": "Why? " * n}], row) for n, row in enumerate(texts, 1)]
     too_long = ([{"role": "user", "content": "why " * 99}], ["Yes.", "No."])
-    *got, nothing = found.scores([*asked, too_long])
+    *got, nothing = member.scores([*groups, too_long])
     assert nothing == [None, None]
-    for (prompt, row), values in zip(asked, got, strict=True):
+    for (prompt, row), values in zip(groups, got, strict=True):
         for text, value in zip(row, values, strict=True):
             ids = tokenizer.apply_chat_template(
                 [*prompt, {"role": "assistant", "content": text}], return_dict=False
             )[:-1]  # less the newline behind the end of the turn
             want = model(input_ids=torch.tensor([ids[:64]])).logits
             assert value == pytest.approx(float(want.detach()), rel=1e-4)
-    members = Ensemble([found, found], "mean")
+    members = Ensemble([member, member], "mean")
     assert members.scores([too_long]) == [[None, None]]
-    assert members.scores(asked[:1])[0] == pytest.approx([(value - 3) / 2 for value in got[0]])
-    assert Ensemble([found], "mean").scores(asked[:1])[0] == pytest.approx(got[0])
+    assert members.scores(groups[:1])[0] == pytest.approx([(value - 3) / 2 for value in got[0]])
+    assert Ensemble([member], "mean").scores(groups[:1])[0] == pytest.approx(got[0])

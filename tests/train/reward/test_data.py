@@ -23,8 +23,8 @@ from aif.judge.aggregate import aggregate_verdicts
 from aif.run import Run
 from aif.store.records import Comparison, HumanChoice, Label, Verdict
 from aif.train import tokens
-from aif.train.examples import Example
-from aif.train.reward.data import read_preferences, split
+from aif.train.examples import Example, split
+from aif.train.reward.data import read_preferences
 from aif.train.tokens import Tokeniser
 
 
@@ -43,15 +43,15 @@ def labelled(folder, rows, tables=None, **reward) -> Run:
     run = Run(folder / "run", checked(Settings, tables, "test"))
     run.path.mkdir(exist_ok=True)
     run.write("comparisons.jsonl", [comparison for comparison, _ in rows])
-    made = {}
+    labels = {}
     for comparison, label in rows:
         if label is not None:
             if isinstance(label, str):
                 row = Label.null(comparison.id, label)
             else:
                 row = Label(comparison.id, label, None, 1, None)
-            made.setdefault(comparison.id, row)
-    run.write("labels.jsonl", made.values())
+            labels.setdefault(comparison.id, row)
+    run.write("labels.jsonl", labels.values())
     return run
 
 
@@ -66,11 +66,11 @@ def test_a_prompt_with_all_its_responses_and_comparisons_is_one_group(tmp_path):
     labels = [0.9, 0.2, 0.5, 1.0]
     run = labelled(tmp_path, list(zip(rows, labels, strict=True)))
     run.write("human.jsonl", [HumanChoice(rows[1].id, 0.0)])
-    found = read_preferences(run)
-    assert found.left_out == {}
-    assert [group.prompt for group in found.groups] == [ask("A?"), ask("B?")]
-    assert [group.responses for group in found.groups] == [["x", "y", "z"], ["x", "w"]]
-    learned = [row for group in found.groups for row in group.comparisons]
+    preferences = read_preferences(run)
+    assert preferences.left_out == {}
+    assert [group.prompt for group in preferences.groups] == [ask("A?"), ask("B?")]
+    assert [group.responses for group in preferences.groups] == [["x", "y", "z"], ["x", "w"]]
+    learned = [row for group in preferences.groups for row in group.comparisons]
     assert [row.comparison for row in learned] == rows
     assert [row.p_first for row in learned] == [row.target for row in learned] == labels
     assert [row.p_human for row in learned] == [None, 0.0, None, None]
@@ -79,9 +79,9 @@ def test_a_prompt_with_all_its_responses_and_comparisons_is_one_group(tmp_path):
 def test_null_labels_never_train_and_are_counted(tmp_path):
     good, *bad = compared("A?", "x", "y", "z") + compared("B?", "x", "y", "z")
     labels = [0.8, "unparsed", "unparsed", "refused", "timeout", None]
-    found = read_preferences(labelled(tmp_path, list(zip([good, *bad], labels, strict=True))))
-    assert found.left_out == {"unparsed": 2, "refused": 1, "timeout": 1, "not labelled": 1}
-    (group,) = found.groups
+    preferences = read_preferences(labelled(tmp_path, list(zip([good, *bad], labels, strict=True))))
+    assert preferences.left_out == {"unparsed": 2, "refused": 1, "timeout": 1, "not labelled": 1}
+    (group,) = preferences.groups
     assert group.responses == ["x", "y"]
     assert [row.comparison for row in group.comparisons] == [good]
 
@@ -91,10 +91,10 @@ def test_repeated_identical_and_even_pairs_are_left_out(tmp_path, hard):
     good, even = compared("A?", "x", "y") + compared("B?", "x", "y")
     same = Comparison.of(ask("C?"), "x", "x")
     rows = [(good, 0.7), (good, 0.7), (even, 0.5), (same, 0.9), (same, 0.9)]
-    found = read_preferences(labelled(tmp_path, rows, hard=hard))
+    preferences = read_preferences(labelled(tmp_path, rows, hard=hard))
     want = {"repeated": 2, "identical": 1} | ({"even": 1} if hard else {})
-    assert found.left_out == want
-    kept = [row.comparison.id for group in found.groups for row in group.comparisons]
+    assert preferences.left_out == want
+    kept = [row.comparison.id for group in preferences.groups for row in group.comparisons]
     assert kept == [good.id] + [even.id] * (not hard)
 
 
@@ -136,11 +136,11 @@ def test_a_response_with_an_even_grade_is_left_out_where_grades_are_hard(tmp_pat
     grades = [("x", 0.9), ("y", 1.0), ("y", 0.0), ("z", 0.2)]
     rows = [{"prompt": "A?", "response": text, "label": grade} for text, grade in grades]
     rows.append({"prompt": "B?", "response": "w", "label": 0.5})
-    found = read_preferences(filed(tmp_path, rows, objective="grades", hard=hard))
-    kept = [(group.responses, group.grades) for group in found.groups]
+    preferences = read_preferences(filed(tmp_path, rows, objective="grades", hard=hard))
+    kept = [(group.responses, group.grades) for group in preferences.groups]
     every = [(["x", "y", "z"], [0.9, 0.5, 0.2]), (["w"], [0.5])]
     assert kept == ([(["x", "z"], [0.9, 0.2])] if hard else every)
-    assert found.left_out == ({"even": 2} if hard else {})
+    assert preferences.left_out == ({"even": 2} if hard else {})
 
 
 def sigmoid(x: float) -> float:
@@ -161,7 +161,7 @@ def graded(folder, table: str = "label", order: str = "ab") -> tuple[Run, dict]:
     path = folder / "c.toml"
     path.write_text('name = "c"\n' + "\n".join(blocks))
     rows = compared("A?", "x", "y", "z")
-    made = {
+    verdicts = {
         row.id: [
             Verdict(f"{text} {name}", row.id, name, which, "j", "", p, None, {})
             for name in WEIGHTS
@@ -172,13 +172,13 @@ def graded(folder, table: str = "label", order: str = "ab") -> tuple[Run, dict]:
     }
     tables = {table: {"constitution": str(path)}}
     run = labelled(folder, [(row, 0.5) for row in rows], tables, objective="grades")
-    run.write("verdicts.jsonl", [verdict for row in made.values() for verdict in row])
-    return run, made
+    run.write("verdicts.jsonl", [verdict for row in verdicts.values() for verdict in row])
+    return run, verdicts
 
 
 @pytest.mark.parametrize("table", ["label", "revise"])
 def test_the_grades_of_a_response_are_combined_by_weight(tmp_path, table):
-    run, made = graded(tmp_path, table)
+    run, verdicts = graded(tmp_path, table)
     (group,) = read_preferences(run).groups
     assert group.responses == ["x", "y", "z"]
     want = [(3 * ODDS[text, "kind"] + ODDS[text, "true"]) / 4 for text in group.responses]
@@ -186,20 +186,20 @@ def test_the_grades_of_a_response_are_combined_by_weight(tmp_path, table):
     rules = file.load(tmp_path / "c.toml")
     for row in run.read("comparisons.jsonl", Comparison):
         a, b = (want[group.responses.index(text)] for text in (row.first, row.second))
-        label = aggregate_verdicts(row, made[row.id], rules, "pointwise")
+        label = aggregate_verdicts(row, verdicts[row.id], rules, "pointwise")
         assert label.p_first == pytest.approx(sigmoid(a - b)), "as the label of the two has it"
 
 
 def test_a_grade_with_a_fault_counts_for_nothing(tmp_path):
-    run, made = graded(tmp_path)
-    rows = [row for found in made.values() for row in found]
+    run, verdicts = graded(tmp_path)
+    rows = [row for preferences in verdicts.values() for row in preferences]
     bad = [replace(row, p_first=None, fault="unparsed") for row in rows if row.id == "x kind"]
     stray = replace(rows[0], comparison_id="0" * 64)
     run.write("verdicts.jsonl", [*bad, stray, *(row for row in rows if row.id != "x kind")])
-    found = read_preferences(run)
-    (group,) = found.groups
+    preferences = read_preferences(run)
+    (group,) = preferences.groups
     assert group.grades[group.responses.index("x")] == pytest.approx(sigmoid(ODDS["x", "true"]))
-    assert found.left_out == {"unparsed": 2, "not compared": 1}
+    assert preferences.left_out == {"unparsed": 2, "not compared": 1}
 
 
 def test_verdicts_on_pairs_are_no_grades(tmp_path):
@@ -218,8 +218,8 @@ def test_rated_responses_are_read(tmp_path):
     path = write_jsonl(tmp_path / "rated.jsonl", rows)
     want = [("A?", "x", 1.0), ("A?", "y", 0.25), ("B?", "z", 0.0), ("A?", "x", 0.0)]
     assert list(read_rated(str(path))) == [(ask(q), text, grade) for q, text, grade in want]
-    found = read_preferences(filed(tmp_path, rows, objective="grades"))
-    assert [(g.responses, g.grades, g.comparisons) for g in found.groups] == [
+    preferences = read_preferences(filed(tmp_path, rows, objective="grades"))
+    assert [(g.responses, g.grades, g.comparisons) for g in preferences.groups] == [
         (["x", "y"], [0.5, 0.25], []), (["z"], [0.0], []),
     ]  # fmt: skip
 
@@ -250,10 +250,12 @@ def test_the_chosen_answer_is_the_one_that_wins(tmp_path):
         for n in range(20)
     ]
     rows.append({"prompt": "A?", "response_a": "x", "response_b": "y"})
-    found = read_preferences(filed(tmp_path, rows))
-    assert found.left_out == {"no choice": 1}
-    assert [group.prompt for group in found.groups] == [ask(f"Question {n}?") for n in range(20)]
-    rows = [row for group in found.groups for row in group.comparisons]
+    preferences = read_preferences(filed(tmp_path, rows))
+    assert preferences.left_out == {"no choice": 1}
+    assert [group.prompt for group in preferences.groups] == [
+        ask(f"Question {n}?") for n in range(20)
+    ]
+    rows = [row for group in preferences.groups for row in group.comparisons]
     assert {row.target for row in rows} == {0.0, 1.0}, "the order must not tell"
     for row in rows:
         better = row.comparison.first if row.target == 1 else row.comparison.second
@@ -314,10 +316,10 @@ def test_answers_that_fit_are_the_tokens_of_their_dialogues(tokenizer, monkeypat
     monkeypatch.setattr(tokens, "CHUNK", 2)
     groups = [talks("x"), talks("Yes.", "No, never.", "Yes."), talks("y " * 30, "", before=TALK)]
     tokeniser = Tokeniser(tokenizer, 512)
-    found = [row for group in tokeniser.answers(groups) for row in group]
+    rows = [row for group in tokeniser.answers(groups) for row in group]
     want = list(Tokeniser(tokenizer, 512).dialogues([row for group in groups for row in group]))
-    assert len(found) == len(want) == 6
-    for ours, theirs in zip(found, want, strict=True):
+    assert len(rows) == len(want) == 6
+    for ours, theirs in zip(rows, want, strict=True):
         assert ours.ids_T.tolist() == theirs.ids_T.tolist()
         assert ours.loss_mask_T.tolist() == theirs.loss_mask_T.tolist()
         assert ours.source == theirs.source
@@ -350,9 +352,9 @@ def test_a_group_without_room_for_a_token_is_none_and_counted(tokenizer, room):
     middle = talks("Yes.", "No.", before=("why " * 40,))
     ((first, _),) = Tokeniser(tokenizer, 512).answers([middle])
     tokeniser = Tokeniser(tokenizer, int((~first.loss_mask_T).sum()) + room)
-    before, found, after = tokeniser.answers([talks("x"), middle, talks("y", "z")])
+    before, answers, after = tokeniser.answers([talks("x"), middle, talks("y", "z")])
     ends = [parts(tokenizer, row)[1] for row in before + after]
     assert ends == [f"{text}<|im_end|>" for text in "xyz"]
     cut = ["Yes", "No"] if room else None
-    assert (found and [parts(tokenizer, row)[1] for row in found]) == cut
+    assert (answers and [parts(tokenizer, row)[1] for row in answers]) == cut
     assert (tokeniser.truncated, tokeniser.dropped) == (room, 1 - room)

@@ -36,7 +36,7 @@ def drawn(
 ) -> list[tuple[SharedPrefix, torch.Tensor]]:
     """Trees of three responses, whose labels and grades are of the first two features."""
     draw = np.random.default_rng(seed)
-    found = []
+    features = []
     for _ in range(n):
         rows = draw.normal(size=(3, WIDTH))
         scores = rows @ [2.0, -1.0, 0, 0, 0, 0] + noise * draw.normal(size=3)
@@ -45,9 +45,9 @@ def drawn(
         p = [1 / (1 + math.exp(scores[b] - scores[a])) for a, b in zip(first, second, strict=True)]
         grades = [1 / (1 + math.exp(-score)) for score in scores]
         ids = draw.integers(1, 60, (4, 3)).astype(np.int32)
-        tree = SharedPrefix("labels", ids[3], list(ids[:3]), first, second, p, grades)
-        found.append((tree, torch.tensor(rows, dtype=torch.float32)))
-    return found
+        row = SharedPrefix("labels", ids[3], list(ids[:3]), first, second, p, grades)
+        features.append((row, torch.tensor(rows, dtype=torch.float32)))
+    return features
 
 
 def test_pairs_have_the_optimum_of_a_logistic_regression():
@@ -55,9 +55,9 @@ def test_pairs_have_the_optimum_of_a_logistic_regression():
     features = drawn(noise=0.5)
     weight_D = _fitted(_chunks(features, objective_of()), 3.0, objective_of())
     apart, p = [], []
-    for tree, rows in features:
-        apart += [rows[a] - rows[b] for a, b in zip(tree.first, tree.second, strict=True)]
-        p += tree.p_first
+    for row, rows in features:
+        apart += [rows[a] - rows[b] for a, b in zip(row.first, row.second, strict=True)]
+        p += row.p_first
     apart = np.stack(apart)
     # A soft label is two examples that are weighed.
     model = linear.LogisticRegression(C=1 / 3.0, fit_intercept=False, tol=1e-8, max_iter=1000)
@@ -97,20 +97,20 @@ def test_what_is_all_noise_is_punished_most_and_what_is_plain_least():
 def test_it_is_the_models_head_whatever_the_size_of_its_features(tmp_path, share):
     """Features a hundred times as large ask for a head a hundred times as small."""
     model = load_reward_model(str(save_tiny(tmp_path / "tiny")), "float32", "cpu", new_head=0)
-    trees = [tree for tree, _ in drawn(40)]
+    rows = [row for row, _ in drawn(40)]
     layout = PrefixLayout(256, 0, share, objective_of())
 
     def scores() -> torch.Tensor:
-        batches = [layout.batch(some).inputs("cpu") for some in layout.groups(trees)]
+        batches = [layout.batch(some).inputs("cpu") for some in layout.groups(rows)]
         with torch.no_grad():
             return torch.cat([scores_of(model, **batch) for batch in batches])
 
-    fit_head(model, trees, layout, torch.float32, seed=0)
+    fit_head(model, rows, layout, torch.float32, seed=0)
     before = scores()
     assert before.std() > 0
     with torch.no_grad():
         model.base_model.norm.weight.mul_(100)
-    fit_head(model, trees, layout, torch.float32, seed=0)
+    fit_head(model, rows, layout, torch.float32, seed=0)
     torch.testing.assert_close(scores(), before, rtol=1e-2, atol=1e-3)
 
 
@@ -129,11 +129,11 @@ def test_one_response_alone_makes_a_head_of_numbers(tmp_path):
 def test_training_begins_with_what_the_features_tell(tmp_path, options):
     model = save_tiny(tmp_path / "tiny")
     with quick():
-        told = {
+        summaries = {
             kind: reward(reward_run(tmp_path / kind, model, head=kind, **options), Said())
             for kind in ("random", "fitted")
         }
-    assert told["random"]["eval_loss_before"] == pytest.approx(math.log(2), abs=0.1)
-    assert told["fitted"]["eval_loss_before"] < math.log(2) - 0.1
-    assert told["fitted"]["eval_loss"] < math.log(2) - 0.15  # as asked of a random one
-    assert told["fitted"]["digest"] != told["random"]["digest"]
+    assert summaries["random"]["eval_loss_before"] == pytest.approx(math.log(2), abs=0.1)
+    assert summaries["fitted"]["eval_loss_before"] < math.log(2) - 0.1
+    assert summaries["fitted"]["eval_loss"] < math.log(2) - 0.15  # as of a random one
+    assert summaries["fitted"]["digest"] != summaries["random"]["digest"]

@@ -67,9 +67,9 @@ def ranked(order, rng: np.random.Generator) -> SharedPrefix:
     return tree(len(order), [compared[n] for n in rng.permutation(len(compared))])
 
 
-def told(kind, trees: list[SharedPrefix], scores_N: torch.Tensor, **options) -> torch.Tensor:
+def loss_of(kind, rows: list[SharedPrefix], scores_N: torch.Tensor, **options) -> torch.Tensor:
     objective = kind(RewardSettings(**options))
-    return objective.loss(scores_N, objective.targets(trees))
+    return objective.loss(scores_N, objective.targets(rows))
 
 
 def drawn(n: int, seed: int = 0) -> torch.Tensor:
@@ -125,16 +125,16 @@ def test_extreme_scores_give_finite_losses_and_gradients():
     for d in (-1e4, 1e4):
         first, second, p = double(d, 0.0, 0.7)
         first.requires_grad_()
-        found = bradley_terry(first, second, p)
-        found.backward()
-        assert torch.isfinite(found).all()
+        total = bradley_terry(first, second, p)
+        total.backward()
+        assert torch.isfinite(total).all()
         assert torch.isfinite(first.grad).all()
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_a_ranking_of_two_is_bradley_terry(p):
-    trees, scores_N = [tree(2, [(0, 1, p)]), tree(2, [(1, 0, p)])], drawn(4)
-    torch.testing.assert_close(told(Ranking, trees, scores_N), told(Pairs, trees, scores_N))
+    rows, scores_N = [tree(2, [(0, 1, p)]), tree(2, [(1, 0, p)])], drawn(4)
+    torch.testing.assert_close(loss_of(Ranking, rows, scores_N), loss_of(Pairs, rows, scores_N))
 
 
 @pytest.mark.parametrize("responses", [3, 4])
@@ -146,25 +146,25 @@ def test_a_ranking_is_plackett_luce(responses):
         chances = [by_rank[n] / by_rank[n:].sum() for n in range(responses)]
         want = -math.log(math.prod(map(float, chances)))
         row = ranked(order, rng)
-        assert float(told(Ranking, [row], scores_N)) == pytest.approx(want, rel=1e-5)
-        assert float(told(Ranking, [row], scores_N + 7)) == pytest.approx(want, rel=1e-4)
+        assert float(loss_of(Ranking, [row], scores_N)) == pytest.approx(want, rel=1e-5)
+        assert float(loss_of(Ranking, [row], scores_N + 7)) == pytest.approx(want, rel=1e-4)
         assert Ranking(RewardSettings()).count(row) == responses - 1
 
 
 def test_a_batch_of_rankings_is_the_sum_of_them():
     rng = np.random.default_rng(1)
-    trees = [ranked(rng.permutation(k).tolist(), rng) for k in (2, 4, 3)]
+    rows = [ranked(rng.permutation(k).tolist(), rng) for k in (2, 4, 3)]
     scores_N = drawn(9)
-    parts = [told(Ranking, [t], s) for t, s in zip(trees, scores_N.split([2, 4, 3]), strict=True)]
-    torch.testing.assert_close(told(Ranking, trees, scores_N), sum(parts))
+    parts = [loss_of(Ranking, [t], s) for t, s in zip(rows, scores_N.split([2, 4, 3]), strict=True)]
+    torch.testing.assert_close(loss_of(Ranking, rows, scores_N), sum(parts))
 
 
 def test_a_tie_says_nothing():
     even = [(a, b, 0.5) for a, b in combinations(range(3), 2)]
     scores_N = drawn(3).requires_grad_()
-    found = told(Ranking, [tree(3, even)], scores_N)
-    found.backward()
-    assert float(found.detach()) == pytest.approx(0, abs=1e-6)
+    total = loss_of(Ranking, [tree(3, even)], scores_N)
+    total.backward()
+    assert float(total.detach()) == pytest.approx(0, abs=1e-6)
     assert scores_N.grad.abs().max() < 1e-6
     assert Ranking(RewardSettings()).count(tree(3, even)) == 0
 
@@ -172,7 +172,7 @@ def test_a_tie_says_nothing():
 def test_a_tie_behind_the_best_says_only_who_is_best():
     row = tree(3, [(1, 0, 0.0), (0, 2, 1.0), (1, 2, 0.5)])
     scores_N = drawn(3)
-    assert float(told(Ranking, [row], scores_N)) == pytest.approx(
+    assert float(loss_of(Ranking, [row], scores_N)) == pytest.approx(
         float(-scores_N.log_softmax(0)[0])
     )
     assert Ranking(RewardSettings()).count(row) == 1
@@ -180,9 +180,9 @@ def test_a_tie_behind_the_best_says_only_who_is_best():
 
 def test_a_response_that_was_never_compared_is_in_no_ranking():
     scores_N = drawn(3)
-    want = told(Pairs, [tree(2, [(0, 1, 1.0)])], scores_N[[0, 2]])
+    want = loss_of(Pairs, [tree(2, [(0, 1, 1.0)])], scores_N[[0, 2]])
     row = tree(3, [(0, 2, 1.0)])
-    torch.testing.assert_close(told(Ranking, [row], scores_N), want)
+    torch.testing.assert_close(loss_of(Ranking, [row], scores_N), want)
     assert Ranking(RewardSettings()).count(row) == 1
 
 
@@ -190,7 +190,7 @@ def test_soft_labels_rank_by_how_often_a_response_wins():
     row = tree(3, [(0, 1, 0.6), (0, 2, 0.3), (1, 2, 0.45)])  # 0.45, 0.425, 0.625 a comparison
     want = ranked([2, 0, 1], np.random.default_rng(0))
     scores_N = drawn(3)
-    assert float(told(Ranking, [row], scores_N)) == float(told(Ranking, [want], scores_N))
+    assert float(loss_of(Ranking, [row], scores_N)) == float(loss_of(Ranking, [want], scores_N))
 
 
 def test_plackett_luce_is_per_response():
@@ -207,15 +207,15 @@ BY_PLACE = [(0, 1, 0.8), (4, 2, 0.3), (3, 4, 1.0), (2, 3, 0.5)]  # the same, num
 def test_pairs_are_found_by_their_place_in_the_batch():
     scores_N = drawn(5)
     want = sum(cross_entropy(float(scores_N[a] - scores_N[b]), p) for a, b, p in BY_PLACE)
-    assert float(told(Pairs, COMPARED, scores_N)) == pytest.approx(want, rel=1e-5)
+    assert float(loss_of(Pairs, COMPARED, scores_N)) == pytest.approx(want, rel=1e-5)
     assert [Pairs(RewardSettings()).count(row) for row in COMPARED] == [1, 3]
 
 
 def test_hard_pairs_learn_who_won():
     scores_N, sure = drawn(5), [row for row in BY_PLACE if row[2] != 0.5]
-    trees = [COMPARED[0], tree(3, [(2, 0, 0.3), (1, 2, 1.0)])]
+    rows = [COMPARED[0], tree(3, [(2, 0, 0.3), (1, 2, 1.0)])]
     want = sum(cross_entropy(float(scores_N[a] - scores_N[b]), float(p > 0.5)) for a, b, p in sure)
-    assert float(told(Pairs, trees, scores_N, hard=True)) == pytest.approx(want, rel=1e-5)
+    assert float(loss_of(Pairs, rows, scores_N, hard=True)) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -225,7 +225,7 @@ def test_pairs_are_weighed_by_how_sure_the_label_is(hard):
         abs(2 * p - 1) * cross_entropy(float(scores_N[a] - scores_N[b]), (p > 0.5) if hard else p)
         for a, b, p in BY_PLACE
     )
-    got = told(Pairs, COMPARED, scores_N, hard=hard, confidence_weights=True)
+    got = loss_of(Pairs, COMPARED, scores_N, hard=hard, confidence_weights=True)
     assert float(got) == pytest.approx(want, rel=1e-5)
 
 
@@ -235,24 +235,24 @@ def test_pairs_take_margin_and_smoothing_from_the_settings():
         loss(float(scores_N[a]), float(scores_N[b]), p, margin=0.7, smoothing=0.1)
         for a, b, p in BY_PLACE
     )
-    got = told(Pairs, COMPARED, scores_N, margin=0.7, label_smoothing=0.1)
+    got = loss_of(Pairs, COMPARED, scores_N, margin=0.7, label_smoothing=0.1)
     assert float(got) == pytest.approx(want, rel=1e-5)
 
 
 def test_centering_pulls_the_mean_of_a_pair_to_zero():
     scores_N = drawn(5)
     squares = sum(float(scores_N[a] + scores_N[b]) ** 2 for a, b, _ in BY_PLACE)
-    without = float(told(Pairs, COMPARED, scores_N))
-    got = float(told(Pairs, COMPARED, scores_N, centering=0.1))
+    without = float(loss_of(Pairs, COMPARED, scores_N))
+    got = float(loss_of(Pairs, COMPARED, scores_N, centering=0.1))
     assert got - without == pytest.approx(0.1 * squares, rel=1e-4)
     mirrored_N = torch.tensor([1.5, -1.5])
-    plain, centred = (told(Pairs, COMPARED[:1], mirrored_N, centering=c) for c in (0.0, 1.0))
+    plain, centred = (loss_of(Pairs, COMPARED[:1], mirrored_N, centering=c) for c in (0.0, 1.0))
     assert float(plain) == float(centred)
 
 
 def test_centering_of_a_ranking_pulls_every_score():
     rows, scores_N = [ranked([2, 0, 1], np.random.default_rng(0))], drawn(3)
-    without, got = (float(told(Ranking, rows, scores_N, centering=c)) for c in (0.0, 0.1))
+    without, got = (float(loss_of(Ranking, rows, scores_N, centering=c)) for c in (0.0, 0.1))
     assert got - without == pytest.approx(0.1 * float(scores_N.square().sum()), rel=1e-4)
 
 
@@ -283,15 +283,15 @@ def test_grades_are_binary_cross_entropy(options):
         weight=weight_N,
         reduction="sum",
     )
-    torch.testing.assert_close(told(Grades, GRADED, scores_N, **options), want)
+    torch.testing.assert_close(loss_of(Grades, GRADED, scores_N, **options), want)
     assert sum(map(Grades(RewardSettings()).count, GRADED)) == len(GRADES)
 
 
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_every_objective_has_its_setting(objective):
     kind = OBJECTIVES[RewardSettings(objective=objective).objective]
-    found = told(kind, [tree(2, [(0, 1, 0.9)], grades=[0.9, 0.1])], drawn(2))
-    assert found.shape == ()
+    total = loss_of(kind, [tree(2, [(0, 1, 0.9)], grades=[0.9, 0.1])], drawn(2))
+    assert total.shape == ()
 
 
 @pytest.mark.parametrize(

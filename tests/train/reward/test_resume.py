@@ -129,9 +129,9 @@ def test_from_an_older_checkpoint_it_comes_to_the_same_bits(tmp_path, model, str
     with pytest.raises(Interrupted):
         reward(run, Said(5))
     flip(run.path / "checkpoints" / "reward" / "checkpoint-5" / "optimizer.pt")
-    said = Said()
-    assert reward(run, said)["resumed_from"] == 4
-    (line,) = said.lines
+    progress = Said()
+    assert reward(run, progress)["resumed_from"] == 4
+    (line,) = progress.lines
     assert line.endswith("checkpoint-5: not resumed from: optimizer.pt is not what was written")
     same_end(run.path, straight)
 
@@ -160,9 +160,11 @@ def test_stopped_in_the_second_of_two_models_the_first_is_not_trained_again(tmp_
         reward(run, InTheSecond(2))
     first = run.path / "reward" / "model.safetensors"
     before = first.stat().st_mtime_ns
-    said = Said()
-    reward(run, said)
-    assert said.lines == [f"{run.path}/reward: done already, of the same data, settings and model"]
+    progress = Said()
+    reward(run, progress)
+    assert progress.lines == [
+        f"{run.path}/reward: done already, of the same data, settings and model"
+    ]
     assert first.stat().st_mtime_ns == before
     second = json.loads((run.path / "reward-2.json").read_text())
     assert (second["resumed_from"], second["steps"]) == (2, 3)
@@ -172,57 +174,61 @@ def test_stopped_in_the_second_of_two_models_the_first_is_not_trained_again(tmp_
 
 def test_a_finished_run_does_nothing_more(straight, model, untrained):
     before = {path: path.stat().st_mtime_ns for path in (straight / "reward").iterdir()}
-    said = Said()
-    found = reward(reward_run(straight, model, **STRAIGHT), said)
-    assert said.lines == [f"{straight}/reward: done already, of the same data, settings and model"]
+    progress = Said()
+    summary = reward(reward_run(straight, model, **STRAIGHT), progress)
+    assert progress.lines == [
+        f"{straight}/reward: done already, of the same data, settings and model"
+    ]
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert found["card"] == json.loads((straight / "reward-card.json").read_text())
+    assert summary["card"] == json.loads((straight / "reward-card.json").read_text())
 
 
 FREE = {"share_prompt": False, "micro_tokens": 64, "save_every": 1, "gradient_checkpointing": True}
 
 
 def test_how_it_is_computed_is_no_reason_to_train_again(straight, model, untrained):
-    found = reward(reward_run(straight, model, **STRAIGHT | FREE), Said())
-    assert found["shares_prompts"]  # as it was trained
+    summary = reward(reward_run(straight, model, **STRAIGHT | FREE), Said())
+    assert summary["shares_prompts"]  # as it was trained
 
 
 def test_comparisons_without_a_label_change_no_weight(tmp_path, straight, model, untrained):
     path = shutil.copytree(straight, tmp_path / "run")
-    told = preferred()
-    first = told[0][0]
+    labels = preferred()
+    first = labels[0][0]
     new = [{"role": "user", "content": "a question that nobody could judge"}]
-    told[1:1] = [
+    labels[1:1] = [
         (Comparison.of(first.prompt, first.first, "a third answer"), None),
         (Comparison.of(new, "left", "right"), None),
     ]
-    said = Said()
-    found = reward(reward_run(path, model, told, **STRAIGHT), said)
-    assert found["left_out"] == {"unparsed": 2}
-    assert "done already" in said.lines[0]
+    progress = Said()
+    summary = reward(reward_run(path, model, labels, **STRAIGHT), progress)
+    assert summary["left_out"] == {"unparsed": 2}
+    assert "done already" in progress.lines[0]
 
 
 @pytest.mark.parametrize(("place", "held_out"), [(5, False), (3, True)])
 def test_a_changed_label_makes_it_anew(tmp_path, straight, model, place, held_out):
     path = shutil.copytree(straight, tmp_path / "run")
-    told = preferred()
-    told[place] = told[place][0], told[place][1] + 0.01
-    said = Said()
-    found = reward(reward_run(path, model, told, **STRAIGHT), said)
-    assert said.lines == ["reward: data, settings or model have changed since the last time: anew"]
-    assert (found["resumed_from"], found["steps"]) == (0, 8)
+    labels = preferred()
+    labels[place] = labels[place][0], labels[place][1] + 0.01
+    progress = Said()
+    summary = reward(reward_run(path, model, labels, **STRAIGHT), progress)
+    assert progress.lines == [
+        "reward: data, settings or model have changed since the last time: anew"
+    ]
+    assert (summary["resumed_from"], summary["steps"]) == (0, 8)
     assert same_weights(weights(path), weights(straight)) == held_out
     _, before, card_before = noted(straight)
-    assert found["eval_loss"] != before["eval_loss"]
-    assert found["card"]["of"] != card_before["of"]
+    assert summary["eval_loss"] != before["eval_loss"]
+    assert summary["card"]["of"] != card_before["of"]
 
 
 def test_a_model_that_was_damaged_is_made_again(tmp_path, straight, model):
     path = shutil.copytree(straight, tmp_path / "run")
     flip(path / "reward" / "model.safetensors")
-    said = Said()
-    reward(reward_run(path, model, **STRAIGHT), said)
-    assert said.lines == [
+    progress = Said()
+    reward(reward_run(path, model, **STRAIGHT), progress)
+    assert progress.lines == [
         f"{path}/reward: model.safetensors is not what was written; it is made again"
     ]
     assert same_weights(weights(path), weights(straight))
@@ -248,10 +254,10 @@ def test_a_point_of_the_learning_curve_is_trained_once(tmp_path, model, monkeypa
 
 def test_running_prompts_once_or_with_every_response_ends_alike(tmp_path, straight, model):
     run = reward_run(tmp_path / "run", model, share_prompt=False, **STRAIGHT)
-    found = reward(run, Said())
+    summary = reward(run, Said())
     theirs = json.loads((straight / "reward.json").read_text())
-    assert (found["shares_prompts"], theirs["shares_prompts"]) == (False, True)
-    assert found["digest"] == theirs["digest"]
+    assert (summary["shares_prompts"], theirs["shares_prompts"]) == (False, True)
+    assert summary["digest"] == theirs["digest"]
     before, after = weights(straight), weights(run.path)
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-4)

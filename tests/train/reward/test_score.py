@@ -54,38 +54,38 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory, model, quickly) -> tuple[Path, list[str]]:
+def trained(tmp_path_factory, model, quickly) -> tuple[Path, list[str]]:
     """A run with its reward model, made by the command, and the lines that were printed."""
-    told = preferred()
-    told[0] = told[0][0], None
-    run = reward_run(tmp_path_factory.mktemp("runs") / "run", model, told, epochs=6.0)
+    labels = preferred()
+    labels[0] = labels[0][0], None
+    run = reward_run(tmp_path_factory.mktemp("runs") / "run", model, labels, epochs=6.0)
     run.keep_settings()
-    found = cli("reward", run.path)
-    assert found.exit_code == 0, found.stderr
-    return run.path, found.stdout.splitlines()
+    result = cli("reward", run.path)
+    assert result.exit_code == 0, result.stderr
+    return run.path, result.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
-def made(said) -> Path:
-    return said[0]
+def run_path(trained) -> Path:
+    return trained[0]
 
 
 @pytest.fixture
-def copied(tmp_path, made) -> Path:
-    return shutil.copytree(made, tmp_path / "run")
+def copied(tmp_path, run_path) -> Path:
+    return shutil.copytree(run_path, tmp_path / "run")
 
 
-def test_training_says_what_it_came_to(said):
-    path, lines = said
-    found = json.loads((path / "reward.json").read_text())
+def test_training_says_what_it_came_to(trained):
+    path, lines = trained
+    summary = json.loads((path / "reward.json").read_text())
     card = json.loads((path / "reward-card.json").read_text())
-    counts = f"{found['pairs']} comparisons of {found['prompts']} prompts, 24 steps, "
+    counts = f"{summary['pairs']} comparisons of {summary['prompts']} prompts, 24 steps, "
     assert lines[0].startswith(counts)
     assert lines[0].endswith(" tokens/s")
     assert lines[1:3] == [
         "left out: 1 unparsed",
-        f"held out: {found['eval_pairs']} comparisons, loss {found['eval_loss']:.3f} "
-        f"(before training {found['eval_loss_before']:.3f})",
+        f"held out: {summary['eval_pairs']} comparisons, loss {summary['eval_loss']:.3f} "
+        f"(before training {summary['eval_loss_before']:.3f})",
     ]
     ai = card["ai"]
     low, high = ai["interval"]
@@ -100,25 +100,25 @@ def test_training_says_what_it_came_to(said):
     assert lines[7:] == [f"{path}/reward"]
 
 
-def test_done_before_it_prints_the_same_as_json(made, monkeypatch):
+def test_done_before_it_prints_the_same_as_json(run_path, monkeypatch):
     monkeypatch.setattr(stage, "train", lambda training: pytest.fail("it trains"))
-    found = cli("reward", made, "--json")
-    assert found.exit_code == 0
-    (line,) = found.stdout.splitlines()
+    result = cli("reward", run_path, "--json")
+    assert result.exit_code == 0
+    (line,) = result.stdout.splitlines()
     summary = json.loads(line)
-    assert summary["card"] == json.loads((made / "reward-card.json").read_text())
+    assert summary["card"] == json.loads((run_path / "reward-card.json").read_text())
     assert summary["left_out"] == {"unparsed": 1}
-    assert found.stderr.splitlines() == [
-        f"{made}/reward: done already, of the same data, settings and model"
+    assert result.stderr.splitlines() == [
+        f"{run_path}/reward: done already, of the same data, settings and model"
     ]
 
 
 def scored(path: Path, rows: list[dict]) -> tuple[dict, list[dict]]:
     """What `aif score` says of these rows, and the lines that it leaves."""
     pairs = write_jsonl(path / "pairs.jsonl", rows)
-    found = cli("score", path, "--pairs", pairs, "--json")
-    assert found.exit_code == 0, found.stderr
-    return json.loads(found.stdout), read_jsonl(path / "scores.jsonl")
+    result = cli("score", path, "--pairs", pairs, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout), read_jsonl(path / "scores.jsonl")
 
 
 def rows_of(n: int, swap: bool = False) -> list[dict]:
@@ -143,9 +143,9 @@ def test_scores_are_those_of_the_model_and_agree_with_the_choices(copied):
     assert summary["human"]["longer_wins"] == pytest.approx(4 / 2 / 6)
     run = reward_run(copied, copied)
     ours = RewardModel.load(copied / "reward", run.settings.reward)
-    for row, told in zip(rows, rows_of(6), strict=True):
-        prompt = [{"role": "user", "content": told["prompt"]}]
-        ((good, bad),) = ours.scores([(prompt, told["responses"])])
+    for row, pair in zip(rows, rows_of(6), strict=True):
+        prompt = [{"role": "user", "content": pair["prompt"]}]
+        ((good, bad),) = ours.scores([(prompt, pair["responses"])])
         first = row["p_human"] == 1.0
         expected = (good, bad) if first else (bad, good)
         assert (row["score_first"], row["score_second"]) == pytest.approx(expected, abs=1e-5)
@@ -176,36 +176,36 @@ def test_which_response_is_called_first_changes_the_sign_and_nothing_else(copied
 def test_scoring_says_what_is_too_long_and_what_it_wrote(copied):
     rows = [*rows_of(3), {"prompt": "so " * 400, "response_a": "a", "response_b": "b"}]
     pairs = write_jsonl(copied / "pairs.jsonl", rows)
-    found = cli("score", copied, "--pairs", pairs)
-    first, people, last = found.stdout.splitlines()
+    result = cli("score", copied, "--pairs", pairs)
+    first, people, last = result.stdout.splitlines()
     assert first == "3 pairs scored, 1 too long"
     assert people.startswith("  people     1.000 (")
     assert last == f"{copied}/scores.jsonl"
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory, made) -> tuple[Run, list[str], dict]:
+def several(tmp_path_factory, run_path) -> tuple[Run, list[str], dict]:
     """The run with a second model and a learning curve: (run, what was said, summary)."""
-    path = shutil.copytree(made, tmp_path_factory.mktemp("runs") / "run")
+    path = shutil.copytree(run_path, tmp_path_factory.mktemp("runs") / "run")
     options = ("--set", "reward.members=2", "--set", "reward.curve=[0.5]", "--json")
-    found = cli("reward", path, *options)
-    assert found.exit_code == 0, found.stderr
-    return path, found.stderr.splitlines(), json.loads(found.stdout)
+    result = cli("reward", path, *options)
+    assert result.exit_code == 0, result.stderr
+    return path, result.stderr.splitlines(), json.loads(result.stdout)
 
 
-def test_more_models_and_a_curve_leave_the_first_model_as_it_is(several, made):
-    path, said, found = several
-    assert said[0] == f"{path}/reward: done already, of the same data, settings and model"
-    assert found["models"] == [f"{path}/reward", f"{path}/reward-2"]
+def test_more_models_and_a_curve_leave_the_first_model_as_it_is(several, run_path):
+    path, lines, summary = several
+    assert lines[0] == f"{path}/reward: done already, of the same data, settings and model"
+    assert summary["models"] == [f"{path}/reward", f"{path}/reward-2"]
     heads = [
         load_file(folder / "model.safetensors")["score.weight"]
-        for folder in (made / "reward", path / "reward", path / "reward-2")
+        for folder in (run_path / "reward", path / "reward", path / "reward-2")
     ]
     assert torch.equal(heads[0], heads[1])
     assert not torch.allclose(heads[1], heads[2], atol=0.1)
-    half, full = found["card"]["curve"]
-    assert half["pairs"] < full["pairs"] == found["pairs"]
-    assert full["accuracy"] == found["card"]["ai"]["accuracy"]
+    half, full = summary["card"]["curve"]
+    assert half["pairs"] < full["pairs"] == summary["pairs"]
+    assert full["accuracy"] == summary["card"]["ai"]["accuracy"]
 
 
 @pytest.mark.parametrize("how", ["mean", "min", "lower"])
@@ -225,31 +225,31 @@ def test_an_ensemble_says_one_thing_of_its_normalised_scores(several, how):
     file = write_jsonl(path / "pairs.jsonl", rows)
     options = ("--set", "reward.members=2", "--set", f"reward.combine={how}")
     assert cli("score", path, "--pairs", file, *options).exit_code == 0
-    found = [
+    scores = [
         row[name]
         for row in read_jsonl(path / "scores.jsonl")
         for name in ("score_first", "score_second")
     ]
-    assert found == pytest.approx([expected(two) for two in pairs], abs=1e-4)
+    assert scores == pytest.approx([expected(two) for two in pairs], abs=1e-4)
     assert any(abs(a - b) > 1e-2 for a, b in pairs)
 
 
 def test_lower_is_the_mean_less_a_deviation():
-    found = [scoring.combined([1.0, 2.0, 6.0], how) for how in ("mean", "min", "lower")]
-    assert found == pytest.approx([3.0, 1.0, 3.0 - math.sqrt(14 / 3)])
+    scores = [scoring.combined([1.0, 2.0, 6.0], how) for how in ("mean", "min", "lower")]
+    assert scores == pytest.approx([3.0, 1.0, 3.0 - math.sqrt(14 / 3)])
 
 
 def test_peoples_choices_alone_are_enough_to_learn_from(tmp_path, model):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", rows_of(30))
     options = [("policy.model", model), ("reward.dtype", "float32"), ("reward.device", "cpu")]
     options += [("reward.max_steps", 2), ("reward.eval_fraction", 0.2)]
-    given = [part for key, value in options for part in ("--set", f"{key}={value}")]
-    found = cli("reward", tmp_path / "new", "--data", f"{pairs}=0.5", *given)
-    assert found.exit_code == 0, found.stderr
-    learned = int(re.match(r"(\d+) comparisons of \1 prompts, 2 steps", found.stdout)[1])
-    (held_out,) = re.findall(r"people .* of (\d+); longer wins", found.stdout)
+    settings = [part for key, value in options for part in ("--set", f"{key}={value}")]
+    result = cli("reward", tmp_path / "new", "--data", f"{pairs}=0.5", *settings)
+    assert result.exit_code == 0, result.stderr
+    learned = int(re.match(r"(\d+) comparisons of \1 prompts, 2 steps", result.stdout)[1])
+    (held_out,) = re.findall(r"people .* of (\d+); longer wins", result.stdout)
     assert 15 < learned < learned + int(held_out) == 30
-    assert "AI labels" not in found.stdout
+    assert "AI labels" not in result.stdout
 
 
 ERRORS = {
@@ -275,8 +275,8 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_an_error_is_one_line_and_exit_1(tmp_path, model, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    told = [(c, 0.5) for c, _ in preferred()] if case == "constant" else preferred()
-    run = reward_run(tmp_path / "run", model, told)
+    labels = [(c, 0.5) for c, _ in preferred()] if case == "constant" else preferred()
+    run = reward_run(tmp_path / "run", model, labels)
     run.keep_settings()
     write_jsonl(tmp_path / "pairs.jsonl", rows_of(1))
     write_jsonl(tmp_path / "empty.jsonl", [])
@@ -285,9 +285,9 @@ def test_an_error_is_one_line_and_exit_1(tmp_path, model, monkeypatch, case):
     if case == "cut off":
         run.write_state("label", {"in_progress": True})
     (verb, *more), expected = ERRORS[case]
-    found = cli(verb, run.path, *more)
-    assert (found.exit_code, found.stdout) == (1, "")
-    (line,) = found.stderr.splitlines()
+    result = cli(verb, run.path, *more)
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
     assert line.startswith("aif: ")
     assert "a fault of aif" not in line
     assert re.search(expected, line), line
@@ -300,9 +300,9 @@ def test_interrupted_it_exits_with_130(tmp_path, model, monkeypatch):
     monkeypatch.setattr(stage, "train", stop)
     run = reward_run(tmp_path / "run", model)
     run.keep_settings()
-    found = cli("reward", run.path)
-    assert found.exit_code == 130
-    assert found.stderr == "aif: interrupted at step 1 of 16; the same command resumes\n"
+    result = cli("reward", run.path)
+    assert result.exit_code == 130
+    assert result.stderr == "aif: interrupted at step 1 of 16; the same command resumes\n"
 
 
 def test_scores_that_are_no_numbers_and_damaged_models_are_errors(copied):
@@ -332,9 +332,9 @@ def test_a_policy_of_plain_text_is_scored_as_plain_text(tmp_path, model):
 
 
 def test_prompts_are_shared_only_where_attention_takes_a_mask():
-    found = tiny_model()
-    assert shares(found, None, "reward")
-    found.set_attn_implementation("eager")
-    assert not shares(found, None, "reward")
+    model = tiny_model()
+    assert shares(model, None, "reward")
+    model.set_attn_implementation("eager")
+    assert not shares(model, None, "reward")
     with pytest.raises(InputError, match="reward: share_prompt: got true for a model whose"):
-        shares(found, True, "reward")
+        shares(model, True, "reward")

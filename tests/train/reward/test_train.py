@@ -78,26 +78,26 @@ def flat(rows: list) -> list[float]:
 
 
 def test_it_learns_the_rule_and_says_what_it_did(trained):
-    run, found = trained
-    assert (found["prompts"], found["eval_prompts"], found["steps"]) == (27, 13, 16)
-    assert found["pairs"] + found["eval_pairs"] == len(preferred())
-    assert (found["truncated"], found["dropped"], found["left_out"]) == (0, 0, {})
-    assert found["eval_loss_before"] == pytest.approx(math.log(2), abs=0.1)  # it knew nothing
-    assert found["eval_loss"] < found["eval_loss_before"] - 0.15
-    assert found["card"]["ai"]["accuracy"] == 1.0
+    run, summary = trained
+    assert (summary["prompts"], summary["eval_prompts"], summary["steps"]) == (27, 13, 16)
+    assert summary["pairs"] + summary["eval_pairs"] == len(preferred())
+    assert (summary["truncated"], summary["dropped"], summary["left_out"]) == (0, 0, {})
+    assert summary["eval_loss_before"] == pytest.approx(math.log(2), abs=0.1)  # it knew nothing
+    assert summary["eval_loss"] < summary["eval_loss_before"] - 0.15
+    assert summary["card"]["ai"]["accuracy"] == 1.0
     rows = read_jsonl(run.path / "metrics.jsonl")
     assert {row["stage"] for row in rows} == {"reward"}
     at = {(row["name"], row["step"]): row["value"] for row in rows}
-    assert found["train_loss"] == pytest.approx(fmean(at["loss", n] for n in range(1, 17)))
+    assert summary["train_loss"] == pytest.approx(fmean(at["loss", n] for n in range(1, 17)))
     assert [step for name, step in at if name == "eval_loss"] == [0, 4, 8, 12, 16]
-    assert at["eval_loss", 16] == found["eval_loss"]
+    assert at["eval_loss", 16] == summary["eval_loss"]
 
 
 def test_the_card_tells_of_what_was_held_out(trained):
-    run, found = trained
+    run, summary = trained
     card = json.loads((run.path / "reward-card.json").read_text())
-    assert card == found["card"]
-    ai, human, n = card["ai"], card["human"], found["eval_pairs"]
+    assert card == summary["card"]
+    ai, human, n = card["ai"], card["human"], summary["eval_pairs"]
     assert (card["pairs"], ai["n"], human["n"], human["accuracy"]) == (n, n, n, 1.0)
     low, high = ai["interval"]
     assert low == pytest.approx(n / (n + 1.96**2), abs=1e-3)  # Wilson's, where all are right
@@ -113,13 +113,13 @@ def test_the_card_tells_of_what_was_held_out(trained):
         "kind": 1.0, "grim": 0.0,
     }  # fmt: skip
     # The loss of what the scores say is the loss that training measured.
-    assert ai["calibration"]["loss"] == pytest.approx(found["eval_loss"], abs=1e-4)
+    assert ai["calibration"]["loss"] == pytest.approx(summary["eval_loss"], abs=1e-4)
     assert 0 < ai["calibration"]["ece"] < 0.2
 
 
 def test_the_card_has_the_scores_of_every_kind_of_text(trained):
-    run, found = trained
-    scores = found["card"]["scores"]
+    run, summary = trained
+    scores = summary["card"]["scores"]
     assert {kind: part["n"] for kind, part in scores.items()} == {
         "held out": 29, "policy": 12, "revised": 11,
     }  # fmt: skip
@@ -152,37 +152,37 @@ def test_a_card_is_made_again_where_there_is_more_to_tell(copied, trained):
 def test_anyone_loads_it_and_gets_the_same_scores(trained):
     run, _ = trained
     folder = run.path / "reward"
-    found = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert found.dtype == torch.float32
-    assert found.config.num_labels == 1
-    assert found.config.pad_token_id == tokenizer.pad_token_id == 0 != tokenizer.eos_token_id
-    asked = policy_responses(run)
+    assert model.dtype == torch.float32
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0 != tokenizer.eos_token_id
+    groups = policy_responses(run)
     texts = [
         tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         + f"{text}<|im_end|>"
-        for prompt, responses in asked
+        for prompt, responses in groups
         for text in responses
     ]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     assert not batch["attention_mask"].all()
     with torch.no_grad():
-        theirs = found(**batch).logits.squeeze(-1)
-    ours = torch.tensor(flat(loaded(run).scores(asked)))
+        theirs = model(**batch).logits.squeeze(-1)
+    ours = torch.tensor(flat(loaded(run).scores(groups)))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
     assert ours.std() > 0.1
 
 
 def test_its_configuration_says_how_the_policys_scores_are_normalised(trained):
-    run, found = trained
+    run, summary = trained
     ours = loaded(run)
     about = ours.model.config.aif_reward
     assert about == {"mean": ours.mean, "std": ours.std, "chat": True}
     values = [ours.normalised(score) for score in flat(ours.scores(policy_responses(run)))]
     assert fmean(values) == pytest.approx(0, abs=1e-4)
     assert pstdev(values) == pytest.approx(1, abs=1e-4)
-    assert found["reference"] == {"of": "policy", **found["card"]["scores"]["policy"]}
-    assert found["reference"]["n"] == 12
+    assert summary["reference"] == {"of": "policy", **summary["card"]["scores"]["policy"]}
+    assert summary["reference"]["n"] == 12
 
 
 def test_responses_to_a_prompt_are_scored_together_but_never_many():
@@ -200,16 +200,16 @@ def test_what_it_is_normalised_on_is_what_it_learned_from_where_no_response_fits
     prompt = Prompt.of([{"role": "user", "content": "long " * 100}])
     run.write("prompts.jsonl", [prompt])
     run.write("responses.jsonl", [Response("r", prompt.id, "x", 0, "yes", "stop", None, {})])
-    found = reward(run, Said())["reference"]
-    assert (found["of"], found["n"]) == ("learned", 61)
+    scores = reward(run, Said())["reference"]
+    assert (scores["of"], scores["n"]) == ("learned", 61)
 
 
 def test_a_new_head_is_as_wide_as_its_width_asks_and_the_same_for_a_seed(tmp_path):
     tiny_model(hidden_size=256, vocab_size=64).save_pretrained(tmp_path / "wide")
 
     def head(seed: int) -> torch.Tensor:
-        found = load_reward_model(str(tmp_path / "wide"), "float32", "cpu", new_head=seed)
-        return found.score.weight.detach()
+        model = load_reward_model(str(tmp_path / "wide"), "float32", "cpu", new_head=seed)
+        return model.score.weight.detach()
 
     first = head(0)
     assert first.shape == (1, 256)
@@ -225,8 +225,8 @@ def test_a_model_without_a_head_is_no_reward_model(model):
 
 def test_a_trained_head_is_not_made_anew(trained):
     folder = trained[0].path / "reward"
-    found = load_reward_model(str(folder), "float32", "cpu", new_head=5)
-    assert torch.equal(found.score.weight, weights(folder)["score.weight"])
+    model = load_reward_model(str(folder), "float32", "cpu", new_head=5)
+    assert torch.equal(model.score.weight, weights(folder)["score.weight"])
 
 
 def test_it_starts_from_the_fine_tuned_policy_where_that_is_whole(tmp_path, model):
@@ -256,18 +256,18 @@ def test_no_dropout_is_left_while_it_trains(tmp_path, model, monkeypatch):
         return [training.model(**batch).item() for _ in range(2)]
 
     def look(training):
-        found.append(forwards(training))
+        losses.append(forwards(training))
         for module in training.model.modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.1  # as the model has it
-        found.append(forwards(training))
+        losses.append(forwards(training))
         raise KeyboardInterrupt
 
-    found: list[list[float]] = []
+    losses: list[list[float]] = []
     monkeypatch.setattr(stage, "train", look)
     with pytest.raises(KeyboardInterrupt):
         reward(reward_run(tmp_path / "run", model), Said())
-    (first, second), (third, fourth) = found
+    (first, second), (third, fourth) = losses
     assert first == second
     assert third != fourth
 
@@ -277,8 +277,8 @@ def test_with_lora_adapters_and_the_head_learn_and_the_model_is_merged(tmp_path,
 
     lora = {"rank": 4, "targets": ["q_proj", "v_proj"]}
     run = reward_run(tmp_path / "run", model, lora=lora, learning_rate=3e-2)
-    found = reward(run, Said())
-    assert found["eval_loss"] < found["eval_loss_before"] - 0.1
+    summary = reward(run, Said())
+    assert summary["eval_loss"] < summary["eval_loss_before"] - 0.1
     start = load_reward_model(str(model), "float32", "cpu", new_head=0)
     before, after = start.state_dict(), weights(run.path / "reward")
     changed = {name for name in after if not torch.equal(before[name], after[name])}
@@ -286,26 +286,26 @@ def test_with_lora_adapters_and_the_head_learn_and_the_model_is_merged(tmp_path,
     adapted = PeftModel.from_pretrained(start, run.path / "reward" / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(run.path / "reward")
     apart = RewardModel(inner(adapted), tokenizer, run.settings.reward, chat=True)
-    asked = [(c.prompt, [c.first, c.second]) for c, _ in preferred()]
-    merged = flat(loaded(run).scores(asked))
-    assert merged == pytest.approx(flat(apart.scores(asked)), abs=1e-4)
+    groups = [(c.prompt, [c.first, c.second]) for c, _ in preferred()]
+    merged = flat(loaded(run).scores(groups))
+    assert merged == pytest.approx(flat(apart.scores(groups)), abs=1e-4)
     # And those that it had while it was trained, of what it learned from.
     out = RewardData(run, str(model)).train_groups
     values = flat(loaded(run).scores([(group.prompt, group.responses) for group in out]))
-    assert found["reference"]["mean"] == pytest.approx(fmean(values), abs=1e-4)
+    assert summary["reference"]["mean"] == pytest.approx(fmean(values), abs=1e-4)
 
 
 def test_a_curve_of_which_nothing_is_held_out_has_nothing_to_show(tmp_path, model):
     run = reward_run(tmp_path / "run", model, curve=[0.5], eval_fraction=0.0, max_steps=1)
-    found = reward(run, Said())
-    assert (found["eval_loss"], found["card"]["pairs"]) == (None, 0)
-    assert "curve" not in found["card"]
+    summary = reward(run, Said())
+    assert (summary["eval_loss"], summary["card"]["pairs"]) == (None, 0)
+    assert "curve" not in summary["card"]
 
 
 def test_rankings_are_learned(tmp_path, model):
-    found = reward(reward_run(tmp_path / "run", model, objective="ranking"), Said())
-    assert found["eval_loss"] < found["eval_loss_before"] - 0.2
-    assert found["card"]["ai"]["accuracy"] > 0.9
+    summary = reward(reward_run(tmp_path / "run", model, objective="ranking"), Said())
+    assert summary["eval_loss"] < summary["eval_loss_before"] - 0.2
+    assert summary["card"]["ai"]["accuracy"] > 0.9
 
 
 def test_the_judges_grades_are_learned(tmp_path, model):
@@ -319,10 +319,10 @@ def test_the_judges_grades_are_learned(tmp_path, model):
         )
     ]  # fmt: skip
     run.write("verdicts.jsonl", verdicts)
-    found = reward(run, Said())
-    assert found["eval_loss"] < found["eval_loss_before"] - 0.1
-    assert "human" not in found["card"]
-    assert found["card"]["ai"]["accuracy"] > 0.9
+    summary = reward(run, Said())
+    assert summary["eval_loss"] < summary["eval_loss_before"] - 0.1
+    assert "human" not in summary["card"]
+    assert summary["card"]["ai"]["accuracy"] > 0.9
 
 
 def test_peoples_grades_are_not_called_the_judges(tmp_path, model):
@@ -347,8 +347,8 @@ def test_the_first_loss_and_its_gradient_are_those_of_trl(tmp_path):
     tokenizer, _ = load_tokenizer(str(tmp_path / "tiny"))
     for part in (head, tokenizer):
         part.save_pretrained(tmp_path / "classifier")
-    told = [(c, round(p)) for c, p in preferred(12)]
-    run = reward_run(tmp_path / "run", tmp_path / "classifier", told, eval_fraction=0.0)
+    labels = [(c, round(p)) for c, p in preferred(12)]
+    run = reward_run(tmp_path / "run", tmp_path / "classifier", labels, eval_fraction=0.0)
     prepared = RewardData(run, str(tmp_path / "classifier"))
 
     def fresh():
@@ -375,7 +375,7 @@ def test_the_first_loss_and_its_gradient_are_those_of_trl(tmp_path):
     peer = trl.RewardTrainer(
         model=fresh(),
         args=args,
-        train_dataset=Dataset.from_list([row(c, p) for c, p in told]),
+        train_dataset=Dataset.from_list([row(c, p) for c, p in labels]),
         processing_class=tokenizer,
     )
     rows = [(r["chosen_ids"], r["rejected_ids"]) for r in peer.train_dataset]
