@@ -20,8 +20,7 @@ from aif.pipeline import steps
 from aif.run import Run
 from aif.stages.compare import pairs
 from aif.stages.label import STAGE, comparisons, measured_rate, own_comparisons
-from aif.stages.respond import asks_for as samples_for
-from aif.stages.respond import read_shots
+from aif.stages.respond import read_few_shot, sample_asks
 from aif.stages.revise import model_of, reviser_of
 from aif.store.journal import Index, Reader
 from aif.store.records import Comparison, Prompt
@@ -73,7 +72,8 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
         pending = PendingCalls.of(panel, comparisons_of(run), journal)
         judges = [_of_judge(run, judge, pending, journal.index) for judge in panel.judges]
     principles = Counter(name for calls in pending.missing.values() for name in calls.values())
-    rate = rate or measured_rate(run, panel)
+    used = facts(panel, path, {})
+    rate = rate or measured_rate(run, used)
     exact = all(judge["prompt_tokens_are"] == "exact" for judge in judges)
     summary = {
         "run": str(run.path),
@@ -91,7 +91,7 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
         "judges": judges,
         "calls_per_s": rate,
         "seconds": pending.calls / rate if rate else None,
-        "changes": changes(run.state(STAGE), facts(panel, path, {})),
+        "changes": changes(run.state(STAGE), used),
         "protocol": panel.judges[0].protocol,
         "judge": ", ".join(judge.name for judge in panel.judges),
     }
@@ -211,9 +211,9 @@ def _sampling_dollars(run: Run) -> dict[str, dict[str, float | None]]:
 
 
 def _samples_asked(run: Run) -> Iterator[Ask]:
-    shots = read_shots(run.settings.respond.shots)
+    shots = read_few_shot(run.settings.respond.shots)
     for prompt in prompts_of(run):
-        yield from samples_for(run, prompt, shots)
+        yield from sample_asks(run.settings, prompt, shots)
 
 
 def _revisions_asked(run: Run, llm: LLM) -> Iterator[Ask]:
@@ -223,7 +223,9 @@ def _revisions_asked(run: Run, llm: LLM) -> Iterator[Ask]:
     text = "word " * settings.policy.response_tokens
     critique = "word " * reviser.model.response_tokens
     responses = (
-        (prompt, ask.key) for prompt in prompts_of(run) for ask in samples_for(run, prompt, [])
+        (prompt, ask.key)
+        for prompt in prompts_of(run)
+        for ask in sample_asks(run.settings, prompt, [])
     )
     for prompt, response in islice(responses, settings.revise.limit):
         for number in range(1, settings.revise.rounds + 1):

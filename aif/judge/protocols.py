@@ -1,12 +1,13 @@
-"""How a judge is asked and what its answer says: pairwise, reasoned, pointwise, rating.
+"""The judge protocols: what a call shows, and how its answer becomes a number.
 
-`pairwise` shows both responses, in both orders, and reads the log-probabilities of A and B:
-position bias is the norm in LLM judges (Zheng et al. 2023, 2306.05685; Lee et al. 2023,
-2309.00267), and half the difference of the two log-odds cancels what is constant in it. `reasoned`
-is the same after reasons: the judge thinks first, and A and B are read where its text ends in the
-verdict. `pointwise` grades each response alone by yes or no, few-shot examples first, and compares
-the grades' log-odds; a very small model can judge in this way and in no other. `rating` grades each
-by the expectation of 1 to 10 over their log-probabilities (direct RLAIF, Lee et al. 2023).
+`pairwise` shows both responses, in both orders, and reads the log-probabilities of A and B. LLM
+judges have a position bias (Zheng et al. 2023, 2306.05685; Lee et al. 2023, 2309.00267); half the
+difference of the two log-odds cancels the part of it that is constant. `reasoned` is the same after
+reasons: the judge thinks first, and A and B are read where its text ends in the verdict.
+`pointwise` grades each response alone by yes or no, after few-shot examples, and compares the
+log-odds of the grades; a very small model can judge only in this way. `rating` grades each response
+alone by the expected value of 1 to 10 under their log-probabilities (direct RLAIF, Lee et al.
+2023).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -28,29 +29,29 @@ from aif.llm.verdict_text import (
 )
 from aif.stats.odds import probability
 
-LEAD = "Verdict:"  # what stands before the option that a reasoned answer ends in
-STRUCTURED_TOKENS = 32  # {"verdict": "A"}, with room for a server that breaks lines in it
+LEAD = "Verdict:"  # stands before the option at the end of a reasoned answer
+STRUCTURED_TOKENS = 32  # for {"verdict": "A"}, with room for line breaks
 
 AB, YES_NO = ("A", "B"), ("Yes", "No")
 
 Logprobs = dict[str, float]
 
-# A judged text that holds a verdict of its own must not come out of the judge's mouth as one.
+# A verdict in a judged text: a judge that quotes it must not seem to give it.
 _VERDICT = re.compile(r"\bverdict(?=\W{0,12}(?:is\W{1,6})?(?:[a-z]{4,12}\W{1,4})?[AB]\b)", re.I)
 
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """One way of asking. In an order "ab" or "ba" both responses are shown, in "a" or "b" one.
+    """One way to ask. The orders "ab" and "ba" show both responses, "a" and "b" one of them.
 
-    `of_logprobs` and `of_text` are what one answer says, in [0, 1]: how far it is for the first
-    option, or how high it rates. `of_texts` makes one number of several read from text.
+    `of_logprobs` and `of_text` turn one answer into a number in [0, 1]: how much it is for the
+    first option, or how high it rates. `of_texts` turns those of several texts into one.
     """
 
     options: tuple[str, ...]
     orders: tuple[str, ...]
-    tokens: int  # that an answer may take where its log-probabilities are read
-    tokens_of_text: int  # ... where its text is
+    tokens: int  # of an answer whose log-probabilities are read, at most
+    tokens_of_text: int  # of an answer whose text is read, at most
     of_logprobs: Callable[[Logprobs], float]
     of_text: Callable[[str], float | None]
     of_texts: Callable[[Sequence[float]], float]
@@ -59,56 +60,58 @@ class Protocol:
 
     @property
     def compares(self) -> bool:
-        """Whether a call shows both responses rather than grades one."""
+        """Whether a call shows both responses; else it grades one."""
         return len(self.orders[0]) == 2
 
     def schema(self) -> dict[str, Any]:
-        """The JSON schema of an answer for servers that hold a model to one; the verdict is last,
-        after the reasons."""
+        """The JSON schema of an answer, for servers that enforce one. The verdict comes last, after
+        the reasons."""
         verdict = {"verdict": {"type": "string", "enum": list(self.options)}}
-        found = {"reasoning": {"type": "string"}} | verdict if self.reasons else verdict
+        properties = {"reasoning": {"type": "string"}} | verdict if self.reasons else verdict
         return {
             "type": "object",
-            "properties": found,
-            "required": list(found),
+            "properties": properties,
+            "required": list(properties),
             "additionalProperties": False,
         }
 
     def harmless(self, text: str) -> str:
-        """A judged text whose own verdict lines, if it has any, cannot be read as the judge's."""
-        return _VERDICT.sub(lambda found: found[0][0] + " " + found[0][1:], text)
+        """A judged text, with its own verdict lines broken up so that they are not read as the
+        judge's."""
+        return _VERDICT.sub(lambda match: match[0][0] + " " + match[0][1:], text)
 
     def read(self, answer: Answer, structured: bool = False) -> tuple[float | None, str | None]:
-        """(what the answer says in [0, 1], fault): one of the two is None.
+        """(the number of an answer, fault): one of the two is None.
 
-        Of several samples the mean of what those with a verdict say. Where one of them is known by
-        its text alone all are read as texts: a sure 1 would outweigh what the others leave open.
+        Several samples give the mean over those with a verdict. If one of them has no
+        log-probabilities, all are read as texts: a certain 1 would outweigh the soft numbers.
         """
         if answer.fault:
             return None, answer.fault
-        soft = [answer.logprobs] if answer.logprobs is not None else list(answer.ends)
-        if not all(math.isfinite(value) for one in soft if one for value in one.values()):
+        logprobs = [answer.logprobs] if answer.logprobs is not None else list(answer.ends)
+        if not all(math.isfinite(value) for one in logprobs if one for value in one.values()):
             return None, "malformed"
         if answer.logprobs is not None:
             return self.of_logprobs(answer.logprobs), None
-        texts = [self._said(text, structured) for text in answer.texts]
-        soft += [None] * (len(texts) - len(soft))
-        said = [both for both in zip(soft, texts, strict=True) if both != (None, None)]
-        if not said:
+        numbers = [self._of_sample(text, structured) for text in answer.texts]
+        logprobs += [None] * (len(numbers) - len(logprobs))
+        samples = [
+            sample for sample in zip(logprobs, numbers, strict=True) if sample != (None, None)
+        ]
+        if not samples:
             return None, _why_unparsed(answer)
-        if all(one is not None for one, _ in said):
-            return fmean(self.of_logprobs(one) for one, _ in said if one is not None), None
-        return self.of_texts([self._hard(*both) for both in said]), None
+        if all(one is not None for one, _ in samples):
+            return fmean(self.of_logprobs(one) for one, _ in samples if one is not None), None
+        # A text without a verdict was led to it: its likelier option is the verdict.
+        return self.of_texts(
+            [self.of_text(max(one, key=one.get)) if n is None else n for one, n in samples]
+        ), None
 
-    def _said(self, text: str, structured: bool) -> float | None:
+    def _of_sample(self, text: str, structured: bool) -> float | None:
         if not structured:
             return self.of_text(text)
-        found = verdict_in_json(text, self.options)
-        return None if found is None else self.of_text(self.options[found.option])
-
-    def _hard(self, one: Logprobs | None, said: float | None) -> float | None:
-        """What a sample says as a text; one that was led to its verdict has none of its own."""
-        return said if one is None or said is not None else self.of_text(max(one, key=one.get))
+        stated = verdict_in_json(text, self.options)
+        return None if stated is None else self.of_text(self.options[stated.option])
 
 
 def _odds(options: tuple[str, str]) -> Callable[[Logprobs], float]:
@@ -125,28 +128,27 @@ def _choice(options: tuple[str, str]) -> Callable[[str], float | None]:
 
 
 def _counted(values: Sequence[float]) -> float:
-    """k of n: the Krichevsky-Trofimov estimate, so that one hard answer says 0.75 rather than a
-    certainty that it has not earned."""
+    """k of n by the Krichevsky-Trofimov estimate: one hard answer gives 0.75, not certainty."""
     return (sum(values) + 0.5) / (len(values) + 1)
 
 
 def _stated(text: str) -> float | None:
-    found = parse_verdict(text, AB)
-    return None if found is None else float(1 - found.option)
+    stated = parse_verdict(text, AB)
+    return None if stated is None else float(1 - stated.option)
 
 
 LOWEST, HIGHEST = 1, 10
 
 
 def _share(rating: float) -> float:
-    """A rating as a share of the scale, each taken as the middle of its tenth: 1 is 0.05 and 10 is
-    0.95, so that no response is ever infinitely better than another."""
+    """A rating as a share of the scale, at the middle of its tenth: 1 is 0.05 and 10 is 0.95, so
+    no response is infinitely better than another."""
     p = (rating - LOWEST + 0.5) / (HIGHEST - LOWEST + 1)
-    return 1 - (1 - p)  # as `odds.probability`: what is flipped twice is the same to the bit
+    return 1 - (1 - p)  # flipped twice it is the same to the bit, as in `odds.probability`
 
 
 def _expected(logprobs: Logprobs) -> float:
-    """The mean rating over those that have a probability; they need not add up to 1."""
+    """The expected rating over the options with a probability, as a share of the scale."""
     top = max(logprobs.values())
     weights = {int(option): math.exp(value - top) for option, value in logprobs.items()}
     return _share(sum(n * w for n, w in weights.items()) / math.fsum(weights.values()))
@@ -157,43 +159,39 @@ def _rated(text: str) -> float | None:
     return None if rating is None else _share(rating)
 
 
+_PAIRWISE = Protocol(
+    options=AB,
+    orders=("ab", "ba"),
+    tokens=1,
+    tokens_of_text=16,
+    of_logprobs=_odds(AB),
+    of_text=_choice(AB),
+    of_texts=_counted,
+)
+_POINTWISE = replace(
+    _PAIRWISE,
+    options=YES_NO,
+    orders=("a", "b"),
+    of_logprobs=_odds(YES_NO),
+    of_text=_choice(YES_NO),
+)
 PROTOCOLS = {
-    "pairwise": Protocol(
-        options=AB,
-        orders=("ab", "ba"),
-        tokens=1,
-        tokens_of_text=16,
-        of_logprobs=_odds(AB),
-        of_text=_choice(AB),
-        of_texts=_counted,
-    ),
-    # Reasons make a model sure of whatever they lead to; Bai et al. 2022 (2212.08073, section 4.1)
-    # found labels kept within 40 to 60 per cent to train better and more robustly.
-    "reasoned": Protocol(
-        options=AB,
-        orders=("ab", "ba"),
+    "pairwise": _PAIRWISE,
+    # Reasons make a model too certain. Bai et al. 2022 (2212.08073, section 4.1): labels clamped
+    # to 40-60 per cent trained better and more robustly.
+    "reasoned": replace(
+        _PAIRWISE,
         tokens=512,
         tokens_of_text=512,
-        of_logprobs=_odds(AB),
         of_text=_stated,
-        of_texts=_counted,
         reasons=True,
         clamp=(0.4, 0.6),
     ),
-    "pointwise": Protocol(
-        options=YES_NO,
-        orders=("a", "b"),
-        tokens=1,
-        tokens_of_text=16,
-        of_logprobs=_odds(YES_NO),
-        of_text=_choice(YES_NO),
-        of_texts=_counted,
-    ),
-    "rating": Protocol(
+    "pointwise": _POINTWISE,
+    "rating": replace(
+        _POINTWISE,
         options=tuple(str(n) for n in range(LOWEST, HIGHEST + 1)),
-        orders=("a", "b"),
         tokens=SPELLED_TOKENS,
-        tokens_of_text=16,
         of_logprobs=_expected,
         of_text=_rated,
         of_texts=fmean,

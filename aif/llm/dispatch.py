@@ -39,10 +39,14 @@ class Tally:
     stopped: AifError | None = None
 
     @property
+    def calls(self) -> int:
+        """Calls made, with or without an answer."""
+        return self.answered + self.faults.total()
+
+    @property
     def calls_per_s(self) -> float | None:
         """How fast calls were answered; None where there were none."""
-        calls = self.answered + self.faults.total()
-        return round(calls / self.seconds, 3) if calls and self.seconds else None
+        return round(self.calls / self.seconds, 3) if self.calls and self.seconds else None
 
     def add(self, more: Tally) -> None:
         """Take another tally into this one."""

@@ -1,9 +1,8 @@
-"""Put a prompt's responses side by side: responses.jsonl -> comparisons.jsonl. No model is asked.
+"""Pair the responses of each prompt: responses.jsonl -> comparisons.jsonl. No model is asked.
 
-Where the fine-tuned policy has answered, its responses are taken: resampled.jsonl.
-
-Responses with a fault are left out, equal texts count once, and of K that remain every pair is
-taken, or `compare.per_prompt` of them, drawn by seed.
+Responses of the fine-tuned policy (resampled.jsonl) are used if there are any. Responses with a
+fault are left out, equal texts count once, and each pair of the rest is a comparison, or
+`compare.per_prompt` of the pairs, drawn by seed.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def compare(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def pairs(run: Run, prompt: Prompt, texts: list[str]) -> Iterator[Comparison]:
-    """The pairs of one prompt's texts that are to be compared, drawn per prompt."""
+    """The comparisons of one prompt's texts: all pairs, or a draw of `compare.per_prompt`."""
     settings = run.settings.compare
     every = list(combinations(texts, 2))
     if settings.per_prompt is not None and settings.per_prompt < len(every):

@@ -1,14 +1,14 @@
-"""A reviser: what to ask for a critique and for a revision, and what an answer is worth.
+"""A reviser: what a critique and a revision ask, and how their answers are read.
 
 Constitutional AI (Bai et al. 2022, 2212.08073, section 3): a model critiques a response by one
-principle, then rewrites it so as to meet the critique, and this again, a principle a round. Both
-steps see the conversation so far and the principle's worked examples.
+principle and then rewrites it to meet the critique; this repeats, with one principle per round.
+Both steps see the conversation so far and the principle's worked examples.
 
     system, [example: request a critique -> critique, request a revision -> revision] ...,
     request a critique -> CRITIQUE, request a revision -> REVISION
 
-A call's id is computed from all that is said in it, so that it is made again when, and only when,
-something in it changed: a principle's wording, an example, the template, an earlier round.
+The id of a call is a digest of all its text. So it is made again if, and only if, something in it
+changed: a principle's wording, an example, the template, an earlier round.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from aif.llm import Answer, Ask
 from aif.llm.verdict_text import is_refusal
 from aif.store.records import SERVICE_FAULTS, Message, content_id
 
-END = "\n###"  # where a worked example of the plain-text template ends, and so an answer to it
-# Faults of the call rather than of what was said: the call is made again on the next try.
+END = "\n###"  # ends a worked example in the plain-text template, and so an answer to it
+# Faults of the call, not of the text in its answer: the call is made again by the next run.
 RETRIED = SERVICE_FAULTS | {"malformed", "wrong_model", "rejected", "too_long"}
 
 
 class Reviser:
-    """A constitution and a model's settings, ready to say what to ask.
+    """A constitution and a model's settings: the calls of a round, and what their answers say.
 
-    Principles with neither `critique` nor `revision` are for judges and take no part; one with
-    only one of them, or a constitution with none, raises InputError (naming `where`).
+    Only principles with `critique` and `revision` count; the others are for judges. Raises
+    InputError (naming `where`) if a principle has one of the two, or if none counts.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Reviser:
         self._examples = [e.revision for p in self.principles for e in p.revised]
 
     def principle(self, response_id: str, round: int) -> Principle:
-        """The principle of a response's round (from 1): each once, in drawn order, then again."""
+        """The principle of a response's round (from 1): each once in random order, then again."""
         cycle, place = divmod(round - 1, len(self.principles))
         drawn = self.constitution.drawn(self.principles, self.settings.seed, response_id, cycle)
         return drawn[place]
@@ -69,32 +69,33 @@ class Reviser:
     def ask_critique(self, prompt: list[Message], text: str, principle: Principle) -> Ask:
         """The call that critiques `text` as a response to `prompt`."""
         heading, colon, _ = self._block(
-            "revision", self._shown(prompt, text, principle) | {"critique": ""}
+            "revision", self._variables(prompt, text, principle) | {"critique": ""}
         ).partition(":")
-        # A plain text that has had its critique goes on with what comes next in the examples.
+        # After its critique a base model would go on with the next part of the examples.
         stop = (END, f"\n{heading.strip()}{colon}") if colon else (END,)
         return self._ask(self._turns(prompt, text, principle), stop)
 
     def ask_revision(
         self, prompt: list[Message], text: str, principle: Principle, critique: str
     ) -> Ask:
-        """The call that rewrites `text` in the light of its critique."""
+        """The call that rewrites `text` to meet its critique."""
         turns = self._turns(prompt, text, principle)
-        shown = self._shown(prompt, text, principle) | {"critique": self._harmless(critique)}
-        return self._ask([*turns, self._harmless(critique), self._block("revision", shown)], (END,))
+        critique = self._harmless(critique)
+        variables = self._variables(prompt, text, principle) | {"critique": critique}
+        return self._ask([*turns, critique, self._block("revision", variables)], (END,))
 
     def _turns(self, prompt: list[Message], text: str, principle: Principle) -> list[str]:
-        """Requests and answers in turn, from the examples up to the request for a critique."""
+        """Requests and answers in turn: the examples, then the request for a critique."""
         turns = []
         for example in principle.revised:
-            asked = [{"role": "user", "content": example.prompt}]
-            shown = self._shown(asked, example.response, principle)
-            turns += [self._block("critique", shown), example.critique]
-            shown["critique"] = example.critique
-            turns += [self._block("revision", shown), example.revision]
-        return [*turns, self._block("critique", self._shown(prompt, text, principle))]
+            question = [{"role": "user", "content": example.prompt}]
+            variables = self._variables(question, example.response, principle)
+            turns += [self._block("critique", variables), example.critique]
+            variables["critique"] = example.critique
+            turns += [self._block("revision", variables), example.revision]
+        return [*turns, self._block("critique", self._variables(prompt, text, principle))]
 
-    def _shown(self, prompt: list[Message], text: str, principle: Principle) -> dict[str, Any]:
+    def _variables(self, prompt: list[Message], text: str, principle: Principle) -> dict[str, Any]:
         return {
             "prompt": [
                 {"role": message["role"], "content": self._harmless(message["content"])}
@@ -134,8 +135,8 @@ class Reviser:
         )
 
     def journal_row(self, answer: Answer) -> dict[str, Any]:
-        """What is kept of an answer. Whatever the model said is paid for and stays, good or bad:
-        only a call that failed has a fault here and is made again."""
+        """The journal row of an answer. It has a fault only if the call failed and must be made
+        again; a bad text is an answer all the same."""
         return {
             "id": answer.key,
             "fault": answer.fault if answer.fault in RETRIED else None,
@@ -146,13 +147,13 @@ class Reviser:
         }
 
     def critique(self, row: dict[str, Any]) -> tuple[str, str | None]:
-        """(text, fault) of a critique's journal row. One that was cut off still says something."""
+        """(text, fault) of a critique's journal row. A truncated critique has no fault."""
         text = row["text"].strip()
         return text, _fault(row, text)
 
     def revision(self, row: dict[str, Any], before: str) -> tuple[str, str | None]:
-        """(text, fault) of a revision of `before`: empty, refused, cut off, unchanged, or a
-        worked example's word for word, as small models will have it."""
+        """(text, fault) of a revision of `before`: empty, refused, truncated, unchanged, or copied
+        word for word from a worked example, as small models often do."""
         text = row["text"].strip()
         fault = _fault(row, text)
         if fault == "refused" and text and self.settings.keep_refusals:
@@ -167,7 +168,7 @@ class Reviser:
 
 
 def _principles(constitution: Constitution, where: object) -> list[Principle]:
-    found = []
+    revising = []
     for number, principle in enumerate(constitution.principle):
         if bool(principle.critique) != bool(principle.revision):
             raise InputError(
@@ -177,16 +178,16 @@ def _principles(constitution: Constitution, where: object) -> list[Principle]:
                 expected=f"an instruction, as {principle.id!r} has the other half",
             )
         if principle.critique:
-            found.append(principle)
-    if not found:
+            revising.append(principle)
+    if not revising:
         raise InputError(
             where, "principle", got="none to revise by", expected="one with critique and revision"
         )
-    return found
+    return revising
 
 
 def _as_text(turns: Iterable[str]) -> str:
-    """Requests and answers as one text; an answer after a revision request ends its example."""
+    """Requests and answers as one text. The answer to a revision request ends an example."""
     parts = []
     for number, turn in enumerate(turns):
         parts.append(turn.strip() if number % 2 == 0 else f" {turn.strip()}")
@@ -202,5 +203,5 @@ def _fault(row: dict[str, Any], text: str) -> str | None:
 
 
 def _same(text: str, other: str) -> bool:
-    """Whether two texts differ by no more than spacing and case."""
+    """Whether two texts are the same but for spaces and case."""
     return text.casefold().split() == other.casefold().split()

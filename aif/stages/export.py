@@ -1,10 +1,10 @@
-"""Labels in the shapes that other trainers read.
+"""Write labels in the formats of other trainers.
 
     trl      {"prompt": [...], "chosen": [...], "rejected": [...], "p_chosen": 0.93}
     hh       {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "..."}
     dataset  the trl rows as a folder for `datasets.load_from_disk`
 
-A null label has no direction and an even one (p = 0.5) none either: both are left out, counted.
+Null labels and even ones (p = 0.5) have no direction: they are left out, and counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
 def export(run: Run, format: str, to: Path | None) -> dict[str, Any]:
-    """Write a run's labels to `to` (default: export/ in the run); returns what went where."""
+    """Write a run's labels to `to` (default: export/ in the run); returns the file and counts."""
     name = {"trl": "trl.jsonl", "hh": "hh.jsonl", "dataset": "dataset"}.get(format)
     if name is None:
         raise InputError("export", "--format", got=repr(format), expected="trl, hh or dataset")
@@ -44,7 +44,8 @@ def export(run: Run, format: str, to: Path | None) -> dict[str, Any]:
 
 
 def choices(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], str, str, float]]:
-    """(prompt, chosen, rejected, probability of chosen) of every label that has a direction."""
+    """(prompt, chosen, rejected, p of chosen) of every label with a direction. Counts the others in
+    `left_out`."""
     labels = {label.comparison_id: label for label in run.read("labels.jsonl", Label)}
     for comparison in run.read("comparisons.jsonl", Comparison):
         label = labels.get(comparison.id)
@@ -61,7 +62,7 @@ def choices(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], s
 
 
 def trl_row(prompt: list[Message], chosen: str, rejected: str, p: float) -> dict[str, Any]:
-    """TRL's conversational preference format, with the soft label beside it."""
+    """A row in TRL's conversational preference format, and the soft label."""
     return {
         "prompt": prompt,
         "chosen": [{"role": "assistant", "content": chosen}],
@@ -71,7 +72,7 @@ def trl_row(prompt: list[Message], chosen: str, rejected: str, p: float) -> dict
 
 
 def hh_row(row: dict[str, Any]) -> dict[str, str]:
-    """The dialogue as text, as hh-rlhf has it."""
+    """A TRL row in the text format of hh-rlhf."""
     turns = "".join(f"\n\n{SPEAKERS[m['role']]}: {m['content']}" for m in row["prompt"])
     return {
         side: f"{turns}\n\nAssistant: {row[side][0]['content']}" for side in ("chosen", "rejected")

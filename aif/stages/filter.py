@@ -38,7 +38,7 @@ def filter(run: Run, progress: Progress) -> dict[str, Any]:
     full = settings.label.model_copy(update={"escalate_below": None})
     panel = Panel([judge_of(settings, constitution)], full, {})
     with run.writing():
-        pairs = list(revised_pairs(run))
+        pairs = revised_pairs(run)
         run.keep_settings()
         with run.journal(STAGE) as journal:
             rows = [comparison for _, comparison in pairs]
@@ -51,7 +51,7 @@ def filter(run: Run, progress: Progress) -> dict[str, Any]:
         run.write("kept.jsonl", kept)
         summary = {
             "run": str(run.path),
-            "calls_made": tally.answered + tally.faults.total(),
+            "calls_made": tally.calls,
             "calls_kept": pending.kept,
             "unfinished": len(pairs) - len(kept),
         } | summarised(kept, faults)
@@ -61,23 +61,23 @@ def filter(run: Run, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def revised_pairs(run: Run) -> Iterator[tuple[Revision, Comparison]]:
+def revised_pairs(run: Run) -> list[tuple[Revision, Comparison]]:
     """Every revision without a fault, and its comparison: the response first, it second."""
     prompts = {prompt.id: prompt.messages for prompt in run.read("prompts.jsonl", Prompt)}
     texts = {row.id: row.text for row in run.read("responses.jsonl", Response)}
     path = run.file("revisions.jsonl")
-    empty = True
+    pairs = []
     for row in run.read("revisions.jsonl", Revision):
         if row.response_id not in texts or row.prompt_id not in prompts:
             raise InputError(
                 path, "response_id", got=row.response_id, expected="the id of a responses.jsonl row"
             )
         if row.revision is not None:
-            empty = False
             first = texts[row.response_id] or ""
-            yield row, Comparison.of(prompts[row.prompt_id], first, row.revision)
-    if empty:
+            pairs.append((row, Comparison.of(prompts[row.prompt_id], first, row.revision)))
+    if not pairs:
         raise InputError(path, "", got="no revision without a fault", expected="at least one")
+    return pairs
 
 
 def kept_rows(

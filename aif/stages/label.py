@@ -51,14 +51,13 @@ def label(run: Run, progress: Progress) -> dict[str, Any]:
             pending = PendingCalls.of(panel, rows(), journal)
             for line in [*journal.damage(), *changes(run.state(STAGE), used), pending.line()]:
                 progress.say(line)
-            rate = measured_rate(run, panel)
+            rate = measured_rate(run, used)
             begun = {"run": str(run.path), "in_progress": True, "calls_per_s": rate}
             run.write_state(STAGE, begun | used)
             tally, cost = ask_missing(run, STAGE, panel, pending, rows, journal, progress)
             results = write_results(run, panel, journal)
-        made = tally.answered + tally.faults.total()
         summary = (
-            {"run": str(run.path), "calls_made": made, "calls_kept": pending.kept}
+            {"run": str(run.path), "calls_made": tally.calls, "calls_kept": pending.kept}
             | {"calls_per_s": tally.calls_per_s or rate, "cost": cost}
             | results
             | used
@@ -80,10 +79,10 @@ def _with_labels(stopped: AifError, summary: dict[str, Any]) -> AifError:
     )
 
 
-def measured_rate(run: Run, panel: Panel) -> float | None:
+def measured_rate(run: Run, used: dict[str, Any]) -> float | None:
     """Calls per second of the last labelling by the same judges, if it made any call."""
-    last, now = run.state(STAGE), facts(panel, Path(), {})
-    same = all(last.get(key) == now.get(key) for key in ("judge", "panel"))
+    last = run.state(STAGE)
+    same = all(last.get(key) == used.get(key) for key in ("judge", "panel"))
     return last.get("calls_per_s") if same else None
 
 

@@ -1,4 +1,4 @@
-"""Reinforcement learning with the run's judge at hand: `train.ppo`, given a live one to ask."""
+"""PPO with the run's judge as its reward: `train.ppo` gets the live judge as a callable."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ JUDGE = "judge"
 
 
 def ppo(run: Run, progress: Progress) -> dict[str, Any]:
-    """Train the policy into ppo/ (see `train.ppo`); where `ppo.reward` or `ppo.gold` names the
-    judge, its grades come from the run's journals or are asked as training goes."""
+    """Train the policy into ppo/; returns the summary of `train.ppo`.
+
+    If `ppo.reward` or `ppo.gold` names the judge, its grades come from the run's journals, or it is
+    asked during training.
+    """
     from aif.train.ppo.train import ppo as train
 
     settings = run.settings.ppo

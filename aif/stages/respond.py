@@ -2,8 +2,8 @@
 
 {"id": "...", "prompt_id": "...", "policy": "smollm2-135m", "sample": 0, "text": "...", ...}
 
-`respond.shots` are solved examples (rows with `prompt` and `response`) that stand before every
-prompt as earlier turns. They are not kept with the prompt, so that training goes without them.
+`respond.shots` is a file of solved examples (rows with `prompt` and `response`). They stand before
+every prompt as earlier turns, and are not stored with the prompt: training does not see them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from aif.config.settings import Settings
 from aif.data.readers import read_dialogues, read_prompts
 from aif.errors import InputError
 from aif.llm import Answer, Ask, open_llm
@@ -21,23 +22,22 @@ from aif.llm.dispatch import ask_all
 from aif.progress import Progress
 from aif.run import Run
 from aif.store.checkpoint import sealed
-from aif.store.journal import Journal
+from aif.store.journal import Reader
 from aif.store.records import Message, Prompt, Response, content_id
 
 STAGE = "respond"
 AGAIN = "resample"
-# As `_transcript` has it: a base model goes on to make up the user's next turn.
-NEXT_TURN = "\n\nUser:"
+NEXT_TURN = "\n\nUser:"  # a base model goes on to write the user's next turn, as in `_transcript`
 
 
 def respond(run: Run, progress: Progress) -> dict[str, Any]:
     """Sample `respond.samples` responses to each prompt from `[policy]`; returns the summary."""
-    return _sampled(run, run, STAGE, "responses.jsonl", progress)
+    return _sample(run, run, STAGE, "responses.jsonl", progress)
 
 
 def resample(run: Run, progress: Progress) -> dict[str, Any]:
-    """The same from what `aif sft` left, into resampled.jsonl: preferences are then of responses
-    as the policy that is to learn from them gives them."""
+    """Sample from the model of `aif sft` into resampled.jsonl, so that preferences are about the
+    responses of the policy that will learn from them; returns the summary."""
     tuned = run.file("sft")
     if sealed(tuned) is None:
         raise InputError(
@@ -48,37 +48,36 @@ def resample(run: Run, progress: Progress) -> dict[str, Any]:
         policy=run.settings.policy.of_weights(str(tuned)),
         respond=settings.model_copy(update={"samples": settings.resamples or settings.samples}),
     )
-    return _sampled(run, of_tuned, AGAIN, "resampled.jsonl", progress)
+    return _sample(of_tuned, run, AGAIN, "resampled.jsonl", progress)
 
 
-def _sampled(kept: Run, run: Run, stage: str, file: str, progress: Progress) -> dict[str, Any]:
-    """Responses to the run's prompts under the settings of `run`, in `file`; the summary.
-
-    `kept` is the same run with the settings that run.toml is to have.
-    """
-    meter = Meter.of(run, stage, run.settings.policy)
-    with open_llm(run.settings.policy) as llm, run.writing():
-        shots = read_shots(run.settings.respond.shots)
+def _sample(run: Run, kept: Run, stage: str, file: str, progress: Progress) -> dict[str, Any]:
+    """Sample as the settings of `run` say and write `file`; returns the summary. `kept` is the same
+    run with the settings for run.toml."""
+    settings = run.settings
+    meter = Meter.of(run, stage, settings.policy)
+    with open_llm(settings.policy) as llm, run.writing():
+        few_shot = read_few_shot(settings.respond.shots)
         prompts = take_in(run)
         kept.keep_settings()
         with run.journal(stage) as journal:
             asks = [
                 ask
                 for prompt in prompts
-                for ask in asks_for(run, prompt, shots)
+                for ask in sample_asks(settings, prompt, few_shot)
                 if bytes.fromhex(ask.key) not in journal.index.answered
             ]
             progress.start(stage, len(asks))
             tally = ask_all(llm, asks, journal, _journal_row, progress, meter)
             progress.finish()
-            rows = list(_responses(run, prompts, shots, journal))
-        written = run.write(file, rows)
+            rows = list(_responses(settings, prompts, few_shot, journal))
+        run.write(file, rows)
         summary = {
             "run": str(run.path),
             "file": file,
             "prompts": len(prompts),
-            "responses": written,
-            "calls_made": tally.answered + tally.faults.total(),
+            "responses": len(rows),
+            "calls_made": tally.calls,
             "faults": dict(Counter(row.fault for row in rows if row.fault)),
         }
         run.write_state(stage, summary)
@@ -88,19 +87,19 @@ def _sampled(kept: Run, run: Run, stage: str, file: str, progress: Progress) -> 
 
 
 def take_in(run: Run) -> list[Prompt]:
-    """The distinct prompts of `respond.prompts`, also kept as prompts.jsonl."""
+    """The distinct prompts of `respond.prompts`, which are also written to prompts.jsonl."""
     source = run.settings.respond.prompts
     if source is None:
         raise InputError("respond", "prompts", got="nothing", expected="--prompts FILE")
-    found = islice(read_prompts(source), run.settings.respond.limit)
-    prompts = list({prompt.id: prompt for prompt in found}.values())
+    rows = islice(read_prompts(source), run.settings.respond.limit)
+    prompts = list({prompt.id: prompt for prompt in rows}.values())
     if not prompts:
         raise InputError(source, "", got="no prompts at all", expected="at least one")
     run.write("prompts.jsonl", prompts)
     return prompts
 
 
-def read_shots(source: str | None) -> list[Message]:
+def read_few_shot(source: str | None) -> list[Message]:
     """The solved examples of a file, one after the other, as the turns of one conversation."""
     if source is None:
         return []
@@ -116,37 +115,38 @@ def read_shots(source: str | None) -> list[Message]:
     return turns
 
 
-def asks_for(run: Run, prompt: Prompt, shots: list[Message]) -> Iterator[Ask]:
-    """One call a sample; its id is of prompt, policy, seed, the sample's number and any shots."""
-    policy, settings = run.settings.policy, run.settings.respond
-    messages = _with_shots(prompt.messages, shots)
-    of_shots = [shots] if shots else []  # without any, the id is what it was before there were any
-    identity = policy.identity()
-    for sample in range(settings.samples):
+def sample_asks(settings: Settings, prompt: Prompt, few_shot: list[Message]) -> Iterator[Ask]:
+    """One call per sample. Its id depends on prompt, policy, seed, sample number and few-shot
+    examples."""
+    policy, respond = settings.policy, settings.respond
+    messages = _with_few_shot(prompt.messages, few_shot)
+    examples = [few_shot] if few_shot else []  # none: the id as before there was `respond.shots`
+    identity, is_text = policy.identity(), policy.form == "text"
+    for sample in range(respond.samples):
         key = content_id(
-            "response", prompt.id, identity, policy.form, settings.seed, sample, *of_shots
+            "response", prompt.id, identity, policy.form, respond.seed, sample, *examples
         )
         yield Ask(
             key=key,
-            messages=messages if policy.form != "text" else None,
-            text=_transcript(messages) if policy.form == "text" else None,
+            messages=None if is_text else messages,
+            text=_transcript(messages) if is_text else None,
             max_tokens=policy.response_tokens,
             temperature=policy.temperature,
             seed=int(key[:8], 16),
-            stop=(NEXT_TURN,) if policy.form == "text" else (),
+            stop=(NEXT_TURN,) if is_text else (),
         )
 
 
-def _with_shots(messages: list[Message], shots: list[Message]) -> list[Message]:
-    """The shots before the prompt's turns, but after its system message."""
+def _with_few_shot(messages: list[Message], few_shot: list[Message]) -> list[Message]:
+    """The examples before the prompt's turns, but after its system message."""
     start = 0
     while start < len(messages) and messages[start]["role"] == "system":
         start += 1
-    return [*messages[:start], *shots, *messages[start:]]
+    return [*messages[:start], *few_shot, *messages[start:]]
 
 
 def _transcript(messages: list[Message]) -> str:
-    """The conversation as text, for a model that has no chat form."""
+    """The conversation as text, for a model without a chat form."""
     turns = [f"{message['role'].title()}: {message['content']}" for message in messages]
     return "\n\n".join([*turns, "Assistant:"])
 
@@ -165,16 +165,17 @@ def _journal_row(answer: Answer) -> dict[str, Any]:
 
 
 def _responses(
-    run: Run, prompts: list[Prompt], shots: list[Message], journal: Journal
+    settings: Settings, prompts: list[Prompt], few_shot: list[Message], journal: Reader
 ) -> Iterator[Response]:
+    """The responses in the journal, with or without a fault."""
     for prompt in prompts:
-        for sample, ask in enumerate(asks_for(run, prompt, shots)):
+        for sample, ask in enumerate(sample_asks(settings, prompt, few_shot)):
             row = journal.newest(ask.key)
             if row is not None:
                 yield Response(
                     id=ask.key,
                     prompt_id=prompt.id,
-                    policy=run.settings.policy.model,
+                    policy=settings.policy.model,
                     sample=sample,
                     text=row["text"],
                     finish=row["finish"],

@@ -1,19 +1,19 @@
-"""Critique and revise responses, a principle a round.
+"""Critique and revise responses, one principle per round.
 
     responses.jsonl -> (calls, journal/revise.jsonl) -> revisions.jsonl
 
     {"id": "...", "response_id": "...", "round": 1, "principle_id": "kindness",
      "critique": "...", "revision": "...", "fault": null, ...}
 
-A response's rounds are a chain: each revises what the last good one left. A chain goes as far as
-the journal knows, and the calls that chains need next are made together; so a killed run goes on,
-and an edited principle is asked again in each chain from the round on that drew it.
+The rounds of a response are a chain: each round revises the text of the last one without a fault. A
+chain goes as far as the journal has answers, and the next calls of all chains are made together. So
+a killed run goes on where it stopped, and an edited principle is asked again in each chain, from
+the round that drew it on.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from aif.llm.dispatch import Faults, Tally, ask_all
 from aif.progress import Progress
 from aif.run import Run
 from aif.stages.critique import Reviser
-from aif.store.journal import Journal
+from aif.store.journal import Journal, Reader
 from aif.store.records import Message, Prompt, Response, Revision
 
 STAGE = "revise"
@@ -36,16 +36,16 @@ STAGE = "revise"
 
 @dataclass
 class Chain:
-    """A response on its way through the rounds, as far as the journal knows it."""
+    """The rounds of one response, as far as the journal has answers."""
 
     response: Response
     prompt: list[Message]
-    text: str  # what the next revision starts from
-    principle: Principle  # of the round under way
-    critique: str | None = None  # of the round under way, once it is there
-    usage: Counter[str] = field(default_factory=Counter)  # of the round under way
+    text: str  # the text that the next revision revises
+    principle: Principle  # of this round
+    critique: str | None = None  # of this round, once there is one
+    usage: Counter[str] = field(default_factory=Counter)  # of this round
     done: list[Revision] = field(default_factory=list)
-    failed: dict[str, Any] | None = None  # the journal row of a call that came to nothing
+    failed: dict[str, Any] | None = None  # the journal row of a call that failed
 
     @property
     def round(self) -> int:
@@ -55,13 +55,13 @@ class Chain:
 def revise(run: Run, progress: Progress) -> dict[str, Any]:
     """Put every good response through `revise.rounds` rounds; returns the summary.
 
-    Raises Interrupted or JudgeStopped when it ended early; the files are in order all the same.
-    Whether the summary has more failed calls than allowed is `asking.check_faults`' to say.
+    Raises Interrupted or JudgeStopped if it ended early; the files are complete for the answers so
+    far. `dispatch.check_faults` checks the summary's share of faults.
     """
     meter = Meter.of(run, STAGE, model_of(run))
     with open_llm(model_of(run)) as llm, run.writing():
         reviser = reviser_of(run, llm)
-        chains = list(begin(run, reviser))
+        chains = begin(run, reviser)
         run.keep_settings()
         with run.journal(STAGE) as journal:
             for line in journal.damage():
@@ -89,22 +89,23 @@ def reviser_of(run: Run, llm: LLM) -> Reviser:
     return Reviser(constitution, model_of(run), run.settings.revise, path, llm.control_tokens)
 
 
-def begin(run: Run, reviser: Reviser) -> Iterator[Chain]:
-    """A chain for every response that has no fault."""
+def begin(run: Run, reviser: Reviser) -> list[Chain]:
+    """A chain for every response without a fault."""
     prompts = {prompt.id: prompt.messages for prompt in run.read("prompts.jsonl", Prompt)}
     path = run.file("responses.jsonl")
     good = (row for row in run.read("responses.jsonl", Response) if row.fault is None and row.text)
-    empty = True
+    chains = []
     for response in islice(good, run.settings.revise.limit):
-        empty = False
         if response.prompt_id not in prompts:
             raise InputError(
                 path, "prompt_id", got=response.prompt_id, expected="the id of a prompts.jsonl row"
             )
         principle = reviser.principle(response.id, 1)
-        yield Chain(response, prompts[response.prompt_id], response.text or "", principle)
-    if empty:
+        prompt = prompts[response.prompt_id]
+        chains.append(Chain(response, prompt, response.text or "", principle))
+    if not chains:
         raise InputError(path, "", got="no response without a fault", expected="at least one")
+    return chains
 
 
 def ask_in_waves(
@@ -115,35 +116,36 @@ def ask_in_waves(
     progress: Progress,
     meter: Meter,
 ) -> tuple[int, Tally]:
-    """Ask until no chain needs a call; returns how many answers were there before, and the tally.
+    """Ask until no chain needs a call; returns the number of answers from earlier runs, and the
+    tally.
 
-    A call that fails is made once here: its chain waits for the next try.
+    A failed call is made once here: its chain waits for the next run.
     """
-    asked: set[str] = set()
+    scheduled: set[str] = set()
     total = Tally()
     kept = 0
     while not total.stopped:
         pending = {}
         for chain in chains:
-            kept += advance(reviser, chain, journal, asked)
+            kept += advance(reviser, chain, journal, scheduled)
             if ask := next_ask(reviser, chain):
-                pending[ask.key] = chain  # chains that come to the same words share a call
+                pending[ask.key] = ask, chain  # two chains with the same texts share a call
         if not pending:
             break
-        step = min(2 * chain.round - (chain.critique is None) for chain in pending.values())
+        step = min(2 * chain.round - (chain.critique is None) for _, chain in pending.values())
         progress.start(f"revise, step {step} of {2 * reviser.settings.rounds}", len(pending))
-        asks = (next_ask(reviser, chain) for chain in pending.values())
-        asked |= pending.keys()
-        total.add(ask_all(llm, filter(None, asks), journal, reviser.journal_row, progress, meter))
+        asks = (ask for ask, _ in pending.values())
+        scheduled |= pending.keys()
+        total.add(ask_all(llm, asks, journal, reviser.journal_row, progress, meter))
         progress.finish()
-    else:  # what came in before it stopped counts too
+    else:  # answers that came in before it stopped count too
         for chain in chains:
-            advance(reviser, chain, journal, asked)
+            advance(reviser, chain, journal, scheduled)
     return kept, total
 
 
 def next_ask(reviser: Reviser, chain: Chain) -> Ask | None:
-    """The call that a chain needs next; None when it is through, or waits after a failed one."""
+    """The next call of a chain; None if the chain is complete or its last call failed."""
     if chain.round > reviser.settings.rounds or chain.failed:
         return None
     if chain.critique is None:
@@ -151,31 +153,31 @@ def next_ask(reviser: Reviser, chain: Chain) -> Ask | None:
     return reviser.ask_revision(chain.prompt, chain.text, chain.principle, chain.critique)
 
 
-def advance(reviser: Reviser, chain: Chain, journal: Journal, asked: set[str]) -> int:
-    """Take a chain as far as the journal has answers; returns how many of them nobody asked for
-    just now. A failed call counts as such only if it is one of `asked`."""
+def advance(reviser: Reviser, chain: Chain, journal: Reader, scheduled: set[str]) -> int:
+    """Take a chain as far as the journal has answers; returns how many of them are from an earlier
+    run, that is, not of `scheduled` calls. An earlier run's fault is asked again."""
     kept = 0
     while ask := next_ask(reviser, chain):
         row = journal.newest(ask.key)
-        if row is None or (row["fault"] and ask.key not in asked):
+        if row is None or (row["fault"] and ask.key not in scheduled):
             break
         if row["fault"]:
             chain.failed = row
             break
-        kept += ask.key not in asked
+        kept += ask.key not in scheduled
         take(reviser, chain, row)
     return kept
 
 
 def take(reviser: Reviser, chain: Chain, row: dict[str, Any]) -> None:
-    """Move a chain on by one answer: to its revision, or to the next round."""
+    """Take one answer into a chain: it goes on to its revision, or to the next round."""
     chain.usage.update(row["usage"])
     if chain.critique is None:
         text, fault = reviser.critique(row)
         if fault is None:
             chain.critique = text
             return
-        revision = None  # without a critique there is nothing to revise by
+        revision = None  # a round without a critique ends here
     else:
         text, fault = reviser.revision(row, chain.text)
         revision = text if fault is None else None
@@ -199,10 +201,9 @@ def take(reviser: Reviser, chain: Chain, row: dict[str, Any]) -> None:
 
 
 def summarised(chains: list[Chain], tally: Tally, reviser: Reviser) -> dict[str, Any]:
-    """What the rounds came to: good revisions and faults by round, and calls that failed."""
-    rounds = [[row for chain in chains for row in chain.done if row.round == number + 1]
-              for number in range(reviser.settings.rounds)]  # fmt: skip
-    rows = [row for found in rounds for row in found]
+    """Counts of revisions and of their faults, and of failed calls."""
+    rows = [row for chain in chains for row in chain.done]
+    good = Counter(row.round for row in rows if row.fault is None)
     tokens: Counter[str] = Counter()
     for row in rows:
         tokens.update(row.usage)
@@ -215,12 +216,12 @@ def summarised(chains: list[Chain], tally: Tally, reviser: Reviser) -> dict[str,
     return {
         "responses": len(chains),
         "rounds": reviser.settings.rounds,
-        "revisions": sum(row.fault is None for row in rows),
-        "revisions_by_round": [sum(row.fault is None for row in found) for found in rounds],
+        "revisions": good.total(),
+        "revisions_by_round": [good[n + 1] for n in range(reviser.settings.rounds)],
         "revision_faults": dict(Counter(row.fault for row in rows if row.fault)),
         "faults_by_principle": dict(Counter(row.principle_id for row in rows if row.fault)),
         "unfinished": sum(chain.round <= reviser.settings.rounds for chain in chains),
-        "calls_made": tally.answered + tally.faults.total(),
+        "calls_made": tally.calls,
         "tokens": dict(tokens),
         **failed.summary(),
     }

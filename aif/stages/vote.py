@@ -1,12 +1,12 @@
-"""Majority votes of a prompt's responses: responses.jsonl -> votes.jsonl. No model is asked.
+"""Majority votes over a prompt's responses: responses.jsonl -> votes.jsonl. No model is asked.
 
 {"prompt_id": "...", "answer": "42", "fault": null, "share": 0.75, "responses": 8, ...}
 
-The responses that end in the answer which most of them end in are data to train on (Huang et al.
-2022, 2210.11610; the vote is the self-consistency of Wang et al. 2022, 2203.11171). Every sample
-has one vote; of samples with the same text one is kept. A response with a fault or without an
-answer has no vote, but counts in `share`, and a tie has no winner. What the prompts file may hold
-as the right `answer` never bears on a vote: the summary says how often the two agree.
+The responses with the most common final answer become training data (Huang et al. 2022, 2210.11610;
+the vote is the self-consistency of Wang et al. 2022, 2203.11171). Every sample has one vote; of
+samples with the same text one is kept. A response with a fault or without an answer has no vote,
+but counts in `share`; a tie has no winner. A reference `answer` in the prompts file never affects a
+vote: the summary only says how often the two agree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STAGE = "vote"
 
 
 class Ballot(NamedTuple):
-    """What counts of a response; texts are long, so only a hash of each is held."""
+    """The vote of one response, with a hash of its text in place of the text, to save memory."""
 
     sample: int
     response_id: str
@@ -61,14 +61,14 @@ def vote(run: Run, progress: Progress) -> dict[str, Any]:
             "faults": dict(Counter(row.fault for row in rows if row.fault)),
             "responses_kept": sum(len(row.response_ids) for row in rows),
             "mean_share": sum(shares) / len(shares) if shares else None,
-        } | accuracy(rows, ballots, gold_answers(run, progress))
+        } | accuracy(rows, ballots, reference_answers(run, progress))
         run.write_state(STAGE, summary)
     progress.say(f"vote: {len(shares):,} votes on {len(prompts):,} prompts")
     return summary
 
 
 def compiled(answer: str | None) -> re.Pattern[str] | None:
-    """`vote.answer` as a pattern, if there is one."""
+    """The pattern of `vote.answer`, or None; InputError for a wrong one."""
     if answer is None:
         return None
     try:
@@ -83,10 +83,10 @@ def compiled(answer: str | None) -> re.Pattern[str] | None:
 
 
 def cast(response: Response, pattern: re.Pattern[str] | None) -> Ballot:
-    """The response's vote, if it has one."""
+    """The ballot of a response; its answer is None if it has no vote."""
     text = (response.text or "") if response.fault is None else ""
     if response.finish == "length":
-        # Cut off: the last sentence may be half of one, and "is 1" the beginning of "is 18".
+        # Without a last sentence that may be cut off: "is 1" may be the start of "is 18".
         text = text[: 1 + max(text.rfind(end) for end in ("\n", ". ", "! ", "? "))]
     try:
         answer = final_answer(text, pattern)
@@ -99,7 +99,7 @@ def cast(response: Response, pattern: re.Pattern[str] | None) -> Ballot:
 
 
 def count(prompt_id: str, ballots: list[Ballot], settings: VoteSettings) -> Vote:
-    """The vote of one prompt's responses; there is at least one."""
+    """The vote of one prompt's responses, of which there is at least one."""
     ballots = sorted(ballots, key=lambda ballot: ballot.sample)
     answered = [ballot for ballot in ballots if ballot.answer is not None]
     ranks = Counter(ballot.answer for ballot in answered).most_common(2)
@@ -127,47 +127,48 @@ def count(prompt_id: str, ballots: list[Ballot], settings: VoteSettings) -> Vote
     )
 
 
-def gold_answers(run: Run, progress: Progress) -> dict[str, str]:
-    """The right answers, by prompt, where the rows of `respond.prompts` hold one as `answer`.
+def reference_answers(run: Run, progress: Progress) -> dict[str, str]:
+    """The reference answers by prompt id, from `answer` in the rows of `respond.prompts`.
 
-    They only serve the summary, so a file that is gone by now does not stop the vote.
+    They serve only the summary, so a missing file does not stop the vote.
     """
-    source, gold = run.settings.respond.prompts, {}
+    source = run.settings.respond.prompts
+    answers: dict[str, str] = {}
     if source is None:
-        return gold
+        return answers
     try:
-        # Two readers of the one file, row by row: a prompt keeps nothing of its row's other keys.
+        # Two readers of one file, row by row: a prompt does not keep the other keys of its row.
         for (_, row), prompt in zip(read_rows(source), read_prompts(source), strict=True):
             if isinstance(row.get("answer"), str | int | float):
-                said = str(row["answer"])  # GSM8K's is a whole solution
-                answer = final_answer(said) or normalise(said)
+                solution = str(row["answer"])  # in GSM8K with all its steps
+                answer = final_answer(solution) or normalise(solution)
                 if answer is not None:
-                    gold.setdefault(prompt.id, answer)
+                    answers.setdefault(prompt.id, answer)
     except AifError as error:
         progress.say(f"vote: no accuracy: {error}")
         return {}
-    return gold
+    return answers
 
 
 def accuracy(
-    rows: list[Vote], ballots: dict[str, list[Ballot]], gold: dict[str, str]
+    rows: list[Vote], ballots: dict[str, list[Ballot]], reference: dict[str, str]
 ) -> dict[str, Any]:
-    """How often votes and single responses are right, over the prompts with a gold answer.
+    """How often votes and single responses are right, over the prompts with a reference answer.
 
-    A prompt without a vote, or a response without an answer, is not right.
+    A prompt without a vote, or a response without an answer, is wrong.
     """
-    known = [row for row in rows if row.prompt_id in gold]
-    if not known:
+    checked = [row for row in rows if row.prompt_id in reference]
+    if not checked:
         return {}
-    right = sum(row.answer == gold[row.prompt_id] for row in known)
-    voted = sum(row.answer is not None for row in known)
+    right = sum(row.answer == reference[row.prompt_id] for row in checked)
+    voted = sum(row.answer is not None for row in checked)
     single = 0.0
-    for row in known:
+    for row in checked:
         answers = [ballot.answer for ballot in ballots[row.prompt_id]]
-        single += answers.count(gold[row.prompt_id]) / len(answers)
+        single += answers.count(reference[row.prompt_id]) / len(answers)
     return {
-        "prompts_with_gold": len(known),
-        "accuracy_vote": right / len(known),
+        "prompts_with_gold": len(checked),
+        "accuracy_vote": right / len(checked),
         "accuracy_where_voted": right / voted if voted else None,
-        "accuracy_single": single / len(known),
+        "accuracy_single": single / len(checked),
     }
