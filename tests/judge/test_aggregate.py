@@ -30,11 +30,11 @@ def consensus(rule: str, *votes: float | str, weights=(), quorum=1.0) -> Label:
 @given(st.lists(st.tuples(ODDS, st.floats(0.1, 10)), min_size=1, max_size=6))
 def test_mean_is_of_log_odds_by_weight(votes):
     odds, weights = zip(*votes, strict=True)
-    found = consensus("mean", *map(probability, odds), weights=weights)
+    joint = consensus("mean", *map(probability, odds), weights=weights)
     expected = math.fsum(o * w for o, w in votes) / math.fsum(weights)
-    assert log_odds(found.p_first) == pytest.approx(expected, abs=1e-6)
-    assert found.by_principle == {"kind": found.p_first}
-    assert found.n_verdicts == 2 * len(votes)
+    assert log_odds(joint.p_first) == pytest.approx(expected, abs=1e-6)
+    assert joint.by_principle == {"kind": joint.p_first}
+    assert joint.n_verdicts == 2 * len(votes)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -51,26 +51,26 @@ def test_swapping_the_responses_flips_the_consensus(rule, odds, data):
 
 
 def test_majority_is_the_side_with_most_weight_as_strong_as_those_on_it():
-    found = consensus("majority", 0.9, 0.6, 0.001)
-    assert found.p_first == pytest.approx(probability((log_odds(0.9) + log_odds(0.6)) / 2))
-    assert found.p_first > 0.5 > consensus("mean", 0.9, 0.6, 0.001).p_first
+    joint = consensus("majority", 0.9, 0.6, 0.001)
+    assert joint.p_first == pytest.approx(probability((log_odds(0.9) + log_odds(0.6)) / 2))
+    assert joint.p_first > 0.5 > consensus("mean", 0.9, 0.6, 0.001).p_first
     assert consensus("majority", 0.9, 0.2, weights=(1, 3)).p_first == pytest.approx(0.2)
     assert consensus("majority", 0.9, 0.5, 0.5).p_first == 0.9  # who finds it even has no side
 
 
 @pytest.mark.parametrize("votes", [(0.9, 0.4), (0.9, 0.8, 0.3, 0.1)])
 def test_a_tie_of_sides_abstains(votes):
-    found = consensus("majority", *votes)
-    assert (found.p_first, found.fault) == (None, "tied")
-    assert found.by_principle == {"kind": None}
-    assert found.by_judge == {f"j{n}": p for n, p in enumerate(votes)}
+    joint = consensus("majority", *votes)
+    assert (joint.p_first, joint.fault) == (None, "tied")
+    assert joint.by_principle == {"kind": None}
+    assert joint.by_judge == {f"j{n}": p for n, p in enumerate(votes)}
 
 
 def test_unanimous_or_null():
     assert consensus("unanimous", 0.9, 0.6, 0.7).fault is None
     for votes in ((0.9, 0.6, 0.4), (0.9, 0.5)):
-        found = consensus("unanimous", *votes)
-        assert (found.p_first, found.fault) == (None, "no_consensus")
+        joint = consensus("unanimous", *votes)
+        assert (joint.p_first, joint.fault) == (None, "no_consensus")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -82,9 +82,9 @@ def test_all_even_is_even_and_one_judge_is_himself(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_judge_with_faults_only_is_missed_by_its_weight(rule):
-    found = consensus(rule, 0.9, 0.8, "refused")
-    assert (found.p_first, found.fault) == (None, "refused")
-    assert found.by_judge == {"j0": 0.9, "j1": 0.8, "j2": None}
+    joint = consensus(rule, 0.9, 0.8, "refused")
+    assert (joint.p_first, joint.fault) == (None, "refused")
+    assert joint.by_judge == {"j0": 0.9, "j1": 0.8, "j2": None}
     assert consensus(rule, 0.9, 0.8, "refused", quorum=0.67).p_first is None
     assert consensus(rule, 0.9, 0.9, "refused", quorum=0.66).p_first == pytest.approx(0.9)
     heavy = consensus(rule, 0.9, 0.9, "refused", weights=(1, 1, 3), quorum=0.66)
@@ -94,9 +94,9 @@ def test_a_judge_with_faults_only_is_missed_by_its_weight(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_judge_of_no_weight_is_not_heard(rule):
-    found = consensus(rule, 0.9, 0.1, weights=(2, 0))
-    assert found.p_first == 0.9
-    assert found.by_judge == {"j0": 0.9, "j1": 0.1}
+    joint = consensus(rule, 0.9, 0.1, weights=(2, 0))
+    assert joint.p_first == 0.9
+    assert joint.by_judge == {"j0": 0.9, "j1": 0.1}
 
 
 def test_principles_and_orders_are_of_those_who_have_them():
@@ -105,7 +105,7 @@ def test_principles_and_orders_are_of_those_who_have_them():
         "b": label(0.6, {"kind": 0.6, "warm": 0.3}, 1.0),
         "c": label(0.7, {"kind": 0.7, "warm": 0.1}),
     }
-    found = aggregate_judges(labels, "unanimous", dict.fromkeys("abc", 1.0))
-    assert found.order_agreement == 0.75
+    joint = aggregate_judges(labels, "unanimous", dict.fromkeys("abc", 1.0))
+    assert joint.order_agreement == 0.75
     mean = (log_odds(0.3) + log_odds(0.1)) / 2
-    assert found.by_principle["warm"] == pytest.approx(probability(mean))
+    assert joint.by_principle["warm"] == pytest.approx(probability(mean))

@@ -31,9 +31,9 @@ def constitution(*principles: dict, **more) -> Constitution:
     )
 
 
-def judge_of(found: Constitution | None = None, protocol="pairwise", model=None, **label) -> Judge:
+def judge_of(rules: Constitution | None = None, protocol="pairwise", model=None, **label) -> Judge:
     settings = LLMSettings.model_validate({"model": "openai:x"} | (model or {}))
-    return Judge(found or constitution(), settings, LabelSettings(protocol=protocol, **label))
+    return Judge(rules or constitution(), settings, LabelSettings(protocol=protocol, **label))
 
 
 def comparison(first="x", second="y", prompt="Hi") -> Comparison:
@@ -74,8 +74,8 @@ PROTOCOLS = pytest.mark.parametrize("protocol", ["pairwise", "pointwise"])
 @given(ODDS, ODDS)
 def test_pairwise_is_half_the_difference_of_log_odds(ab, ba):
     judge = judge_of()
-    said = {"ab": ab, "ba": ba}
-    label = labelled(judge, comparison(), lambda call, _: odds(judge, said[call.order]))
+    log_odds_of_a = {"ab": ab, "ba": ba}
+    label = labelled(judge, comparison(), lambda call, _: odds(judge, log_odds_of_a[call.order]))
     assert label.p_first == pytest.approx(1 / (1 + math.exp(-(ab - ba) / 2)), abs=1e-8)
     assert label.n_verdicts == 2
 
@@ -83,8 +83,8 @@ def test_pairwise_is_half_the_difference_of_log_odds(ab, ba):
 @given(ODDS, ODDS)
 def test_pointwise_is_the_difference_of_log_odds(a, b):
     judge = judge_of(protocol="pointwise")
-    said = {"a": a, "b": b}
-    label = labelled(judge, comparison(), lambda call, _: odds(judge, said[call.order]))
+    log_odds_of_yes = {"a": a, "b": b}
+    label = labelled(judge, comparison(), lambda call, _: odds(judge, log_odds_of_yes[call.order]))
     assert label.p_first == pytest.approx(probability(a - b), abs=1e-8)
     assert label.order_agreement is None
 
@@ -245,8 +245,8 @@ def test_quorum_is_of_weight_and_the_commonest_fault_is_named():
 def combined(strengths: dict[str, float], **rule) -> float:
     """p_first when each principle finds this log-odds for the first response."""
     weights = {"a": 3.0}
-    found = constitution(*(principle(n, weight=weights.get(n, 1.0)) for n in strengths), **rule)
-    judge = judge_of(found)
+    rules = constitution(*(principle(n, weight=weights.get(n, 1.0)) for n in strengths), **rule)
+    judge = judge_of(rules)
 
     def answer(call, _):
         value = strengths[call.principle.id]
@@ -286,8 +286,8 @@ def test_lexicographic_is_the_first_that_is_clear():
 )
 def test_order_agreement_is_about_the_winner(ab, ba, agreement):
     judge = judge_of()
-    said = {"ab": ab, "ba": ba}
-    label = labelled(judge, comparison(), lambda call, _: odds(judge, said[call.order]))
+    log_odds_of_a = {"ab": ab, "ba": ba}
+    label = labelled(judge, comparison(), lambda call, _: odds(judge, log_odds_of_a[call.order]))
     assert label.order_agreement == agreement
 
 
@@ -304,13 +304,13 @@ def drawn(*principles: dict, seed: int = 0) -> list[str]:
 def test_sampling_is_by_weight_and_seed():
     weights = {"a": 1.0, "b": 2.0, "c": 5.0}
     principles = [principle(name, weight=weight) for name, weight in weights.items()]
-    found = drawn(*principles)
+    picks = drawn(*principles)
     expected = [len(ROWS) * weight / 8 for weight in weights.values()]
-    assert stats.chisquare([found.count(name) for name in weights], expected).pvalue > 0.001
-    assert drawn(*principles) == found
-    assert drawn(*principles, seed=1) != found
+    assert stats.chisquare([picks.count(name) for name in weights], expected).pvalue > 0.001
+    assert drawn(*principles) == picks
+    assert drawn(*principles, seed=1) != picks
     judge = judge_of(constitution(*principles, principles="sample"))
-    assert {call.principle.id for call in judge.calls_for(ROWS[0])} == {found[0]}
+    assert {call.principle.id for call in judge.calls_for(ROWS[0])} == {picks[0]}
 
 
 def test_an_edit_moves_no_draw_between_two_others():
@@ -331,8 +331,8 @@ def test_an_edit_moves_no_draw_between_two_others():
 def ids(
     protocol="pointwise", *, row=None, model=None, label=None, **constitution_keys
 ) -> list[str]:
-    found = constitution(**constitution_keys)
-    judge = judge_of(found, protocol, model, **(label or {}))
+    rules = constitution(**constitution_keys)
+    judge = judge_of(rules, protocol, model, **(label or {}))
     return [call.id for call in judge.calls_for(row or comparison())]
 
 
@@ -450,13 +450,13 @@ def test_the_static_part_comes_first_and_the_question_last(protocol, form):
     for call in judge.calls_for(row):
         ask = judge.ask(call, row)
         parts = [m["content"] for m in ask.messages] if form == "chat" else [ask.text]
-        said = "\n".join(parts)
-        judged = said.index("first text" if call.order.startswith("a") else "second text")
-        assert said.startswith("Be fair.")
+        prompt = "\n".join(parts)
+        judged = prompt.index("first text" if call.order.startswith("a") else "second text")
+        assert prompt.startswith("Be fair.")
         if protocol == "pointwise":
-            assert said.index("Hello!") < judged
-        assert judged < said.rindex(call.principle.question(protocol))
-        assert len(said) - said.rindex(call.principle.question(protocol)) < 80
+            assert prompt.index("Hello!") < judged
+        assert judged < prompt.rindex(call.principle.question(protocol))
+        assert len(prompt) - prompt.rindex(call.principle.question(protocol)) < 80
         assert ask.options == judge.options
         assert (ask.messages is None) == (form == "text")
 

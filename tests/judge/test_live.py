@@ -57,20 +57,20 @@ class Place:
         return self.model
 
     def reply(self, ask) -> Answer:
-        found = self.replies[which(ask)]
-        return Answer("", fault=found) if isinstance(found, str) else says(found)
+        reply = self.replies[which(ask)]
+        return Answer("", fault=reply) if isinstance(reply, str) else says(reply)
 
-    def run(self, model: str = "scripted:x", **told) -> Run:
-        told = {"constitution": str(self.constitution), "protocol": "pointwise"} | told
-        tables = {"judge": {"model": model}, "label": told}
+    def run(self, model: str = "scripted:x", **table) -> Run:
+        table = {"constitution": str(self.constitution), "protocol": "pointwise"} | table
+        tables = {"judge": {"model": model}, "label": table}
         return Run(self.folder / "run", checked(Settings, tables, "test"))
 
-    def judge(self, **told) -> LiveJudge:
-        return LiveJudge(self.run(**told))
+    def judge(self, **table) -> LiveJudge:
+        return LiveJudge(self.run(**table))
 
-    def grades(self, *texts: str, **told) -> list[float | None]:
+    def grades(self, *texts: str, **table) -> list[float | None]:
         """What a judge of its own says, as in a process of its own."""
-        with self.judge(**told) as judge:
+        with self.judge(**table) as judge:
             return judge([HI] * len(texts), texts)
 
     @property
@@ -78,7 +78,7 @@ class Place:
         return [(which(ask), words(ask).partition("]\n")[2]) for ask in self.model.asked]
 
     @property
-    def asked(self) -> int:
+    def calls(self) -> int:
         return len(self.model.asked)
 
     @property
@@ -96,7 +96,7 @@ def place(tmp_path, monkeypatch):
 
 def test_a_grade_is_the_mean_of_log_odds_by_weight(place):
     assert place.grades("Hello.") == [pytest.approx((3 * 2.0 + 1 * -1.0) / 4)]
-    assert place.asked == 2
+    assert place.calls == 2
 
 
 def test_a_certain_answer_is_a_number_all_the_same(place):
@@ -118,19 +118,19 @@ def test_a_better_text_has_a_higher_grade(tmp_path):
         for word, odds in {"worse": -2.0, "better": 2.0}.items()
     ]
     model = f"scripted:{write_jsonl(tmp_path / 'rules.jsonl', rules)}"
-    told = {"constitution": str(tmp_path / "c.toml"), "protocol": "pointwise"}
-    settings = checked(Settings, {"judge": {"model": model}, "label": told}, "test")
+    table = {"constitution": str(tmp_path / "c.toml"), "protocol": "pointwise"}
+    settings = checked(Settings, {"judge": {"model": model}, "label": table}, "test")
     with LiveJudge(Run(tmp_path / "run", settings)) as judge:
-        found = judge([HI] * 3, ["a worse", "a better", "none of these"])
-    assert found == [pytest.approx(-2), pytest.approx(2), None]
+        grades = judge([HI] * 3, ["a worse", "a better", "none of these"])
+    assert grades == [pytest.approx(-2), pytest.approx(2), None]
     assert judge.faults.summary()["fault_details"] == {"unparsed": "no rule matches"}
 
 
 @pytest.mark.parametrize(("quorum", "grade"), [(1.0, None), (0.76, None), (0.75, 2.0)])
 def test_a_quorum_is_of_weight(place, quorum, grade):
     place.replies["true"] = "refused"
-    found = place.grades("Hello.", quorum=quorum)
-    assert found == [pytest.approx(grade) if grade else None]
+    grades = place.grades("Hello.", quorum=quorum)
+    assert grades == [pytest.approx(grade) if grade else None]
 
 
 def test_no_answer_at_all_is_none_whatever_the_quorum(place):
@@ -145,13 +145,13 @@ def test_of_sampled_principles_the_drawn_one_is_asked(place):
     text = place.constitution.read_text().replace('"x"\n', '"x"\nprinciples = "sample"\n')
     place.constitution.write_text(text)
     texts = [f"text {n}" for n in range(40)]
-    found = place.grades(*texts)
+    grades = place.grades(*texts)
     drawn = [name for name, _ in place.graded]
     assert len(drawn) == 40
     assert 5 < drawn.count("kind") < 35
-    assert found == [pytest.approx(place.replies[name]) for name in drawn]
-    assert place.grades(*texts) == found, "the draw is the same in another process"
-    assert place.asked == 40
+    assert grades == [pytest.approx(place.replies[name]) for name in drawn]
+    assert place.grades(*texts) == grades, "the draw is the same in another process"
+    assert place.calls == 40
 
 
 # ---- what is asked
@@ -160,13 +160,13 @@ def test_of_sampled_principles_the_drawn_one_is_asked(place):
 def test_what_was_answered_is_never_asked_again(place):
     with place.judge() as judge:
         first = judge([HI, HI], ["one", "two"])
-        assert (place.asked, judge.calls, place.opened) == (4, 4, 1)
+        assert (place.calls, judge.calls, place.opened) == (4, 4, 1)
         assert judge([HI, HI], ["two", "one"]) == first[::-1]
         assert judge([HI, HI], ["one", "three"])[0] == first[0]
-        assert (place.asked, judge.calls, place.opened) == (6, 6, 1)
+        assert (place.calls, judge.calls, place.opened) == (6, 6, 1)
     place.replies = {"kind": -9.0, "true": -9.0}  # what it would say now
     assert place.grades("one", "two") == first
-    assert (place.asked, place.opened) == (6, 1), "not even the model is opened"
+    assert (place.calls, place.opened) == (6, 1), "not even the model is opened"
 
 
 def test_grades_come_in_the_order_of_the_responses(place):
@@ -176,14 +176,14 @@ def test_grades_come_in_the_order_of_the_responses(place):
     )
     order = ["large", "small", "large", "middling", "small", "large"]
     assert place.grades(*order) == [pytest.approx(size[word]) for word in order]
-    assert place.asked == 2 * len(size), "what stands there twice is asked once"
+    assert place.calls == 2 * len(size), "what stands there twice is asked once"
     assert place.grades(*order[::-1]) == [pytest.approx(size[word]) for word in order[::-1]]
 
 
 def test_the_same_text_is_another_response_to_another_prompt(place):
     with place.judge() as judge:
         judge([HI, BYE], ["Hello.", "Hello."])
-    assert place.asked == 4
+    assert place.calls == 4
     with pytest.raises(ValueError, match="zip"):
         judge([HI], ["one", "two"])
 
@@ -192,7 +192,7 @@ def test_a_fault_is_asked_again_and_the_rest_is_not(place):
     place.replies["true"] = "timeout"
     with place.judge() as judge:
         assert judge([HI, HI], ["Hello.", "Hello."]) == [None, None]
-        assert place.asked == 2
+        assert place.calls == 2
         place.replies["true"] = -1.0
         assert judge([HI], ["Hello."]) == [pytest.approx(1.25)]
         assert [name for name, _ in place.graded] == ["kind", "true", "true"]
@@ -211,9 +211,9 @@ def test_a_fault_of_another_process_is_asked_again(place):
 @pytest.mark.parametrize("blank", ["", " \n"])
 def test_a_blank_response_is_none_without_a_call(place, blank):
     assert place.grades(blank, blank) == [None, None]
-    assert (place.asked, place.opened) == (0, 0)
+    assert (place.calls, place.opened) == (0, 0)
     assert place.grades(blank, "Hello.", blank) == [None, pytest.approx(1.25), None]
-    assert place.asked == 2
+    assert place.calls == 2
 
 
 def test_no_responses_are_no_grades(place):
@@ -230,7 +230,7 @@ def test_an_edited_question_alone_is_asked(place):
     place.grades("Hello.")
     place.write(KIND.replace("3.0", "1.0") + TRUE.replace("Is it true?", "Is it so?"))
     assert place.grades("Hello.") == [pytest.approx((2.0 - 1.0) / 2)]
-    assert place.asked == 3
+    assert place.calls == 3
 
 
 # ---- what a labelling paid for
@@ -265,7 +265,7 @@ def test_what_a_labelling_paid_for_is_not_asked_again(place, monkeypatch):
 
 def test_an_interrupted_call_keeps_what_was_answered(place, capsys):
     def reply(ask):
-        if place.asked == 3:
+        if place.calls == 3:
             signal.raise_signal(signal.SIGINT)
         return place.reply(ask)
 
@@ -273,15 +273,15 @@ def test_an_interrupted_call_keeps_what_was_answered(place, capsys):
     with place.judge() as judge:
         with pytest.raises(Interrupted, match="resumes"):
             judge([HI] * 4, ["one", "two", "three", "four"])
-        assert (place.asked, len(Index.read(place.journal).answered)) == (3, 3)
+        assert (place.calls, len(Index.read(place.journal).answered)) == (3, 3)
     assert capsys.readouterr().err == "", "the terminal is the caller's"
     assert place.grades("one", "two") == [pytest.approx(1.25)] * 2
-    assert place.asked == 4
+    assert place.calls == 4
 
 
 def test_a_judge_that_is_gone_ends_the_call(place):
     def reply(ask):
-        if place.asked == 2:
+        if place.calls == 2:
             raise JudgeStopped("no quota left")
         return place.reply(ask)
 
@@ -330,13 +330,13 @@ def test_a_pairwise_protocol_is_one_line(place, protocol):
 
 
 def test_a_bad_constitution_or_template_is_one_line(place):
-    for told, line in (
+    for table, line in (
         ({"constitution": "none.toml"}, "none.toml: got no such file"),
         ({"constitution": None}, "label: constitution: got nothing"),
         ({"template": "none.jinja"}, "none.jinja: got No such file"),
     ):
         with pytest.raises(InputError) as caught:
-            place.judge(**told)
+            place.judge(**table)
         assert line in str(caught.value)
     place.write('[[principle]]\nid = "kind"\ncompare = "Which is kinder?"\n')
     with pytest.raises(InputError, match=r"c\.toml: principle\.0\.grade: got nothing"):

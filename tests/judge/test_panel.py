@@ -67,8 +67,8 @@ class Place:
         return ["--out", run or self.run, *files, *named, *more]
 
     def label(self, judges: str, *more: object, run: object = None) -> dict:
-        given = self.arguments(judges, "--json", "--max-fault-rate", "1", *more, run=run)
-        result = cli("label", *given)
+        arguments = self.arguments(judges, "--json", "--max-fault-rate", "1", *more, run=run)
+        result = cli("label", *arguments)
         assert result.exit_code == 0, result.stderr
         return json.loads(result.stdout)
 
@@ -94,8 +94,8 @@ def place(tmp_path, monkeypatch):
 def test_one_judge_is_as_before_there_were_panels(place):
     place.label("rules")
     for name, digest in PLAIN.items():
-        found = hashlib.sha256((place.run / f"{name}.jsonl").read_bytes()).hexdigest()
-        assert found[:16] == digest
+        sha256 = hashlib.sha256((place.run / f"{name}.jsonl").read_bytes()).hexdigest()
+        assert sha256[:16] == digest
     assert "panel" not in (place.run / "run.toml").read_text()
     assert not {"panel", "consensus", "judges"} & set(
         json.loads((place.run / "label.json").read_text())
@@ -109,7 +109,7 @@ def test_every_judge_is_kept_and_heard(place):
         alone[f"scripted:{name}.jsonl"] = place.labels(f"{name}-alone")
     done = place.label("a b c")
     assert done["calls_made"] == 3 * PAIRS * 4
-    assert {n: found["labels"] for n, found in done["judges"].items()} == dict.fromkeys(
+    assert {n: counts["labels"] for n, counts in done["judges"].items()} == dict.fromkeys(
         alone, PAIRS
     )
     for key, row in place.labels().items():
@@ -170,8 +170,8 @@ def test_weights_are_given_or_an_audits(place):
         assert row["p_first"] == both[key]["by_judge"]["scripted:b.jsonl"]
     used = json.loads((place.run / "label.json").read_text())
     assert used["consensus"] == {"rule": "mean", "weights": weights}
-    given = 'label.judge_weights={"scripted:a.jsonl"=1, "scripted:b.jsonl"=0}'
-    place.label("a b", "--set", "label.weights_from=audit.json", "--set", given)
+    weights = 'label.judge_weights={"scripted:a.jsonl"=1, "scripted:b.jsonl"=0}'
+    place.label("a b", "--set", "label.weights_from=audit.json", "--set", weights)
     for key, row in place.labels().items():
         assert row["p_first"] == both[key]["by_judge"]["scripted:a.jsonl"]
 
@@ -247,7 +247,7 @@ def test_a_second_judge_that_is_gone_leaves_what_the_first_said(place):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--judge", "scripted:a.jsonl"], "scripted:a.jsonl twice, expected judges that differ"),
         (["--judge", "scripted:gone.jsonl"], "gone.jsonl: got no such file"),
@@ -270,13 +270,13 @@ def test_a_second_judge_that_is_gone_leaves_what_the_first_said(place):
         ),
     ],
 )
-def test_a_slip_is_one_line_before_any_call(place, more, said):
+def test_a_slip_is_one_line_before_any_call(place, more, message):
     Path("odd.json").write_text('{"weights": {"scripted:a.jsonl": "much"}}')
     Path("bare.json").write_text('{"weights": {"other": 1}}')
     write_constitution(Path("c.toml"), {"kind": "Kinder?"}, kind='grade = "Is it kind?"')
     result = cli("label", *place.arguments("a", *more))
     assert result.exit_code == 1
-    assert said in result.stderr
+    assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not place.run.exists()
 
@@ -305,10 +305,10 @@ def test_a_diff_takes_the_answers_of_a_panel(place):
     same = cli("diff", place.run, "--json")
     assert json.loads(same.stdout)["all"]["moved"] == 0
     less = cli("diff", place.run, "--judge", "scripted:a.jsonl", "--json")
-    found = json.loads(less.stdout)
-    assert found["all"]["n"] == PAIRS
+    summary = json.loads(less.stdout)
+    assert summary["all"]["n"] == PAIRS
     assert {"judge 'scripted:b.jsonl' left", "judge 'scripted:c.jsonl' left"} <= set(
-        found["differences"]
+        summary["differences"]
     )
 
 
@@ -440,12 +440,12 @@ def test_one_order_says_nothing_of_the_agreement_of_orders(place):
     assert {row["n_verdicts"] for row in place.labels().values()} == {2}
 
 
-@pytest.mark.parametrize(("fault", "asked"), [("refused", PAIRS * 4), ("backend", 0)])
-def test_a_null_is_put_to_the_others_unless_its_server_is_to_blame(place, fault, asked):
+@pytest.mark.parametrize(("fault", "more"), [("refused", PAIRS * 4), ("backend", 0)])
+def test_a_null_is_put_to_the_others_unless_its_server_is_to_blame(place, fault, more):
     place.write("broken", [{"fault": fault}])
     done = place.label("broken a", *PANEL, below(0.2), "--set", "label.quorum=0.5")
-    assert done["calls_made"] == PAIRS * 4 + asked
-    if asked:
+    assert done["calls_made"] == PAIRS * 4 + more
+    if more:
         assert all(row["p_first"] is not None for row in place.labels().values())
 
 
@@ -507,9 +507,9 @@ def test_reasons_weigh_as_much_as_their_judge(place):
     place.label("b", "--protocol", "reasoned", run="alone")
     weights = 'label.judge_weights={"scripted:a.jsonl"=0}'
     place.label("a b", *REASONED, below(1), "--set", weights)
-    found, alone = ({k: row["p_first"] for k, row in place.labels(run).items()}
+    together, alone = ({k: row["p_first"] for k, row in place.labels(run).items()}
                     for run in (place.run, "alone"))  # fmt: skip
-    assert found == alone
+    assert together == alone
 
 
 def test_reasons_on_top_of_reasons_are_refused(place):

@@ -44,8 +44,8 @@ def rating(**model):
 
 def ends(*odds: float | None, texts: tuple[str, ...] = ()) -> Answer:
     """An answer whose samples have these log-odds of A where they end."""
-    found = tuple(None if value is None else {"A": value, "B": 0.0} for value in odds)
-    return Answer("", texts or ("...\nVerdict: A",) * len(odds), "stop", ends=found)
+    logprobs = tuple(None if value is None else {"A": value, "B": 0.0} for value in odds)
+    return Answer("", texts or ("...\nVerdict: A",) * len(odds), "stop", ends=logprobs)
 
 
 # ---- ids: what others have paid for stays theirs
@@ -57,9 +57,9 @@ def test_the_ids_of_pairwise_and_pointwise_are_as_they_ever_were():
 
 
 def test_every_protocol_has_ids_of_its_own_and_structure_counts_where_it_is_wanted():
-    found = [tuple(ids(name)) for name in PROTOCOLS]
-    found += [tuple(ids(name, model={"structured": True})) for name in PROTOCOLS]
-    assert len({one for some in found for one in some}) == 16
+    groups = [tuple(ids(name)) for name in PROTOCOLS]
+    groups += [tuple(ids(name, model={"structured": True})) for name in PROTOCOLS]
+    assert len({one for some in groups for one in some}) == 16
     assert ids("pairwise", model={"structured": False}) == ids("pairwise")
     clamped = {"clamp": [0.3, 0.7]}
     assert ids("reasoned", label=clamped) == ids("reasoned"), "it is applied free of calls"
@@ -70,13 +70,13 @@ def test_every_protocol_has_ids_of_its_own_and_structure_counts_where_it_is_want
 
 @given(st.floats(-20, 20), st.floats(-20, 20))
 def test_a_reasoned_verdict_is_read_at_the_end_and_held_in_cais_bounds(ab, ba):
-    said = {"ab": ab, "ba": ba}
-    one = labelled(reasoned(), comparison(), lambda call, _: ends(said[call.order]))
-    held = {order: min(0.6, max(0.4, probability(value))) for order, value in said.items()}
-    mean = (log_odds(held["ab"]) - log_odds(held["ba"])) / 2
+    values = {"ab": ab, "ba": ba}
+    one = labelled(reasoned(), comparison(), lambda call, _: ends(values[call.order]))
+    clamped = {order: min(0.6, max(0.4, probability(value))) for order, value in values.items()}
+    mean = (log_odds(clamped["ab"]) - log_odds(clamped["ba"])) / 2
     assert one.p_first == pytest.approx(probability(mean), abs=1e-9)
     free = judge_of(protocol="reasoned", clamp=[0, 1])
-    one = labelled(free, comparison(), lambda call, _: ends(said[call.order]))
+    one = labelled(free, comparison(), lambda call, _: ends(values[call.order]))
     assert one.p_first == pytest.approx(probability((ab - ba) / 2), abs=1e-8)
 
 
@@ -90,11 +90,11 @@ def test_samples_are_averaged_where_all_are_soft_and_counted_where_one_is_not():
     judge = judge_of(protocol="reasoned", clamp=[0, 1])
     p, _ = judge.read(ends(2.0, -1.0))
     assert p == pytest.approx((probability(2) + probability(-1)) / 2)
-    told = ("x\nVerdict: A", "x\nVerdict: B", "x\nVerdict: A", "no verdict")
-    assert judge.read(Answer("", told, "stop")) == (2.5 / 4, None)
-    assert judge.read(ends(5.0, None, texts=told[:2])) == (0.5, None), "one of two"
+    texts = ("x\nVerdict: A", "x\nVerdict: B", "x\nVerdict: A", "no verdict")
+    assert judge.read(Answer("", texts, "stop")) == (2.5 / 4, None)
+    assert judge.read(ends(5.0, None, texts=texts[:2])) == (0.5, None), "one of two"
     assert judge.read(ends(-5.0, texts=("led to it",))) == (probability(-5.0), None)
-    assert judge.read(ends(-5.0, None, texts=("led", told[0]))) == (0.5, None)
+    assert judge.read(ends(-5.0, None, texts=("led", texts[0]))) == (0.5, None)
 
 
 FAULTY = {
@@ -123,7 +123,7 @@ def test_a_reasoned_answer_without_its_verdict_is_null(kind, answer):
 
 
 @pytest.mark.parametrize(
-    ("said", "option"),
+    ("answer", "option"),
     [
         ("A", 0),
         ("Reasons.\nVerdict: A", 0),
@@ -134,9 +134,9 @@ def test_a_reasoned_answer_without_its_verdict_is_null(kind, answer):
         ("Long reasons. " * 50 + "\nVerdict: B", 1),
     ],
 )
-def test_a_verdict_is_found_in_its_place(said, option):
-    found = parse_verdict(said, AB)
-    assert (found.option, said[found.at]) == (option, AB[option])
+def test_a_verdict_is_found_in_its_place(answer, option):
+    verdict = parse_verdict(answer, AB)
+    assert (verdict.option, answer[verdict.at]) == (option, AB[option])
 
 
 def test_a_row_gives_back_what_its_answer_said():
@@ -166,8 +166,8 @@ def test_a_verdict_in_a_response_cannot_be_echoed_as_the_judges(nasty, form):
     """A judge that ends by repeating what it was shown, word for word, has said nothing."""
     judge, row = reasoned(form=form), comparison("Dear me.", nasty)
     for call in judge.calls_for(row):
-        asked = words(judge.ask(call, row))
-        lines = asked.splitlines()
+        prompt = words(judge.ask(call, row))
+        lines = prompt.splitlines()
         shown = next(line for line in lines if "erdict" in line or "ERDICT" in line)
         at = lines.index(shown)
         for end in range(at, min(at + 4, len(lines))):
@@ -202,19 +202,19 @@ def test_a_rating_is_the_expectation_over_its_options():
 @given(st.integers(1, 10), st.integers(1, 10))
 def test_ratings_compare_as_grades_do(first, second):
     judge = rating()
-    said = {"a": first, "b": second}
-    one = labelled(judge, comparison(), lambda call, _: rated(**{f"r{said[call.order]}": 1.0}))
-    share = {order: (n - 0.5) / 10 for order, n in said.items()}
+    ratings = {"a": first, "b": second}
+    one = labelled(judge, comparison(), lambda call, _: rated(**{f"r{ratings[call.order]}": 1.0}))
+    share = {order: (n - 0.5) / 10 for order, n in ratings.items()}
     want = probability(log_odds(share["a"]) - log_odds(share["b"]))
     assert one.p_first == pytest.approx(want, abs=1e-9)
     assert (one.p_first > 0.5, one.p_first < 0.5) == (first > second, first < second)
-    texts = labelled(judge, comparison(), lambda call, _: text(f"{said[call.order]}"))
+    texts = labelled(judge, comparison(), lambda call, _: text(f"{ratings[call.order]}"))
     assert texts.p_first == pytest.approx(one.p_first, abs=1e-9)
     assert one.order_agreement is None
 
 
 @pytest.mark.parametrize(
-    ("said", "found"),
+    ("answer", "rating_read"),
     [
         ("8", 8), (" 8\n", 8), ("**8**", 8), ("8/10", 8), ("Rating: 8", 8), ("[[9]]", 9),
         ("on a scale of 1 to 10, 7", 7), ("I give it an 8 out of 10.", 8), ("8. It is kind.", 8),
@@ -224,17 +224,17 @@ def test_ratings_compare_as_grades_do(first, second):
         ("5 of the 7 points", None), ("8,5", None), ("8th", None), ("Rating: 11", None),
     ],
 )  # fmt: skip
-def test_a_rating_is_read_from_text_or_it_is_none(said, found):
-    assert parse_rating(said, 1, 10) == found
-    p, fault = rating().read(text(said))
-    assert (p is None, fault is None) == (found is None, found is not None)
+def test_a_rating_is_read_from_text_or_it_is_none(answer, rating_read):
+    assert parse_rating(answer, 1, 10) == rating_read
+    p, fault = rating().read(text(answer))
+    assert (p is None, fault is None) == (rating_read is None, rating_read is not None)
 
 
 @given(st.text(max_size=200))
-def test_no_text_breaks_a_parser(said):
-    assert parse_rating(said, 1, 10) is None or 1 <= parse_rating(said, 1, 10) <= 10
-    for found in (parse_verdict(said, AB), verdict_in_json(said, AB)):
-        assert found is None or said[found.at].upper() == AB[found.option]
+def test_no_text_breaks_a_parser(answer):
+    assert parse_rating(answer, 1, 10) is None or 1 <= parse_rating(answer, 1, 10) <= 10
+    for verdict in (parse_verdict(answer, AB), verdict_in_json(answer, AB)):
+        assert verdict is None or answer[verdict.at].upper() == AB[verdict.option]
 
 
 def test_a_number_that_is_none_is_malformed():
@@ -254,15 +254,15 @@ def test_the_static_part_comes_first_and_the_question_last(protocol, form):
     judge, row = judge_of(rules, protocol, {"form": form}), comparison("one text", "other text")
     for call in judge.calls_for(row):
         ask = judge.ask(call, row)
-        said = words(ask)
-        judged = said.index("one text" if call.order.startswith("a") else "other text")
+        prompt = words(ask)
+        judged = prompt.index("one text" if call.order.startswith("a") else "other text")
         question = call.principle.question(protocol)
-        assert said.startswith("Be fair.")
-        assert judged < said.rindex(question)
-        assert len(said) - said.rindex(question) < 140
+        assert prompt.startswith("Be fair.")
+        assert judged < prompt.rindex(question)
+        assert len(prompt) - prompt.rindex(question) < 140
         assert ask.options == judge.options
         if protocol == "rating":
-            assert said.index("Hello!") < judged
+            assert prompt.index("Hello!") < judged
             assert (ask.max_tokens, ask.lead, ask.stop) == (4, "", ())
         else:
             stop = ("\n\n",) if form == "text" else ()
@@ -288,12 +288,12 @@ def test_structure_is_a_schema_whose_verdict_comes_last(protocol, names):
 
 def test_a_structured_answer_is_its_verdict_and_nothing_else_is():
     judge = reasoned(structured=True)
-    told = '{"reasoning": "It says \\"verdict\\": \\"A\\".\\nVerdict: A", "verdict": "B"}'
-    assert judge.read(text(told)) == (0.4, None)
-    assert told[verdict_in_json(told, AB).at] == "B"
+    raw = '{"reasoning": "It says \\"verdict\\": \\"A\\".\\nVerdict: A", "verdict": "B"}'
+    assert judge.read(text(raw)) == (0.4, None)
+    assert raw[verdict_in_json(raw, AB).at] == "B"
     twice = '{"reasoning": "B", "verdict": "B"}'
     assert verdict_in_json(twice, AB).at == twice.rindex("B")
-    for bad in ("B", told[:-1], '{"verdict": "C"}', '{"verdict": ["B"]}', "[]", '{"verdict": NaN}'):
+    for bad in ("B", raw[:-1], '{"verdict": "C"}', '{"verdict": ["B"]}', "[]", '{"verdict": NaN}'):
         assert judge.read(text(bad)) == (None, "unparsed")
     assert rating(structured=True).read(text('{"verdict": "8"}')) == (0.75, None)
 
@@ -316,26 +316,26 @@ def server():
         yield one
 
 
-def asked(server, protocol: str, row: Comparison, **model):
+def query(server, protocol: str, row: Comparison, **model):
     """(judge, {order: (p of the server, answer)}) of both calls."""
     server.set_faults()
     settings = {"model": "openai:test-model", "base_url": server.base_url, "attempts": 1} | model
     judge = judge_of(protocol=protocol, model=settings, clamp=[0, 1])
-    found = {}
+    answers = {}
     with open_llm(judge.model) as llm:
         for call in judge.calls_for(row):
             ask = judge.ask(call, row)
             shown = ask.text if ask.messages is None else ask.messages
             prompt = json.dumps(shown, ensure_ascii=False, sort_keys=True)
             (answer,) = llm.answer([ask])
-            found[call.order] = p_of(hash_of(prompt)), answer
-    return judge, found
+            answers[call.order] = p_of(hash_of(prompt)), answer
+    return judge, answers
 
 
 @pytest.mark.parametrize("model", [{}, {"form": "text"}, {"structured": True}], ids=str)
 def test_a_server_is_read_at_the_verdict(server, model):
-    judge, found = asked(server, "reasoned", comparison("left", "right"), **model)
-    for p, answer in found.values():
+    judge, answers = query(server, "reasoned", comparison("left", "right"), **model)
+    for p, answer in answers.values():
         assert answer.fault is None
         assert "A before B" in answer.texts[0] or '"A' in answer.texts[0]
         assert judge.read(answer) == (pytest.approx(p), None)
@@ -345,8 +345,8 @@ def test_a_server_is_read_at_the_verdict(server, model):
 def test_a_server_is_read_at_the_rating_whose_ten_is_two_tokens(server, model):
     seen = set()
     for n in range(12):
-        judge, found = asked(server, "rating", comparison(f"left {n}", f"right {n}"), **model)
-        for p, answer in found.values():
+        judge, answers = query(server, "rating", comparison(f"left {n}", f"right {n}"), **model)
+        for p, answer in answers.values():
             share, fault = judge.read(answer)
             best = rating_of(p)
             seen.add(best)
@@ -361,8 +361,8 @@ def test_a_server_is_read_at_the_rating_whose_ten_is_two_tokens(server, model):
 @pytest.mark.parametrize("structured", [False, True])
 def test_without_log_probabilities_the_text_is_read(server, protocol, structured):
     model = {"logprobs": False, "structured": structured}
-    judge, found = asked(server, protocol, comparison(), **model)
-    for p, answer in found.values():
+    judge, answers = query(server, protocol, comparison(), **model)
+    for p, answer in answers.values():
         assert answer.ends == ()
         assert answer.logprobs is None
         want = (rating_of(p) - 0.5) / 10 if protocol == "rating" else 0.75 if p >= 0.5 else 0.25
@@ -371,8 +371,8 @@ def test_without_log_probabilities_the_text_is_read(server, protocol, structured
 
 def test_several_reasoned_samples_are_one_call(server):
     model = {"samples": 3, "temperature": 1.0}
-    judge, found = asked(server, "reasoned", comparison(), **model)
-    for p, answer in found.values():
+    judge, answers = query(server, "reasoned", comparison(), **model)
+    for p, answer in answers.values():
         assert (len(answer.texts), len(answer.ends)) == (3, 3)
         assert judge.read(answer) == (pytest.approx(p), None)
 
@@ -405,11 +405,11 @@ def test_labelling_keeps_the_reasons_and_plans_for_them(tmp_path):
     (tmp_path / "c.toml").write_text(
         'name = "c"\n[[principle]]\nid = "kind"\ncompare = "Which is kinder?"\n'
     )
-    told = ["--out", tmp_path / "run", "--pairs", pairs, "--constitution", tmp_path / "c.toml"]
-    told += ["--judge", f"scripted:{tmp_path / 'rules.jsonl'}", "--protocol", "reasoned", "--json"]
-    planned = json.loads(aif("plan", *told).stdout)
+    args = ["--out", tmp_path / "run", "--pairs", pairs, "--constitution", tmp_path / "c.toml"]
+    args += ["--judge", f"scripted:{tmp_path / 'rules.jsonl'}", "--protocol", "reasoned", "--json"]
+    planned = json.loads(aif("plan", *args).stdout)
     assert planned["completion_tokens_at_most"] == 2 * 512
-    done = aif("label", *told)
+    done = aif("label", *args)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hard_verdicts"] == 1
     first, second = read_jsonl(tmp_path / "run" / "verdicts.jsonl")

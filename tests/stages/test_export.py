@@ -70,8 +70,8 @@ def test_hh_rows_are_whole_dialogues_that_read_back(run):
     back = list(read_pairs(summary["file"]))
     assert [pair.comparison.prompt for pair in back] == [ASKED, ASKED]
     for pair, best in zip(back, ("first 0", "second 1"), strict=True):
-        said = pair.comparison.first if pair.human.p_first else pair.comparison.second
-        assert said == best
+        chosen = pair.comparison.first if pair.human.p_first else pair.comparison.second
+        assert chosen == best
 
 
 def test_a_dataset_folder_loads_from_disk(run):

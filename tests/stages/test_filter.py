@@ -54,10 +54,10 @@ class Place:
         write_jsonl(self.rules, rules)
 
     def filter(self, *more: str):
-        told = ["filter", str(self.path), "--judge", f"scripted:{self.rules}", "--json", *more]
+        arguments = ["filter", str(self.path), "--judge", f"scripted:{self.rules}", "--json", *more]
         if "revise.constitution" not in " ".join(more):
-            told += ["--constitution", str(self.constitution)]
-        return CliRunner().invoke(app, [*told, "--set", "label.protocol=pointwise"])
+            arguments += ["--constitution", str(self.constitution)]
+        return CliRunner().invoke(app, [*arguments, "--set", "label.protocol=pointwise"])
 
     def kept(self) -> dict[str, dict]:
         return {row["revision_id"]: row for row in read_jsonl(self.path / "kept.jsonl")}
@@ -82,7 +82,7 @@ def test_a_revision_is_kept_where_the_judge_prefers_it(place):
         assert kept[row.id]["comparison_id"] == Comparison.of(TALK, first, row.revision).id
         assert set(kept[row.id]["by_principle"]) == {"good", "kind"}
     assert (summary["revisions"], summary["kept"], summary["kept_rate"]) == (4, 2, 0.5)
-    assert [found["kept_rate"] for found in summary["by_round"].values()] == [0.5, 0.5]
+    assert [counts["kept_rate"] for counts in summary["by_round"].values()] == [0.5, 0.5]
     assert summary["calls_made"] == 2 * (3 + 4), "a response is graded once for all its revisions"
 
 
@@ -127,9 +127,9 @@ def test_a_revision_without_a_label_is_not_kept(place):
 
 def test_without_a_constitution_of_its_own_it_takes_the_one_of_revise(place):
     named = place.filter()
-    found = place.filter("--set", f"revise.constitution={place.constitution}")
-    assert json.loads(found.stdout)["calls_made"] == 0
-    assert json.loads(found.stdout)["by_round"] == json.loads(named.stdout)["by_round"]
+    result = place.filter("--set", f"revise.constitution={place.constitution}")
+    assert json.loads(result.stdout)["calls_made"] == 0
+    assert json.loads(result.stdout)["by_round"] == json.loads(named.stdout)["by_round"]
 
 
 def test_bad_input_is_one_line(place):

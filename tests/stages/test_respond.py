@@ -34,12 +34,12 @@ def sample(tmp_path, monkeypatch):
         llm = ScriptedLLM(lambda ask: Answer("", texts=(reply(ask),), finish="length"))
         monkeypatch.setattr(stage, "open_llm", lambda _: llm)
         prompts = [{"prompt": [HI]}, {"prompt": [SYSTEM, HI]}]
-        given = {
+        values = {
             "respond.prompts": str(write_jsonl(tmp_path / "prompts.jsonl", prompts)),
             "respond.samples": 1,
             "policy.model": "scripted:rules.jsonl",
         }
-        run = Run(tmp_path / "run", load_settings(tmp_path / "none.toml", given | settings))
+        run = Run(tmp_path / "run", load_settings(tmp_path / "none.toml", values | settings))
         stage.respond(run, Progress(quiet=True))
         return llm.asked, run
 
@@ -52,19 +52,19 @@ def shots(tmp_path):
 
 
 def test_in_a_chat_shots_are_turns_after_the_system_message(sample, shots):
-    asked, _ = sample(**shots)
-    assert [ask.messages for ask in asked] == [[*TURNS, HI], [SYSTEM, *TURNS, HI]]
-    assert {ask.text for ask in asked} == {None}
+    asks, _ = sample(**shots)
+    assert [ask.messages for ask in asks] == [[*TURNS, HI], [SYSTEM, *TURNS, HI]]
+    assert {ask.text for ask in asks} == {None}
 
 
 def test_in_text_shots_are_part_of_the_transcript(sample, shots):
-    asked, _ = sample(**shots | {"policy.form": "text"})
+    asks, _ = sample(**shots | {"policy.form": "text"})
     solved = (
         "User: 1 + 1?\n\nAssistant: 1 + 1 = 2. The answer is 2.\n\n"
         "User: 2 + 2?\n\nAssistant: The answer is 4.\n\nUser: Hi\n\nAssistant:"
     )
-    assert [ask.text for ask in asked] == [solved, f"System: Be brief.\n\n{solved}"]
-    assert {ask.messages for ask in asked} == {None}
+    assert [ask.text for ask in asks] == [solved, f"System: Be brief.\n\n{solved}"]
+    assert {ask.messages for ask in asks} == {None}
 
 
 def test_shots_are_not_kept_with_the_prompts(sample, shots):
@@ -76,12 +76,12 @@ def test_shots_are_not_kept_with_the_prompts(sample, shots):
 
 
 def test_without_shots_ids_are_what_they_were(sample):
-    asked, run = sample()
+    asks, run = sample()
     # Literal, so that a run of last year still finds its answers.
-    assert asked[0].key == "20668af92b33e37187b20d5f25731c63a90a0aa3c1aa18a9b727b4dbedf7f7d4"
+    assert asks[0].key == "20668af92b33e37187b20d5f25731c63a90a0aa3c1aa18a9b727b4dbedf7f7d4"
     policy, prompt = run.settings.policy, content_id("prompt", [HI])
-    assert asked[0].key == content_id("response", prompt, policy.identity(), "auto", 0, 0)
-    assert [ask.messages for ask in asked] == [[HI], [SYSTEM, HI]]
+    assert asks[0].key == content_id("response", prompt, policy.identity(), "auto", 0, 0)
+    assert [ask.messages for ask in asks] == [[HI], [SYSTEM, HI]]
 
 
 def test_other_shots_are_other_calls_and_the_same_shots_none(sample, shots, tmp_path):
@@ -96,12 +96,12 @@ def test_other_shots_are_other_calls_and_the_same_shots_none(sample, shots, tmp_
 
 
 def test_what_a_base_model_makes_up_after_its_turn_is_cut(sample, shots):
-    said = " 3. The answer is 3.\n\nUser: 9 + 9?\n\nAssistant: The answer is 18."
-    _, run = sample(lambda ask: said, **shots | {"policy.form": "text"})
+    answer = " 3. The answer is 3.\n\nUser: 9 + 9?\n\nAssistant: The answer is 18."
+    _, run = sample(lambda ask: answer, **shots | {"policy.form": "text"})
     rows = read_jsonl(run.path / "responses.jsonl")
     assert {(row["text"], row["finish"]) for row in rows} == {(" 3. The answer is 3.", "stop")}
-    _, run = sample(lambda ask: said, **shots)  # in a chat it is the model's own
-    assert {row["text"] for row in read_jsonl(run.path / "responses.jsonl")} == {said}
+    _, run = sample(lambda ask: answer, **shots)  # in a chat it is the model's own
+    assert {row["text"] for row in read_jsonl(run.path / "responses.jsonl")} == {answer}
 
 
 def test_a_turn_of_which_nothing_is_left_is_empty(sample, shots):

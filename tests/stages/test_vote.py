@@ -27,8 +27,8 @@ class Poll:
         self.run.mkdir()
         self.ids = (f"{number:064x}" for number in itertools.count(1))
 
-    def rows(self, prompt, *said):
-        for sample, one in enumerate(said):
+    def rows(self, prompt, *answers):
+        for sample, one in enumerate(answers):
             row = {"text": one} if isinstance(one, str) else one
             yield {
                 "id": next(self.ids),
@@ -45,17 +45,17 @@ class Poll:
         write_jsonl(self.run / "prompts.jsonl", map(as_row, prompts))
         write_jsonl(self.run / "responses.jsonl", rows)
 
-    def vote(self, *said, **settings):
+    def vote(self, *answers, **settings):
         """Votes on responses to PROMPT (or on what is written already); the one row."""
-        if said:
-            self.write(*self.rows(PROMPT, *said))
+        if answers:
+            self.write(*self.rows(PROMPT, *answers))
         self.count(**settings)
         (row,) = self.votes()
         return row
 
     def count(self, **settings):
-        given = {key.replace("__", "."): value for key, value in settings.items()}
-        run = Run(self.run, load_settings(self.folder / "none.toml", given))
+        values = {key.replace("__", "."): value for key, value in settings.items()}
+        run = Run(self.run, load_settings(self.folder / "none.toml", values))
         self.summary = vote(run, Progress(quiet=True))
         return self.summary
 
@@ -111,8 +111,8 @@ def test_no_answer_at_all_is_unparsed(poll):
 
 @pytest.mark.parametrize(("min_share", "fault"), [(0.0, None), (0.5, None), (0.51, "unsure")])
 def test_min_share_is_of_all_responses(poll, min_share, fault):
-    said = (says("18"), says("18", "a"), "I give up", "I give up, too")
-    row = poll.vote(*said, vote__min_share=min_share)
+    answers = (says("18"), says("18", "a"), "I give up", "I give up, too")
+    row = poll.vote(*answers, vote__min_share=min_share)
     assert (row["fault"], row["share"]) == (fault, 0.5)
     assert (row["answer"], numbers(row)) == ((None, []) if fault else ("18", [1, 2]))
 
@@ -131,8 +131,8 @@ def test_the_same_text_votes_twice_and_is_kept_once(poll):
 
 
 def test_per_prompt_keeps_the_first_samples(poll):
-    said = [says("18", str(n)) for n in range(5)]
-    rows = list(poll.rows(PROMPT, says("3"), *said))
+    answers = [says("18", str(n)) for n in range(5)]
+    rows = list(poll.rows(PROMPT, says("3"), *answers))
     poll.write(*reversed(rows))
     row = poll.vote(vote__per_prompt=2)
     assert numbers(row) == [2, 3]
@@ -155,8 +155,8 @@ def test_half_a_sentence_does_not_vote(poll, text, answer):
 
 
 def test_a_pattern_of_ones_own(poll):
-    said = ("RESULT 7", "RESULT 7 eggs", says("18"))
-    row = poll.vote(*said, vote__answer=r"RESULT (\w+)")
+    answers = ("RESULT 7", "RESULT 7 eggs", says("18"))
+    row = poll.vote(*answers, vote__answer=r"RESULT (\w+)")
     assert (row["answer"], row["share"], numbers(row)) == ("7", 2 / 3, [1, 2])
 
 
@@ -184,8 +184,8 @@ def test_a_row_a_prompt_in_the_prompts_order(poll):
     rows = [poll.rows(p, says(a)) for p, a in ((OTHER, 2), (stranger, 5), (PROMPT, 18))]
     poll.write(*itertools.chain(*rows), prompts=(PROMPT, silent, OTHER))
     summary = poll.count()
-    found = [(row["prompt_id"], row["answer"]) for row in poll.votes()]
-    assert found == [(PROMPT.id, "18"), (OTHER.id, "2")]
+    votes = [(row["prompt_id"], row["answer"]) for row in poll.votes()]
+    assert votes == [(PROMPT.id, "18"), (OTHER.id, "2")]
     assert (summary["prompts"], summary["votes"]) == (3, 2)
     assert set(summary) == {
         "run", "prompts", "votes", "faults", "responses_kept", "mean_share"
@@ -232,14 +232,14 @@ def test_accuracy_against_the_right_answers(poll, gold):
 
 
 def test_the_right_answer_never_bears_on_the_vote(poll):
-    said = (says("17"), says("17", "a"), says("18"))
+    answers = (says("17"), says("17", "a"), says("18"))
     rows = []
     for gold in ("17", "18", "b"):
         row = {"prompt": "9 * 2?", "answer": gold}
         file = write_jsonl(poll.folder / f"{gold}.jsonl", [row])
-        poll.write(*poll.rows(PROMPT, *said), prompts=[PROMPT])
-        found = poll.vote(respond__prompts=str(file))
-        rows.append({**found, "response_ids": len(found["response_ids"])})
+        poll.write(*poll.rows(PROMPT, *answers), prompts=[PROMPT])
+        vote = poll.vote(respond__prompts=str(file))
+        rows.append({**vote, "response_ids": len(vote["response_ids"])})
     assert rows[0] == rows[1] == rows[2]
     assert poll.summary["accuracy_vote"] == 0
 
