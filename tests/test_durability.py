@@ -140,7 +140,7 @@ def test_forty_kills_lose_nothing_and_nothing_durable_is_asked_twice(make_job):
             time.sleep(draw.uniform(0, 0.5))
             process.kill()
             process.communicate()
-            before, asked = asked, Counter(server.stats(detail=True)["asked"])
+            before, asked = asked, Counter(server.stats(detail=True)["by_prompt"])
             now = answered(job)
             assert known <= now
             assert not {hashes[key] for key in known} & (asked - before).keys()

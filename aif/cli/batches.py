@@ -23,7 +23,7 @@ def batches(
 
     The answers of a cancelled batch are paid for; the next command that needs them uses them.
     """
-    from aif.llm.batches import batches as list_batches
+    from aif.llm.batches import list_batches
 
     console.show(list_batches(existing_run(run, settings), cancel), _lines)
 

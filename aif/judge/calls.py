@@ -17,7 +17,7 @@ from aif.judge.judge import Judge
 from aif.judge.panel import Panel
 from aif.llm import open_llm
 from aif.llm.budget import Meter
-from aif.llm.dispatch import Tally, ask_all
+from aif.llm.dispatch import CallTally, ask_all
 from aif.progress import Progress
 from aif.run import Run
 from aif.store.journal import Journal, Reader
@@ -99,13 +99,13 @@ def ask_missing(
     rows: Rows,
     journal: Journal,
     progress: Progress,
-) -> tuple[Tally, float | None]:
+) -> tuple[CallTally, float | None]:
     """Make the pending calls, one judge after the other; returns the tally and the cost in dollars.
 
     Under a budget several judges go through the comparisons in slices, so that the calls paid for
     make whole labels when the budget is spent.
     """
-    tally, costs = Tally(), []
+    tally, costs = CallTally(), []
     total = pending.comparisons
     has_budget = run.settings.label.budget or run.settings.pipeline.budget
     in_slices = has_budget and (panel.several or panel.escalates)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from aif.llm import SPELLED_TOKENS, Answer
+from aif.llm import Answer
+from aif.llm.option_logprobs import SPELLED_TOKENS
 from aif.llm.verdict_text import (
     is_refusal,
     parse_choice,

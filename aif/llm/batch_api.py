@@ -3,9 +3,9 @@
     [judge]
     model = "openai-batch:gpt-4.1-mini"
 
-Asks are handed in as files of requests, each under its key as `custom_id`; the batches are then
-looked at until they end. The process may be stopped at any time: what is under way stands in a
-ledger (`aif.llm.ledger`), and the next pass over the same asks comes back for it.
+Asks are sent as files of requests, each with its key as `custom_id`; then the batches are polled
+until they end. The process may be stopped at any time: the requests under way stand in a log
+(`aif.llm.submissions`), and the next pass over the same asks comes back for them.
 
 https://platform.openai.com/docs/guides/batch
 """
@@ -18,10 +18,10 @@ from typing import Any
 
 from aif.config.settings import LLMSettings
 from aif.errors import AifError, Interrupted, JudgeStopped
-from aif.llm import Answer, Ask, Caller, openai_format
-from aif.llm.batch_client import BatchClient, Missing, Refused
-from aif.llm.openai_api import Failure
-from aif.llm.submissions import Ledger, Submission
+from aif.llm import Answer, Ask, openai_format
+from aif.llm.batch_client import BatchClient, BatchRefused
+from aif.llm.openai_api import Failure, NotFound
+from aif.llm.submissions import Session, Submission, SubmissionLog
 
 FIRST_WAIT_S = 1.0  # between two looks; grows up to `poll_s`
 GROWTH = 1.5
@@ -36,31 +36,31 @@ class BatchLLM(BatchClient):
     It holds every ask that has no answer yet in memory.
     """
 
-    _caller: Caller | None = None
+    _session: Session | None = None
 
-    def attend(self, caller: Caller) -> None:
-        """Told before `answer`; see `aif.llm.Lasting`."""
-        self._caller, self.stopping = caller, caller.stopping
+    def resume_with(self, session: Session) -> None:
+        """Called before `answer`; see `aif.llm.submissions.ResumableLLM`."""
+        self._session, self.stopping = session, session.stopping
 
     def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
         """One answer for every ask, as the batches end.
 
-        A row that an expired, cancelled or failed batch has no answer to, or that the server may
-        answer another time, is asked again in a new batch, in `attempts` batches at most. Raises
-        Interrupted on a signal; the batches go on and the next call with these asks finds them.
+        A request without an answer (its batch expired, was cancelled or failed, or the server asks
+        for a retry) goes into a new batch, into `attempts` batches at most. Raises Interrupted on
+        a signal; the batches go on and the next call with these asks finds them.
         """
-        if self._caller is None:
-            raise AifError(f"{self._settings.model}: batches need a run folder to be kept in")
-        with Ledger.open(self._caller.ledger) as ledger:
-            for line in ledger.damage():
-                self._caller.say(line)
+        if self._session is None:
+            raise AifError(f"{self._settings.model}: batches need a run folder for their log")
+        with SubmissionLog.open(self._session.log) as log:
+            for line in log.damage():
+                self._session.say(line)
             try:
-                yield from _Pass(self, ledger, self._caller, self._settings).answers(asks)
+                yield from _Pass(self, log, self._session, self._settings).answers(asks)
             except Interrupted:
-                raise Interrupted(self._left_at_the_server(ledger)) from None
+                raise Interrupted(self._left_at_the_server(log)) from None
 
-    def _left_at_the_server(self, ledger: Ledger) -> str:
-        left = ledger.under_way()
+    def _left_at_the_server(self, log: SubmissionLog) -> str:
+        left = log.under_way()
         if not left:
             return "interrupted; the same command resumes"
         n = sum(len(submission.left()) for submission in left)
@@ -71,145 +71,146 @@ class BatchLLM(BatchClient):
 
 
 class _Pass:
-    """One answering of asks: hands in, waits, takes back, and asks again what came to nothing."""
+    """One pass over asks: submits, waits, takes answers back, and submits again what has none."""
 
-    def __init__(self, llm: BatchLLM, ledger: Ledger, caller: Caller, settings: LLMSettings):
+    def __init__(self, llm: BatchLLM, log: SubmissionLog, session: Session, settings: LLMSettings):
         self._llm = llm
-        self._ledger = ledger
-        self._caller = caller
+        self._log = log
+        self._session = session
         self._settings = settings
-        self._wanted: dict[str, Ask] = {}
+        self._unanswered: dict[str, Ask] = {}
         self._open: list[Submission] = []
         self._tries: Counter[str] = Counter()
-        self._why: dict[str, Failure] = {}
+        self._failures: dict[str, Failure] = {}  # the last one of each key
         self._queue_full = ""
 
     def answers(self, asks: Iterable[Ask]) -> Iterator[Answer]:
-        """Every ask is in the ledger or handed in; all batches end; then the rest once more."""
+        """Submit every ask that is in no batch, wait until all batches end, submit the rest."""
         self._take_in(asks)
-        while self._wanted:
-            before, self._queue_full = len(self._wanted), ""
+        while self._unanswered:
+            before, self._queue_full = len(self._unanswered), ""
             yield from self._until_all_end()
-            for key in [key for key in self._wanted if self._tries[key] >= self._settings.attempts]:
-                why = self._why[key]
-                del self._wanted[key]
-                tries = f" ({self._tries[key]} batches)"
-                yield Answer(key, fault=why.fault, detail=why.detail + tries)
-            if self._queue_full and len(self._wanted) == before:
+            attempts = self._settings.attempts
+            for key in [key for key in self._unanswered if self._tries[key] >= attempts]:
+                failure = self._failures[key]
+                del self._unanswered[key]
+                detail = f"{failure.detail} ({self._tries[key]} batches)"
+                yield Answer(key, fault=failure.fault, detail=detail)
+            if self._queue_full and len(self._unanswered) == before:
                 raise JudgeStopped(f"{self._queue_full}; the same command asks again")
-            self._hand_in(list(self._wanted.values()))
+            self._submit(list(self._unanswered.values()))
 
     def _take_in(self, asks: Iterable[Ask]) -> None:
-        """Hand in what no batch that is under way has."""
-        held = {
+        """Submit the asks that no batch under way has, and wait for the other batches too."""
+        in_batch = {
             key: submission
-            for submission in self._ledger.under_way()
+            for submission in self._log.under_way()
             if submission.model == self._settings.model
             for key in submission.left()
         }
-        found: dict[str, Submission] = {}
+        earlier: dict[str, Submission] = {}
 
         def fresh() -> Iterator[Ask]:
             for ask in asks:
-                self._wanted[ask.key] = ask
-                if ask.key in held:
-                    found[held[ask.key].tag] = held[ask.key]
+                self._unanswered[ask.key] = ask
+                if ask.key in in_batch:
+                    earlier[in_batch[ask.key].tag] = in_batch[ask.key]
                 else:
                     yield ask
 
-        self._hand_in(fresh())
-        lost = {tag for tag, submission in found.items() if submission.batch is None}
-        known = self._llm.find(lost) if lost else {}
-        for submission in found.values():
+        self._submit(fresh())
+        lost = {tag for tag, submission in earlier.items() if submission.batch is None}
+        batch_of = self._llm.find(lost) if lost else {}
+        for submission in earlier.values():
             if submission.tag in lost:
-                self._create(submission, known.get(submission.tag))
-            self._caller.say(
+                self._create(submission, batch_of.get(submission.tag))
+            self._session.say(
                 f"{submission.batch}: handed in before, {len(submission.left()):,} requests"
             )
-        self._open += found.values()
+        self._open += earlier.values()
 
-    def _hand_in(self, asks: Iterable[Ask]) -> None:
+    def _submit(self, asks: Iterable[Ask]) -> None:
         for file in self._llm.requests(asks):
             self._llm.sleep(0)  # a signal may have cut the asks short
             uploaded = self._llm.upload(bytes(file.content))
             model = self._settings.model
-            submission = self._ledger.plan(model, file.endpoint, uploaded, file.keys)
+            submission = self._log.plan(model, file.endpoint, uploaded, file.keys)
             self._create(submission)
-            self._caller.say(f"{submission.batch}: {len(file.keys):,} requests handed in")
+            self._session.say(f"{submission.batch}: {len(file.keys):,} requests handed in")
             self._open.append(submission)
 
     def _create(self, submission: Submission, batch: str | None = None) -> None:
         try:
             batch = batch or self._llm.create(submission)
-        except Refused:
-            self._ledger.told(submission, submission.keys)
+        except BatchRefused:
+            self._log.finish(submission, submission.keys)
             raise
-        self._ledger.created(submission, batch)
+        self._log.created(submission, batch)
 
     def _until_all_end(self) -> Iterator[Answer]:
-        """Look, wait, look again."""
+        """Poll the batches; as each ends, yield its answers."""
         wait_s, failed = FIRST_WAIT_S, 0
         while self._open:
             for submission in list(self._open):
-                seen = self._look(submission)
-                if isinstance(seen, Failure):
+                batch = self._look(submission)
+                if isinstance(batch, Failure):
                     failed += 1
                     if failed >= MOST_FAILED_LOOKS:
-                        raise self._llm.stopped("it is silent; the batches go on", seen.detail)
+                        raise self._llm.stopped("it is silent; the batches go on", batch.detail)
                     break
                 failed = 0
-                if seen.get("status") in ENDED:
+                if batch.get("status") in ENDED:
                     self._open.remove(submission)
-                    yield from self._taken_back(submission, seen)
+                    yield from self._take_back(submission, batch)
             if self._open:
                 self._llm.sleep(min(wait_s, self._settings.poll_s))
                 wait_s *= GROWTH
 
     def _look(self, submission: Submission) -> dict[str, Any] | Failure:
         try:
-            seen = self._llm.look_once(submission)
-        except Missing as error:
+            batch = self._llm.look_once(submission)
+        except NotFound as error:
             raise JudgeStopped(
-                f"{error}: {submission.batch} is in {self._caller.ledger}; was it another key? "
+                f"{error}: {submission.batch} is in {self._session.log}; was it another key? "
                 "Without that file its requests are made anew"
             ) from None
-        if not isinstance(seen, Failure) and seen.get("status") != submission.status:
-            submission.status = openai_format.plain(str(seen.get("status")), 40)
-            self._caller.say(f"{submission.batch}: {submission.status}")
-        return seen
+        if not isinstance(batch, Failure) and batch.get("status") != submission.status:
+            submission.status = openai_format.plain(str(batch.get("status")), 40)
+            self._session.say(f"{submission.batch}: {submission.status}")
+        return batch
 
-    def _taken_back(self, submission: Submission, seen: dict[str, Any]) -> Iterator[Answer]:
-        """The answers of a batch that has ended; afterwards the ledger is done with them."""
-        rows = self._rows(submission, seen)
-        mine = [key for key in submission.left() if key in self._wanted]
-        found: list[Answer] = []
+    def _take_back(self, submission: Submission, batch: dict[str, Any]) -> Iterator[Answer]:
+        """The answers of a batch that has ended; once they are durable, the log has them done."""
+        rows = self._rows(submission, batch)
+        keys = [key for key in submission.left() if key in self._unanswered]
+        answers: list[Answer] = []
         stop: JudgeStopped | None = None
-        for key in mine:
+        for key in keys:
             try:
-                outcome = self._outcome(key, rows, submission, seen)
-            except JudgeStopped as error:  # after what else this batch has
+                outcome = self._outcome(key, rows, submission, batch)
+            except JudgeStopped as error:  # raised after the other answers of this batch
                 stop = stop or error
                 continue
             if isinstance(outcome, Answer):
-                found.append(outcome)
+                answers.append(outcome)
             elif outcome is not None:
                 self._tries[key] += 1
-                self._why[key] = outcome
-        for answer in found:
-            del self._wanted[answer.key]
+                self._failures[key] = outcome
+        for answer in answers:
+            del self._unanswered[answer.key]
             yield answer
-        self._caller.commit()
-        self._ledger.told(submission, mine)
+        self._session.commit()
+        self._log.finish(submission, keys)
         if stop is not None:
             raise stop
 
-    def _rows(self, submission: Submission, seen: dict[str, Any]) -> dict[str, bytes]:
-        """The lines of both files by key. Each key counts once, and only where it was asked."""
+    def _rows(self, submission: Submission, batch: dict[str, Any]) -> dict[str, bytes]:
+        """The lines of both files by key: only keys of the submission, and each only once."""
         keys = set(submission.keys)
         rows: dict[str, bytes] = {}
         ignored: Counter[str] = Counter()
         for name in ("output_file_id", "error_file_id"):
-            file = seen.get(name)
+            file = batch.get(name)
             content = self._llm.download(file) if isinstance(file, str) and file else b""
             ignored["files gone"] += bool(file) and not content
             for line in filter(bytes.strip, content.split(b"\n")):
@@ -226,19 +227,19 @@ class _Pass:
                     rows[key] = line
         if +ignored:
             kinds = ", ".join(f"{n:,} {kind}" for kind, n in (+ignored).items())
-            self._caller.say(f"{submission.batch}: passed over: {kinds}")
+            self._session.say(f"{submission.batch}: passed over: {kinds}")
         return rows
 
     def _outcome(
-        self, key: str, rows: dict[str, bytes], submission: Submission, seen: dict[str, Any]
+        self, key: str, rows: dict[str, bytes], submission: Submission, batch: dict[str, Any]
     ) -> Answer | Failure | None:
-        """What a batch that has ended says about an ask; None: it did not get its turn."""
+        """The outcome of one ask in a batch that has ended; None: its turn never came."""
         if key in rows:
-            return self._llm.outcome(self._wanted[key], rows[key])
-        status = seen["status"]
-        if status == "failed" and (errors := self._llm.errors(seen)):
-            codes, said = errors
-            stopped = self._llm.stopped(f"{submission.batch} was refused", said)
+            return self._llm.outcome(self._unanswered[key], rows[key])
+        status = batch["status"]
+        if status == "failed":
+            codes, message = self._llm.errors(batch)
+            stopped = self._llm.stopped(f"{submission.batch} was refused", message)
             if codes != {QUEUE_FULL}:
                 raise stopped
             self._queue_full = str(stopped)

@@ -1,7 +1,7 @@
-"""Paying for answers: asks go to a model, answers into the journal, until all is durable.
+"""The one loop under every stage that calls a model: asks go to it, answers into the journal.
 
-The one loop under every stage that calls a model. It ends early, with everything so far kept, when
-a signal asks for it, when the model is gone, or when the budget is spent.
+It ends early, with every answer so far kept, on a signal, when the model is gone, or when the
+budget is spent.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from aif.config.settings import LLMSettings
 from aif.errors import AifError, BudgetSpent, Interrupted, JudgeStopped, TooManyFaults
-from aif.llm import LLM, Answer, Ask, Caller, Lasting
+from aif.llm import LLM, Answer, Ask
 from aif.llm.budget import Meter
+from aif.llm.submissions import ResumableLLM, Session
 from aif.progress import Progress
 from aif.signals import handling
 from aif.store.journal import Journal
@@ -30,8 +32,8 @@ DRAIN_S = 10.0  # after the first signal, calls in flight may take this long
 
 
 @dataclass
-class Tally:
-    """What came of it. `stopped` is why it ended early, for the caller to raise when it is done."""
+class CallTally:
+    """Calls with and without an answer. `stopped` is why it ended early, for the stage to raise."""
 
     answered: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -45,11 +47,11 @@ class Tally:
 
     @property
     def calls_per_s(self) -> float | None:
-        """How fast calls were answered; None where there were none."""
+        """Calls per second; None if there were none."""
         return round(self.calls / self.seconds, 3) if self.calls and self.seconds else None
 
-    def add(self, more: Tally) -> None:
-        """Take another tally into this one."""
+    def add(self, more: CallTally) -> None:
+        """Add the counts of another tally."""
         self.answered += more.answered
         self.faults.update(more.faults)
         self.seconds += more.seconds
@@ -58,7 +60,7 @@ class Tally:
 
 @dataclass
 class Faults:
-    """Calls that came to nothing, by kind, with one example of each."""
+    """Calls without an answer, by kind of fault, with one example of each."""
 
     calls: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -78,7 +80,7 @@ class Faults:
         self.details |= summary["fault_details"]
 
     def summary(self) -> dict[str, Any]:
-        """What `check_faults` reads."""
+        """The keys of a stage's summary that `check_faults` reads."""
         return {
             "faults": dict(self.kinds),
             "fault_details": self.details,
@@ -93,25 +95,45 @@ def ask_all(
     row_of: Callable[[Answer], dict[str, Any]],
     progress: Progress,
     meter: Meter | None = None,
-) -> Tally:
-    """Ask everything that `meter` has money for, journal every answer (as `row_of` makes it a
-    row, with what it cost), return the tally.
+) -> CallTally:
+    """Ask everything that `meter` has money for, and append every answer to the journal, as the
+    row that `row_of` makes of it and its cost.
 
-    Raises AifError at once when the journal cannot be written.
+    Raises AifError at once if the journal cannot be written.
     """
-    tally = Tally()
-    before, began = journal.durable, time.monotonic()
-    meter = (meter or Meter(LLMSettings())).opened(llm, journal)
+    tally = CallTally()
+    before, began, failing = journal.durable, time.monotonic(), 0
+    meter = meter or Meter(LLMSettings())
+
+    def keep(answer: Answer) -> None:
+        nonlocal failing
+        row = meter.settled(answer, row_of(answer))
+        journal.append(row)
+        fault = row["fault"]
+        if fault is None:
+            tally.answered += 1
+        else:
+            tally.faults[fault] += 1
+        progress.update(journal.durable - before, tally.faults.total())
+        failing = failing + 1 if fault in SERVICE_FAULTS else 0
+        if failing >= GONE_AFTER:
+            raise JudgeStopped(
+                f"the last {failing} calls failed ({FAULTS[fault]}: {answer.detail}); "
+                "stopped before the rest fail too, the same command resumes"
+            )
+
     try:
-        with draining(progress) as stop, meter:
-            if isinstance(llm, Lasting):
-                ledger = journal.path.with_suffix(".batches.jsonl")
-                llm.attend(Caller(ledger, journal.commit, stop.is_set, progress.say))
+        with draining(progress) as stop, meter.opened(llm, journal):
+            if isinstance(llm, ResumableLLM):
+                log = journal.path.with_suffix(".batches.jsonl")
+                llm.resume_with(Session(log, journal.commit, stop.is_set, progress.say))
             left = iter(asks)
             while True:
                 with closing(meter.granted(left)) as granted:
-                    handed = _until(stop, granted)
-                    _pay(llm, handed, journal, row_of, progress, tally, before, meter)
+                    until_stop = takewhile(lambda _: not stop.is_set(), granted)
+                    with closing(llm.answer(until_stop)) as answers:
+                        for answer in answers:
+                            keep(answer)
                 if stop.is_set() or not meter.goes_on():
                     break
             if stop.is_set():
@@ -124,35 +146,6 @@ def ask_all(
     progress.update(journal.durable - before, tally.faults.total())
     tally.seconds = time.monotonic() - began
     return tally
-
-
-def _pay(
-    llm: LLM,
-    asks: Iterator[Ask],
-    journal: Journal,
-    row_of: Callable[[Answer], dict[str, Any]],
-    progress: Progress,
-    tally: Tally,
-    before: int,
-    meter: Meter,
-) -> None:
-    failing = 0
-    with closing(llm.answer(asks)) as answers:
-        for answer in answers:
-            row = meter.settled(answer, row_of(answer))
-            journal.append(row)
-            fault = row["fault"]
-            if fault is None:
-                tally.answered += 1
-            else:
-                tally.faults[fault] += 1
-            progress.update(journal.durable - before, tally.faults.total())
-            failing = failing + 1 if fault in SERVICE_FAULTS else 0
-            if failing >= GONE_AFTER:
-                raise JudgeStopped(
-                    f"the last {failing} calls failed ({FAULTS[fault]}: {answer.detail}); "
-                    "stopped before the rest fail too, the same command resumes"
-                )
 
 
 def check_faults(summary: dict[str, Any], allowed: float) -> None:
@@ -169,19 +162,12 @@ def check_faults(summary: dict[str, Any], allowed: float) -> None:
         )
 
 
-def _until(stop: threading.Event, asks: Iterable[Ask]) -> Iterator[Ask]:
-    for ask in asks:
-        if stop.is_set():
-            return
-        yield ask
-
-
 @contextmanager
 def draining(progress: Progress) -> Iterator[threading.Event]:
-    """Make SIGINT and SIGTERM set the event: ask no more, let what is in flight come in.
+    """Make SIGINT and SIGTERM set the event: ask no more, wait for the calls in flight.
 
-    A drain that takes too long is ended by raising Interrupted; a second signal leaves at once
-    (the journal is valid at every moment). Outside the main thread signals are left alone.
+    If that takes too long, Interrupted is raised; a second signal leaves at once (the journal is
+    valid at every moment).
     """
     stop = threading.Event()
 

@@ -2,9 +2,9 @@
 
     LocalLLM(LLMSettings(model="smollm2-135m"))      # or a folder, or a hub id
 
-Scoring (an ask with options) computes every shared prefix once: the preamble that all asks begin
-with, and the texts that several questions are asked about. The caller declares nothing; see
-`aif.llm.score`. Nothing is loaded before the first ask, and weights only for an answer.
+Reading options computes every shared prefix once: the preamble that all asks begin with, and the
+texts that several questions are about; see `aif.llm.prefix_scorer`. Nothing is loaded before the
+first ask, and weights only for an answer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jinja2 import TemplateError
 
 from aif.config.settings import LLMSettings
 from aif.errors import InputError, shown
-from aif.llm import LLM, SPELLED_TOKENS, Answer, Ask, ended
-from aif.llm.option_logprobs import IMPOSSIBLE, begun
+from aif.llm import LLM, Answer, Ask
+from aif.llm.option_logprobs import IMPOSSIBLE, SPELLED_TOKENS, Options, begun
 from aif.llm.prefix_scorer import PrefixScorer
 from aif.llm.sampler import ROWS_CPU, Draw, generate
 from aif.llm.verdict_text import is_refusal, parse_verdict
@@ -30,12 +30,11 @@ from aif.models.decode import SampledTokens
 from aif.models.load import ends_of, load_model, load_tokenizer
 from aif.store.records import content_id
 
-LOOK_AHEAD = 512  # asks sorted together, so that what they share stands side by side
-LED = 8  # tokens that a lead to the verdict may take
-MAX_CHARS_PER_TOKEN = 16  # a text with more than this a context token is refused untokenised
+LOOK_AHEAD = 512  # asks sorted together, so that shared prefixes stand side by side
+LEAD_TOKENS = 8  # the most that a lead to the verdict may take
+MAX_CHARS_PER_TOKEN = 16  # a text with more than this per token of context is refused untokenised
 
-
-Path = tuple[int, ...]  # tokens
+TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +42,19 @@ class Row:
     """An ask and its whole prompt in tokens."""
 
     ask: Ask
-    ids: tuple[int, ...]
+    ids: TokenIds
+
+    def usage(self, completion_tokens: int) -> dict[str, int]:
+        """`Answer.usage`."""
+        return {"prompt_tokens": len(self.ids), "completion_tokens": completion_tokens}
 
 
-class Refused(Exception):
-    """This ask cannot be put to the model: (fault, detail)."""
+class AskRefused(Exception):
+    """The model cannot take this ask: (fault, detail)."""
 
 
 class LocalLLM(LLM):
-    """The `LLM` protocol on one transformers model. Raises `InputError` where it cannot load."""
+    """The `LLM` protocol on one transformers model. Raises `InputError` if it cannot load."""
 
     def __init__(self, settings: LLMSettings):
         self.settings = settings
@@ -71,7 +74,7 @@ class LocalLLM(LLM):
 
     @cached_property
     def model(self) -> Any:
-        """The transformers model; loaded when first wanted."""
+        """The transformers model; loaded at first use."""
         model = load_model(self.settings.model, self.settings.dtype, self.settings.device)
         head_in_float32(model)
         return model
@@ -93,7 +96,7 @@ class LocalLLM(LLM):
             for ask in chunk:
                 try:
                     rows.append(Row(ask, self._tokens(ask)))
-                except Refused as refused:
+                except AskRefused as refused:
                     fault, detail = refused.args
                     yield Answer(ask.key, fault=fault, detail=detail)
             yield from self._reasoned([row for row in rows if row.ask.reads_the_end])
@@ -102,15 +105,17 @@ class LocalLLM(LLM):
             yield from self._score([row for row in scored if _needs_no_text(row.ask)])
             both = [row for row in scored if not _needs_no_text(row.ask)]
             logprobs = {answer.key: answer for answer in self._score(both)}
-            yield from self._write([row for row in rows if not row.ask.options] + both, logprobs)
+            rows = [row for row in rows if not row.ask.options] + both
+            for row, drawn in self._drawn(rows):
+                yield self._written(row, drawn, logprobs.get(row.ask.key))
 
     def count_tokens(self, asks: Iterable[Ask]) -> tuple[int, bool]:
-        """Exact; an ask that would be refused (it does not fit the context) counts nothing."""
+        """Exact; an ask that would be refused (it does not fit the context) counts as 0."""
         total = 0
         for ask in asks:
             try:
                 total += len(self._tokens(ask))
-            except Refused:
+            except AskRefused:
                 continue
         return total, True
 
@@ -120,32 +125,30 @@ class LocalLLM(LLM):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _tokens(self, ask: Ask) -> tuple[int, ...]:
-        """The whole prompt in tokens, at least one. Raises `Refused`."""
-        texts = [ask.text] if ask.text is not None else [m["content"] for m in ask.messages or []]
-        chars = sum(map(len, texts))
+    def _tokens(self, ask: Ask) -> TokenIds:
+        """The whole prompt in tokens, at least one. Raises `AskRefused`."""
+        chars = sum(map(len, ask.texts))
         if chars > self.context * MAX_CHARS_PER_TOKEN:
-            raise Refused("too_long", f"{chars} characters; the context is {self.context} tokens")
+            detail = f"{chars} characters; the context is {self.context} tokens"
+            raise AskRefused("too_long", detail)
         try:
             ids = self._ids(ask)
         except (TypeError, ValueError, TemplateError) as error:  # a lone surrogate, odd roles
-            raise Refused("rejected", f"cannot be tokenised: {shown(str(error), 120)}") from error
+            detail = f"cannot be tokenised: {shown(str(error), 120)}"
+            raise AskRefused("rejected", detail) from error
         if not ids:
-            raise Refused("rejected", "the prompt is empty")
-        to_come = ask.max_tokens + (LED if ask.lead else 0)
+            raise AskRefused("rejected", "the prompt is empty")
+        to_come = ask.max_tokens + (LEAD_TOKENS if ask.lead else 0)
         if len(ids) + to_come > self.context:
-            raise Refused(
-                "too_long",
-                f"{len(ids)} tokens and {to_come} to come; the context is {self.context}",
-            )
+            detail = f"{len(ids)} tokens and {to_come} to come; the context is {self.context}"
+            raise AskRefused("too_long", detail)
         return ids
 
-    def _ids(self, ask: Ask, said: str = "") -> tuple[int, ...]:
-        """The prompt in tokens, with what was said in answer behind it."""
+    def _ids(self, ask: Ask, answer: str = "") -> TokenIds:
+        """The prompt in tokens, and the beginning of an answer after it."""
         if ask.text is not None:
-            return tuple(self.tokenizer(ask.text + said)["input_ids"])
-        whole = self._chat(ask) + said
-        return tuple(self.tokenizer(whole, add_special_tokens=False)["input_ids"])
+            return tuple(self.tokenizer(ask.text + answer)["input_ids"])
+        return tuple(self._spelling(self._chat(ask) + answer))
 
     def _chat(self, ask: Ask) -> str:
         if not self.tokenizer.chat_template:
@@ -160,54 +163,54 @@ class LocalLLM(LLM):
         )
 
     def _score(self, rows: list[Row]) -> Iterator[Answer]:
-        """Scores the options of `rows` as what follows their prompts."""
-        for i, found in self._options_of(rows):
-            ask, usage = rows[i].ask, {"prompt_tokens": len(rows[i].ids), "completion_tokens": 1}
-            if isinstance(found, RuntimeError):
-                yield Answer(ask.key, fault="backend", detail=shown(str(found), 200))
+        """Reads the options of `rows` as the next token of their prompts."""
+        for i, outcome in self._options_of(rows):
+            row = rows[i]
+            if isinstance(outcome, RuntimeError):
+                yield _failed(row.ask, outcome)
             else:
-                text, options = found
-                yield Answer(ask.key, (text,), "length", options, usage=usage)
+                text, options = outcome
+                yield Answer(row.ask.key, (text,), "length", options, usage=row.usage(1))
 
     def _options_of(
         self, rows: list[Row]
-    ) -> Iterator[tuple[int, tuple[str, dict[str, float]] | RuntimeError]]:
-        """(index into `rows`, (likeliest text, each option's log-probability)) for each.
+    ) -> Iterator[tuple[int, tuple[str, Options] | RuntimeError]]:
+        """(index into `rows`, (the most probable text, each option's log-probability)) for each.
 
-        Options that begin alike are followed token by token: every point that they pass is a
-        prompt of its own, which shares all but its last token with the row's.
+        Options that begin alike are read token by token: each of their beginnings ("points") is
+        a prompt of its own, which shares the row's prompt.
         """
-        paths = {row.ask.options: self._paths(row.ask.options) for row in rows}
-        points = {options: _points(found) for options, found in paths.items()}
+        spellings = {row.ask.options: self._spellings(row.ask.options) for row in rows}
+        points = {options: _points(of) for options, of in spellings.items()}
         prompts = [(i, point) for i, row in enumerate(rows) for point in points[row.ask.options]]
-        known: dict[int, dict[Path, dict[int, float]]] = {}
-        scores = self._scorer.score([rows[i].ids + point for i, point in prompts]) if rows else ()
-        for n, logprobs_V in scores:
+        by_row: dict[int, dict[TokenIds, dict[int, float]]] = {}  # {} for a row that has failed
+        ids = [rows[i].ids + point for i, point in prompts]
+        for n, logprobs_V in self._scorer.next_logprobs(ids) if ids else ():
             i, point = prompts[n]
             options, at = rows[i].ask.options, points[rows[i].ask.options]
-            if i in known and not known[i]:  # it has failed
+            if i in by_row and not by_row[i]:
                 continue
             if not isinstance(logprobs_V, RuntimeError) and logprobs_V.isnan().any():
                 logprobs_V = RuntimeError("the logits are not numbers")
             if isinstance(logprobs_V, RuntimeError):
-                known[i] = {}
+                by_row[i] = {}
                 yield i, logprobs_V
             elif len(at) == 1:
-                found = {
+                logprobs = {
                     option: min(0.0, float(logprobs_V[self._option_ids(option)].logsumexp(0)))
                     for option in options
                 }
-                yield i, (self._text([int(logprobs_V.argmax())]), found)
+                yield i, (self._text([int(logprobs_V.argmax())]), logprobs)
             else:
-                row = known.setdefault(i, {})
+                row = by_row.setdefault(i, {})
                 row[point] = {token: float(logprobs_V[token]) for token in at[point]}
                 if len(row) == len(at):
-                    found = _followed(paths[options], known.pop(i))
-                    yield i, (max(found, key=found.__getitem__), found)
+                    logprobs = _spelled_logprobs(spellings[options], by_row.pop(i))
+                    yield i, (max(logprobs, key=logprobs.__getitem__), logprobs)
 
     def _reasoned(self, rows: list[Row]) -> Iterator[Answer]:
-        """Generates reasons, then scores the options in the place of each text's verdict; a text
-        that ended without one is led to it (the two steps of Lee et al. 2023, 2309.00267)."""
+        """Generates reasons, then reads the options at the verdict of each text; a text that ended
+        without a verdict gets the lead to one (the two steps of Lee et al. 2023, 2309.00267)."""
         drawn = self._drawn(rows)
         while some := list(islice(drawn, ROWS_CPU)):  # a kill loses no more than these
             yield from self._with_ends(some)
@@ -215,39 +218,36 @@ class LocalLLM(LLM):
     def _with_ends(
         self, rows: list[tuple[Row, list[SampledTokens | RuntimeError]]]
     ) -> Iterator[Answer]:
-        """The answers that these texts are, each with its `ends`."""
+        """The answers with these texts, each with its `ends`."""
         answers, endings, place = [], [], []
         for row, drawn in rows:
             answer = self._written(row, drawn, None)
             for n, text in enumerate(answer.texts):
-                said = _until_verdict(row.ask, text, drawn[n].ended)
-                if said is not None:
-                    endings.append(Row(row.ask, self._ids(row.ask, said)))
+                reasons = _until_verdict(row.ask, text, drawn[n].ended)
+                if reasons is not None:
+                    endings.append(Row(row.ask, self._ids(row.ask, reasons)))
                     place.append((len(answers), n))
             answers.append(answer)
-        found: dict[tuple[int, int], dict[str, float]] = {}
-        for i, scored in self._options_of(endings):
+        options: dict[tuple[int, int], Options] = {}
+        for i, outcome in self._options_of(endings):
             which, n = place[i]
-            if isinstance(scored, RuntimeError):
-                fault = {"fault": "backend", "detail": shown(str(scored), 200)}
-                answers[which] = Answer(answers[which].key, **fault)
+            if isinstance(outcome, RuntimeError):
+                answers[which] = _failed(endings[i].ask, outcome)
             else:
-                found[which, n] = scored[1]
+                options[which, n] = outcome[1]
         for which, answer in enumerate(answers):
-            ends = tuple(found.get((which, n)) for n in range(len(answer.texts)))
+            ends = tuple(options.get((which, n)) for n in range(len(answer.texts)))
             yield replace(answer, ends=ends if any(ends) else ())
-
-    def _write(self, rows: list[Row], scored: dict[str, Answer]) -> Iterator[Answer]:
-        """Generates for `rows`; `scored` holds the option log-probabilities of those with any."""
-        for row, drawn in self._drawn(rows):
-            yield self._written(row, drawn, scored.get(row.ask.key))
 
     def _drawn(self, rows: list[Row]) -> Iterator[tuple[Row, list[SampledTokens | RuntimeError]]]:
         """Each row with all of its samples."""
         draws, owner = [], []
         for i, row in enumerate(rows):
             for sample in range(row.ask.samples):
-                draws.append(_draw(row, sample))
+                seed = seed_of(row.ask, sample)
+                draws.append(
+                    Draw(row.ids, row.ask.max_tokens, row.ask.temperature, seed, row.ask.stop)
+                )
                 owner.append(i)
         done: dict[int, dict[int, SampledTokens | RuntimeError]] = {i: {} for i in range(len(rows))}
         eos = ends_of(self.model, self.tokenizer)
@@ -265,18 +265,15 @@ class LocalLLM(LLM):
             return scored
         for one in drawn:
             if isinstance(one, RuntimeError):
-                return Answer(row.ask.key, fault="backend", detail=shown(str(one), 200))
+                return _failed(row.ask, one)
         answer = Answer(
             row.ask.key,
             tuple(self._text(one.ids) for one in drawn),
             "stop" if all(one.ended for one in drawn) else "length",
             scored.logprobs if scored else None,
-            usage={
-                "prompt_tokens": len(row.ids),
-                "completion_tokens": sum(len(one.ids) for one in drawn),
-            },
+            usage=row.usage(sum(len(one.ids) for one in drawn)),
         )
-        return ended(answer, row.ask.stop)
+        return answer.cut(row.ask)
 
     def _text(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -284,39 +281,40 @@ class LocalLLM(LLM):
     @cached_property
     def _ids_by_text(self) -> dict[str, list[int]]:
         """Every token of the vocabulary by its text, stripped and casefolded."""
-        found: dict[str, list[int]] = {}
+        ids: dict[str, list[int]] = {}
         texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         for i, text in enumerate(texts):
-            found.setdefault(text.strip().casefold(), []).append(i)
-        return found
+            ids.setdefault(text.strip().casefold(), []).append(i)
+        return ids
 
     def _option_ids(self, option: str) -> list[int]:
-        """The tokens that count for `option`; its first token where no single one spells it."""
+        """The tokens that count for `option`; its first token if no single one spells it."""
         return self._one_token(option) or self._spelling(option)[:1]
 
     def _one_token(self, option: str) -> list[int]:
         return self._ids_by_text.get(option.strip().casefold(), [])
 
-    def _spelling(self, option: str) -> list[int]:
-        return self.tokenizer(option, add_special_tokens=False)["input_ids"]
+    def _spelling(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _paths(self, options: tuple[str, ...]) -> dict[str, set[Path]]:
-        """The tokens that make each option. Of options that begin alike the spelling counts, too,
-        with a space before it and without: many tokenizers write 10 as 1, 0 and " 8" as " ", 8."""
-        found = {option: {(i,) for i in self._option_ids(option)} for option in options}
-        if begun(options):
-            for option in options:
-                spelled = {tuple(self._spelling(space + option)) for space in ("", " ")}
-                one = {(i,) for i in self._one_token(option)}
-                found[option] = one | {path for path in spelled if len(path) > 1}
-        return found
+    def _spellings(self, options: tuple[str, ...]) -> dict[str, set[TokenIds]]:
+        """The tokens of each option. For options that begin alike several tokens count, too, with
+        a space before them and without: many tokenizers write 10 as 1, 0 and " 8" as " ", 8."""
+        if not begun(options):
+            return {option: {(i,) for i in self._option_ids(option)} for option in options}
+        spellings = {}
+        for option in options:
+            spelled = {tuple(self._spelling(space + option)) for space in ("", " ")}
+            one = {(i,) for i in self._one_token(option)}
+            spellings[option] = one | {ids for ids in spelled if len(ids) > 1}
+        return spellings
 
 
 def head_in_float32(model: Any) -> None:
     """Compute logits in float32 whatever the rest is in.
 
     Logits are often near 20, where bfloat16 numbers are 0.125 apart: log-odds of two options
-    would be multiples of that, and half of all close calls ties.
+    would be multiples of that, and half of all close calls would be ties.
     """
     head = model.get_output_embeddings()
     # A weight of its own: the embedding, which may be tied to it, stays as it is.
@@ -326,13 +324,13 @@ def head_in_float32(model: Any) -> None:
 
 
 def _needs_no_text(ask: Ask) -> bool:
-    """Whether the tokens are wanted only to read the options from them."""
+    """Whether the ask wants tokens only to read its options from them."""
     return ask.max_tokens <= (SPELLED_TOKENS if begun(ask.options) else 1)
 
 
 def _until_verdict(ask: Ask, text: str, stopped: bool) -> str | None:
-    """What was said up to the option, or with the lead to it behind; None where a text was cut off
-    on the way there, or declines to go."""
+    """The text up to its option, or the whole text and the lead to an option; None if the text was
+    cut off before a verdict, or is a refusal."""
     stated = parse_verdict(text, ask.options)
     if stated is not None:
         return text[: stated.at].rstrip(" ")
@@ -341,34 +339,36 @@ def _until_verdict(ask: Ask, text: str, stopped: bool) -> str | None:
     return f"{text.rstrip()}\n{ask.lead}"
 
 
-def _points(paths: dict[str, set[Path]]) -> dict[Path, set[int]]:
-    """Every beginning that a path passes, with the tokens by which paths go on from there."""
-    found: dict[Path, set[int]] = {}
-    for path in (path for some in paths.values() for path in some):
-        for n, token in enumerate(path):
-            found.setdefault(path[:n], set()).add(token)
-    return found
+def _failed(ask: Ask, error: RuntimeError) -> Answer:
+    return Answer(ask.key, fault="backend", detail=shown(str(error), 200))
 
 
-def _followed(paths: dict[str, set[Path]], known: dict[Path, dict[int, float]]) -> dict[str, float]:
-    """Each option's log-probability, from that of each token at each point. What goes on to
-    another option (1 to 10) is not the shorter one's."""
+def _points(spellings: dict[str, set[TokenIds]]) -> dict[TokenIds, set[int]]:
+    """Every proper beginning of a spelling, with the tokens that follow it in some spelling."""
+    points: dict[TokenIds, set[int]] = {}
+    for ids in set().union(*spellings.values()):
+        for n, token in enumerate(ids):
+            points.setdefault(ids[:n], set()).add(token)
+    return points
+
+
+def _spelled_logprobs(
+    spellings: dict[str, set[TokenIds]], logprobs: dict[TokenIds, dict[int, float]]
+) -> Options:
+    """Each option's log-probability, from each token's at each point. The probability of a longer
+    option (10) is taken off that of the shorter one (1)."""
     p = {
-        path: math.exp(sum(known[path[:n]][token] for n, token in enumerate(path)))
-        for some in paths.values()
-        for path in some
+        ids: math.exp(sum(logprobs[ids[:n]][token] for n, token in enumerate(ids)))
+        for ids in set().union(*spellings.values())
     }
-    found = {}
-    for option, own in paths.items():
-        longer = {path for path in p.keys() - own for short in own if path[: len(short)] == short}
-        mass = math.fsum(p[path] for path in own) - math.fsum(p[path] for path in longer)
-        found[option] = math.log(mass) if mass > 0 else IMPOSSIBLE
-    return {option: max(IMPOSSIBLE, min(0.0, value)) for option, value in found.items()}
+    options = {}
+    for option, own in spellings.items():
+        longer = {ids for ids in p.keys() - own for short in own if ids[: len(short)] == short}
+        mass = math.fsum(p[ids] for ids in own) - math.fsum(p[ids] for ids in longer)
+        options[option] = max(IMPOSSIBLE, min(0.0, math.log(mass))) if mass > 0 else IMPOSSIBLE
+    return options
 
 
-def _draw(row: Row, sample: int) -> Draw:
-    """One sample's draw; its seed is the ask's alone, so no other ask can change its text."""
-    ask = row.ask
-    seed = ask.key if ask.seed is None else ask.seed
-    number = int(content_id("draw", seed, sample)[:15], 16)
-    return Draw(row.ids, ask.max_tokens, ask.temperature, number, ask.stop)
+def seed_of(ask: Ask, sample: int) -> int:
+    """The seed of one sample; it depends on its ask alone, so no other ask changes its text."""
+    return int(content_id("draw", ask.key if ask.seed is None else ask.seed, sample)[:15], 16)

@@ -4,7 +4,7 @@
     model = "openai:gpt-4.1-mini"
     base_url = "http://localhost:8000/v1"     # none: api.openai.com
 
-The retries here are the only ones (the SDK's are off), so that their number is what is set.
+The retries here are the only ones (the SDK's are off), so `attempts` is the real number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import socket
 from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Self
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
 import aiohttp
@@ -24,9 +23,10 @@ import openai
 
 from aif.config.settings import LLMSettings, without_secrets
 from aif.errors import InputError, JudgeStopped, shown
-from aif.llm import Answer, Ask, openai_format
-from aif.llm.pool import Crew
+from aif.llm import LLM, Answer, Ask, openai_format
+from aif.llm.pool import WorkerPool
 from aif.llm.rate_limit import InFlight, wait_s
+from aif.llm.usage import USAGE
 
 PLACEHOLDER = "none"  # a local server wants some key, any key
 RETRIED = {408, 409, 425, 429}  # and every 5xx
@@ -41,19 +41,21 @@ KEEPALIVE_S = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An attempt that may be made again: the fault it will be if it was the last one."""
+    """A failed attempt that may be retried: the fault of the answer if it was the last one."""
 
     fault: str
     detail: str
     headers: dict[str, str] | httpx2.Headers
     slow_down: bool = False
-    unmetered: bool = False  # whether it was paid for perhaps
+    unmetered: bool = False  # whether it may have been paid for
 
 
-class ApiLLM:
+class NotFound(JudgeStopped):
+    """The server has nothing at this path."""
+
+
+class ApiLLM(LLM):
     """The model `name` behind `settings.base_url`."""
-
-    control_tokens: tuple[str, ...] = ()  # a server does not say
 
     def __init__(self, settings: LLMSettings, name: str):
         self._settings = settings
@@ -66,7 +68,7 @@ class ApiLLM:
         limits = httpx2.Limits(
             max_connections=self._settings.concurrency, keepalive_expiry=KEEPALIVE_S
         )
-        # No timeout between two reads: the deadline of the whole attempt covers them all.
+        # No timeout between two reads: the deadline of the whole attempt covers them.
         timeout = httpx2.Timeout(None, connect=min(CONNECT_S, self._settings.timeout_s))
         return openai.AsyncOpenAI(
             api_key=self._address.key,
@@ -79,19 +81,18 @@ class ApiLLM:
         )
 
     def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
-        """One answer for every ask, as they come in; `JudgeStopped` when no other can come.
+        """One answer for every ask, as they come in; raises `JudgeStopped` if no other can come.
 
-        On `JudgeStopped` what is under way gets a few seconds to land and is yielded first.
+        Before that, requests under way get a few seconds, and their answers are yielded.
         """
         limit = InFlight(self._settings.concurrency)
-        yield from Crew(self._loop, asks, self._answer_one, limit).answers()
+        yield from WorkerPool(self._loop, asks, self._answer_one, limit).answers()
 
     def count_tokens(self, asks: Iterable[Ask]) -> tuple[int, bool]:
         """An estimate: four bytes of UTF-8 a token, and four tokens around each message."""
         total = 0
         for ask in asks:
-            texts = [ask.text or ""] if ask.messages is None else _contents(ask)
-            total += sum(len(text.encode("utf-8", "replace")) + 3 for text in texts) // 4
+            total += sum(len(text.encode("utf-8", "replace")) + 3 for text in ask.texts) // 4
             total += 4 * len(ask.messages or ())
         return total, False
 
@@ -101,17 +102,13 @@ class ApiLLM:
             self._loop.run_until_complete(self._client.close())
             self._loop.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def _body(self, ask: Ask) -> bytes:
+        body = openai_format.body(ask, self._name, logprobs=self._settings.logprobs)
+        return openai_format.encode(body)
 
     async def _answer_one(self, ask: Ask, limit: InFlight) -> Answer:
-        """Ask until there is an answer or no attempt is left; holds a place but while it waits."""
-        sent = openai_format.encode(
-            openai_format.body(ask, self._name, logprobs=self._settings.logprobs)
-        )
+        """Ask until there is an answer or no attempt is left; gives its place up while it waits."""
+        sent = self._body(ask)
         unmetered = 0
         for failures in range(1, self._settings.attempts + 1):
             outcome = await self._attempt(ask, sent)
@@ -120,7 +117,7 @@ class ApiLLM:
                 limit.count(refused=False)
                 return replace(outcome, unmetered=unmetered)
             limit.count(refused=outcome.slow_down)
-            if failures == self._settings.attempts or (outcome.unmetered and not ask.again()):
+            if failures == self._settings.attempts or (outcome.unmetered and not ask.may_retry()):
                 break
             limit.leave()
             await asyncio.sleep(wait_s(outcome.headers, failures, self._settings.max_wait_s))
@@ -131,8 +128,8 @@ class ApiLLM:
 
     async def _attempt(self, ask: Ask, sent: bytes) -> Answer | Failure:
         """One request, within the deadline."""
-        # `post` returns the response unread. The SDK's typed methods turn whatever came into a str
-        # or a half-empty object without raising, and take twice the time.
+        # `post` returns the response unread. The SDK's typed methods turn every body into a str or
+        # a half-empty object without raising, and take twice the time.
         request = self._client.post(openai_format.path(ask), cast_to=httpx2.Response, content=sent)
         response = await self._sent(request, self._settings.timeout_s)
         if isinstance(response, Failure):
@@ -151,18 +148,18 @@ class ApiLLM:
         except TimeoutError:
             return Failure("timeout", f"no answer within {seconds:g} s", {}, unmetered=True)
         except openai.APIStatusError as error:
-            # Read by the caller: this error may echo a key, and a traceback would show it.
+            # Not raised: this error may echo a key, and a traceback would show it.
             return error.response
         except (openai.APIConnectionError, httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             return self._broken(error)
 
     def _answered(self, ask: Ask, raw: bytes) -> Answer:
-        """What the body of a success says, without secrets."""
+        """The answer in the body of a success, without secrets."""
         answer = self._read(ask, raw)
-        answer = replace(answer, unmetered=int(len(answer.usage) < len(openai_format.USAGE)))
+        answer = replace(answer, unmetered=int(len(answer.usage) < len(USAGE)))
         if answer.fault is None:
             return answer
-        # The detail quotes the body, cut short. Were that redacted, half a key could be left over.
+        # The detail quotes the body, cut short. Redacting that could leave half a key.
         redacted = self._read(ask, self._address.redact(raw))
         return replace(answer, detail=redacted.detail or answer.fault)
 
@@ -171,47 +168,48 @@ class ApiLLM:
         return openai_format.read(ask, raw, model=model, logprobs=self._settings.logprobs)
 
     def _broken(self, error: Exception) -> Failure:
-        """No whole response came. The cause is at the end of the chain of exceptions: on its way
-        up the aiohttp transport and the SDK call a refused connection a timeout."""
+        """A failure without a whole response. Its cause is the last of the chain of exceptions: the
+        aiohttp transport and the SDK turn a refused connection into a timeout."""
         while error.__cause__ is not None:
             error = error.__cause__
         fault = "timeout" if isinstance(error, TimeoutError) else "backend"
         detail = f"{type(error).__name__}: {error}".removesuffix(": ").encode("utf-8", "replace")
-        said = openai_format.plain(self._address.redact(detail).decode(), 200)
+        detail = openai_format.plain(self._address.redact(detail).decode(), 200)
         arrived = not isinstance(error, ConnectionRefusedError | socket.gaierror)
-        return Failure(fault, said, {}, unmetered=arrived)
+        return Failure(fault, detail, {}, unmetered=arrived)
 
     def _refused(self, ask: Ask, response: httpx2.Response) -> Answer | Failure:
-        """What an error status means for this ask, or `JudgeStopped` if for all of them."""
+        """What an error status means for this ask; raises JudgeStopped if it ends all of them."""
         status = response.status_code
         code, message = _reason(response.content)
         words = f"{code} {message}".casefold()
-        said = " ".join(filter(None, _reason(self._address.redact(response.content))))
-        detail = f"HTTP {status}: {said}".removesuffix(": ")
+        reason = " ".join(filter(None, _reason(self._address.redact(response.content))))
+        detail = f"HTTP {status}: {reason}".removesuffix(": ")
         if status == 402 or (status == 429 and (code in NO_QUOTA or "billing" in words)):
-            raise self._stopped("no quota left", detail)
+            raise self.stopped("no quota left", detail)
         if status in RETRIED or status >= 500:
             fault = "rate_limited" if status == 429 else "backend"
             return Failure(fault, detail, response.headers, status in SLOW_DOWN)
         if "content_filter" in words or "content_policy" in words or "moderation" in words:
             return Answer(ask.key, fault="refused", detail=detail)
         if status in (401, 403):
-            raise self._stopped(f"the key in {self._settings.api_key_env} was refused", detail)
+            raise self.stopped(f"the key in {self._settings.api_key_env} was refused", detail)
         if status in (404, 405):
-            raise self._stopped("no such model or path", detail)
+            raise NotFound(str(self.stopped("no such model or path", detail)))
         if ask.schema and status in (400, 422) and any(word in words for word in STRUCTURED):
-            raise self._stopped("it has no structured output, unset judge.structured", detail)
+            raise self.stopped("it has no structured output, unset judge.structured", detail)
         if "context_length" in words or "context length" in words or status == 413:
             return Answer(ask.key, fault="too_long", detail=detail)
         return Answer(ask.key, fault="rejected", detail=detail)
 
-    def _stopped(self, why: str, detail: str) -> JudgeStopped:
+    def stopped(self, why: str, detail: str) -> JudgeStopped:
+        """The error that names the model, its address and the reason."""
         return JudgeStopped(f"{self._settings.model} at {self._address.shown}: {why} ({detail})")
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to ask and with which key; the one place that knows the secrets."""
+    """A server's URL and the key for it; the one place that holds secrets."""
 
     url: str | None
     key: str
@@ -266,12 +264,8 @@ def _http_url(text: str) -> SplitResult:
     raise InputError("settings", "base_url", got=shown(tail), expected=expected)
 
 
-def _contents(ask: Ask) -> list[str]:
-    return [message["content"] for message in ask.messages or ()]
-
-
 def _reason(raw: bytes) -> tuple[str, str]:
-    """Code and message of a refusal's body, or the body's first words."""
+    """The code and message in the body of a refusal, or the body's first words."""
     try:
         return openai_format.error_in(openai_format.parse(raw))
     except openai_format.NotACompletion:

@@ -1,6 +1,6 @@
 """The OpenAI wire format: an `Ask` to a request body, a response body to an `Answer`.
 
-Nothing here opens a connection, so the batch API speaks it too. Reading is strict: whatever is
+Nothing here opens a connection, so the Batch API uses it too. Reading is strict: a body that is
 not a completion becomes an `Answer` with a fault, never an exception and never a text.
 """
 
@@ -10,20 +10,20 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from aif.llm import Answer, Ask, ended
-from aif.llm.option_logprobs import IMPOSSIBLE, Listed, Tokens, read_options
+from aif.llm import Answer, Ask
+from aif.llm.option_logprobs import IMPOSSIBLE, Listed, TokenLogprobs, read_texts
+from aif.llm.usage import USAGE
 from aif.store import jsonl
 from aif.store.records import LONE_SURROGATE
 
-# What each endpoint lists at most: chat 20 by OpenAI's reference and vLLM's default; the older
-# one 5 by OpenAI's (vLLM would take 20, but a server that follows the reference refuses it).
+# The most alternatives that an endpoint lists: chat 20 by OpenAI's reference and vLLM's default;
+# the older one 5 by OpenAI's (vLLM would take 20, but other servers refuse more than 5).
 CHAT_TOP, TEXT_TOP = 20, 5
-USAGE = ("prompt_tokens", "completion_tokens")  # what an answer's is in whole
-REASONED_TOP = 5  # beside each token of long reasons, two options are looked for in one place
+REASONED_TOP = 5  # for each token of long reasons, of which one place has the two options
 
 
 class NotACompletion(ValueError):
-    """What is wrong with a body, in a few words."""
+    """A body is not a completion; says why in a few words."""
 
 
 def path(ask: Ask) -> str:
@@ -32,7 +32,7 @@ def path(ask: Ask) -> str:
 
 
 def body(ask: Ask, model: str, *, logprobs: bool) -> dict[str, Any]:
-    """The request body; log-probabilities are asked for where the ask has options to read."""
+    """The request body; it wants log-probabilities if the ask has options to read."""
     sent: dict[str, Any] = {"model": model}
     if ask.messages is None:
         sent["prompt"] = ask.text
@@ -68,7 +68,7 @@ def encode(sent: dict[str, Any]) -> bytes:
 
 
 def read(ask: Ask, raw: bytes, *, model: str | None, logprobs: bool) -> Answer:
-    """The answer in a response body; with `model`, only that model may have given it."""
+    """The answer in a response body; with `model`, an answer of another model is a fault."""
     try:
         reply = parse(raw)
         if reply.get("error"):
@@ -92,26 +92,16 @@ def _read_choices(ask: Ask, reply: dict[str, Any], logprobs: bool) -> Answer:
     choices = choices[: ask.samples]
     chat = ask.messages is not None
     texts = tuple(_text(choice, chat) for choice in choices)
-    found, ends = _options(ask, choices, texts) if ask.options and logprobs else (None, ())
+    options, ends = None, ()
+    if ask.options and logprobs:
+        options, ends = read_texts(ask, texts, [_tokens(c.get("logprobs")) for c in choices])
     finish = _finish(choices)
     usage = _usage(reply.get("usage"))
-    if found is None and not any(text.strip() for text in texts):
+    if options is None and not any(text.strip() for text in texts):
         fault, detail = _silence(choices[0], finish, chat)
         return Answer(ask.key, finish=finish, fault=fault, detail=detail, usage=usage)
-    # Not every server heeds `stop`.
-    return ended(Answer(ask.key, texts, finish, found, usage=usage, ends=ends), ask.stop)
-
-
-def _options(
-    ask: Ask, choices: list[dict[str, Any]], texts: tuple[str, ...]
-) -> tuple[dict[str, float] | None, tuple[dict[str, float] | None, ...]]:
-    """`Answer.logprobs` and `Answer.ends`; the former is the same for all samples."""
-    if not ask.reads_the_end:
-        return read_options(ask, texts[0], _tokens(choices[0].get("logprobs"))), ()
-    cut = ended(Answer(ask.key, texts), ask.stop).texts
-    told = [_tokens(choice.get("logprobs")) for choice in choices]
-    ends = [read_options(ask, text, tokens) for text, tokens in zip(cut, told, strict=True)]
-    return None, tuple(ends) if any(ends) else ()
+    # Not every server obeys `stop`.
+    return Answer(ask.key, texts, finish, options, usage=usage, ends=ends).cut(ask)
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -126,20 +116,20 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 
 def plain(text: str, limit: int) -> str:
-    """A server's words for a message: one line, no control characters, no lone surrogates."""
+    """A server's text for a message: one line, no control characters, no lone surrogates."""
     printable = "".join(char if char.isprintable() else " " for char in text[: 2 * limit])
     return " ".join(printable.split())[:limit]
 
 
 def start_of(raw: bytes) -> str:
-    """The first words of a body, for a message."""
+    """The first characters of a body, for a message."""
     return plain(raw[:400].decode("utf-8", "replace"), 100)
 
 
 def error_in(reply: dict[str, Any]) -> tuple[str, str]:
-    """The error code and message of a refusal, as far as it has them.
+    """The error code and message of a refusal, "" for what it lacks.
 
-    OpenAI nests both in "error"; vLLM and FastAPI have had them at the top, or under "detail".
+    OpenAI nests both in "error"; vLLM and FastAPI had them at the top, or under "detail".
     """
     error = reply.get("error") or reply
     if not isinstance(error, dict):
@@ -149,18 +139,18 @@ def error_in(reply: dict[str, Any]) -> tuple[str, str]:
     return plain(str(code), 80), plain(str(message), 300)
 
 
-def same_model(asked: str, echoed: str) -> bool:
+def same_model(requested: str, echoed: str) -> bool:
     """Whether two names can be one model: `gpt-4.1` answers as `gpt-4.1-2025-04-14`.
 
     >>> same_model("org/Small-7B", "small-7b"), same_model("gpt-4.1", "llama-3")
     (True, False)
     """
-    one, other = (name.rstrip("/").rpartition("/")[2].casefold() for name in (asked, echoed))
+    one, other = (name.rstrip("/").rpartition("/")[2].casefold() for name in (requested, echoed))
     return one.startswith(other) or other.startswith(one)
 
 
 def _text(choice: dict[str, Any], chat: bool) -> str:
-    """What one choice says; null counts as "" and anything but a text is malformed."""
+    """The text of one choice; null counts as "" and anything but a text is malformed."""
     holder = choice.get("message") if chat else choice
     if not isinstance(holder, dict):
         raise NotACompletion("a choice without a message")
@@ -173,7 +163,7 @@ def _text(choice: dict[str, Any], chat: bool) -> str:
 
 
 def _finish(choices: list[dict[str, Any]]) -> str | None:
-    """The finish reason; of several samples, one that is not "stop", so that no cut is hidden."""
+    """The finish reason; of several samples the first that is not "stop", so no cut is hidden."""
     reasons = [r for choice in choices if isinstance(r := choice.get("finish_reason"), str)]
     return next((reason for reason in reasons if reason != "stop"), "stop" if reasons else None)
 
@@ -196,16 +186,18 @@ def _usage(usage: object) -> dict[str, int]:
     return {name: n for name in USAGE if type(n := usage.get(name)) is int and n >= 0}
 
 
-def _tokens(logprobs: object) -> Tokens:
+def _tokens(logprobs: object) -> TokenLogprobs:
     """The generated tokens, each with the alternatives for it.
 
     Chat lists objects, the older endpoint mappings; some servers answer both in the chat shape.
     """
     if not isinstance(logprobs, dict):
-        return Tokens([], lambda _: ([], []))
+        return TokenLogprobs([], lambda _: ([], []))
     if isinstance(content := logprobs.get("content"), list) and content:
         entries = [entry if isinstance(entry, dict) else {} for entry in content]
-        return Tokens(_strings(e.get("token") for e in entries), lambda i: _of_chat(entries[i]))
+        return TokenLogprobs(
+            _strings(e.get("token") for e in entries), lambda i: _of_chat(entries[i])
+        )
     tokens, tops = logprobs.get("tokens"), logprobs.get("top_logprobs")
     texts = _strings(tokens) if isinstance(tokens, list) else []
     values = logprobs.get("token_logprobs")
@@ -213,11 +205,11 @@ def _tokens(logprobs: object) -> Tokens:
     def at(i: int) -> tuple[Listed, Listed]:
         if not (isinstance(tops, list) and i < len(tops) and isinstance(tops[i], dict)):
             return [], []
-        known = isinstance(values, list) and i < min(len(texts), len(values))
-        own = [_pair(tokens[i], values[i])] if known else []
+        has_own = isinstance(values, list) and i < min(len(texts), len(values))
+        own = [_pair(tokens[i], values[i])] if has_own else []
         return _apart([_pair(token, logprob) for token, logprob in tops[i].items()], own)
 
-    return Tokens(texts, at)
+    return TokenLogprobs(texts, at)
 
 
 def _of_chat(entry: dict[str, Any]) -> tuple[Listed, Listed]:

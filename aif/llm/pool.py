@@ -1,7 +1,7 @@
 """A pool of asyncio workers behind a plain generator, all in the calling thread.
 
-The workers run only while the generator waits for answers, so the caller may write its journal
-between two answers without a lock, and `asks` is read one by one as places come free.
+The workers run only while the generator waits for answers. So its user can write a journal between
+two answers without a lock, and asks are read one by one as places come free.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from aif.llm import Answer, Ask
 from aif.llm.event_loop import Turns
 from aif.llm.rate_limit import InFlight
 
-LINGER_S = 0.005  # from the first answer of a batch to handing the batch over
-GRACE_S = 5.0  # for the requests under way when something makes it impossible to go on
+LINGER_S = 0.005  # from the first answer of a batch to yielding the batch
+GRACE_S = 5.0  # for the requests under way after a failure of all
 
 
-class Crew:
+class WorkerPool:
     """One pass over `asks`, with at most `limit.ceiling` of them read and not yet answered."""
 
     def __init__(
@@ -39,7 +39,7 @@ class Crew:
         self._workers = [loop.create_task(self._work()) for _ in range(limit.ceiling)]
 
     def answers(self) -> Iterator[Answer]:
-        """Every answer as it comes; then what a worker or `asks` raised, if anything."""
+        """Every answer as it comes; then raises what a worker or `asks` raised, if anything."""
         give_up = None
         try:
             with self._turns:
@@ -57,12 +57,12 @@ class Crew:
             self._loop.run_until_complete(self._dismiss())
 
     async def _work(self) -> None:
-        """Read an ask when there is a place, have it answered, and again."""
+        """Read an ask when there is a place, answer it, and again."""
         try:
             while not self._ended:
                 await self._limit.enter()
                 try:
-                    # Others may have come to the end while this one waited for its place.
+                    # Others may have reached the end while this one waited for its place.
                     ask = None if self._ended else next(self._asks, None)
                     self._ended = ask is None
                     if ask is not None:
@@ -76,7 +76,7 @@ class Crew:
             self._turns.wake()
 
     def _fail(self, error: Exception) -> None:
-        """Ask no more."""
+        """Read no more asks."""
         self._failure = self._failure or error
         self._ended = True
         self._limit.shut()
@@ -91,7 +91,7 @@ class Crew:
         return batch
 
     async def _dismiss(self) -> None:
-        """Stop whoever still works; a request under way is broken off."""
+        """Stop the workers; a request under way is broken off."""
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)

@@ -1,7 +1,7 @@
-"""Next-token log-probabilities of many prompts, what they share computed once.
+"""Next-token log-probabilities of many prompts, with each shared prefix computed once.
 
-Two prompts share whatever tokens they begin with: a preamble that all have, a pair of texts that
-four questions are asked about. `PrefixScorer` finds it; the caller declares nothing.
+Two prompts share all tokens that both begin with: a preamble, a pair of texts before four
+questions. `PrefixScorer` finds these by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aif.models.decode import cache_name
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much is held at once, in tokens."""
+    """How many tokens are in memory at once."""
 
     batch: int  # in one forward pass
     kept: int  # keys and values: of one group of prompts, of one batch, and between groups
@@ -31,41 +31,43 @@ CPU, CUDA = Limits(batch=256, kept=8192), Limits(batch=2048, kept=32768)
 BLOCK = 32  # tokens of a prefix computed (and shared) together
 WIDTH = 16  # the rest of a prompt is padded to a multiple of this
 
-Tokens = tuple[int, ...]
+TokenIds = tuple[int, ...]
 
 
 class PrefixScorer:
-    """Next-token log-probabilities of many prompts; what prompts share is computed once.
+    """Next-token log-probabilities of many prompts; shared prefixes are computed once.
 
-    A prompt is cut into blocks of 32 tokens and a rest of 1 to 32. A block's keys and values
-    depend on the tokens up to its end and on nothing else, so prompts that begin alike share
-    their blocks, at whatever depth they part; the idea is vLLM's automatic prefix caching
-    (https://docs.vllm.ai/en/latest/design/prefix_caching.html). Blocks last used are kept for
-    later prompts.
+    A prompt is cut into blocks of 32 tokens and a rest of 1 to 32. A block's keys and values depend
+    only on the tokens up to its end, so prompts share the blocks of their common prefix; the idea
+    is vLLM's automatic prefix caching (https://docs.vllm.ai/en/latest/design/prefix_caching.html).
+    The blocks used last are kept for later prompts.
 
-    Every shape but the number of rows follows from the prompt alone: 32 tokens after a multiple
-    of 32, then 16 or 32 after a multiple of 32. So a prompt's result is the same to the bit in
-    any company as long as a matrix product treats its rows alike. CPU kernels do from 12 rows on
-    (measured: MKL and oneDNN, AVX-512, one and two threads), and here there are never fewer than
-    16; on CUDA, where the number of rows picks the kernel, batches are filled up.
+    Every shape but the number of rows follows from the prompt alone: 32 tokens after a multiple of
+    32, then 16 or 32 after a multiple of 32. So a prompt's result is the same to the bit in every
+    batch, if a matrix product treats its rows alike. CPU kernels do from 12 rows on (measured: MKL
+    and oneDNN, AVX-512, one and two threads), and here there are at least 16; on CUDA, where the
+    kernel depends on the number of rows, batches are filled up.
     """
 
     def __init__(self, model: Any):
         self.model = model
         self.cuda = model.device.type == "cuda"
         self.limits = CUDA if self.cuda else CPU
-        self.blocks: OrderedDict[Tokens, torch.Tensor] = OrderedDict()  # prefix -> kv_L2HCD
+        self.blocks: OrderedDict[TokenIds, torch.Tensor] = OrderedDict()  # prefix -> kv_L2HCD
 
     @torch.inference_mode()
-    def score(self, prompts: list[Tokens]) -> Iterator[tuple[int, torch.Tensor | RuntimeError]]:
+    def next_logprobs(
+        self, prompts: list[TokenIds]
+    ) -> Iterator[tuple[int, torch.Tensor | RuntimeError]]:
         """(index into `prompts`, float32 log-probabilities [vocabulary], in nats) for each."""
         for group in self._groups(prompts):
             yield from self._score_group(prompts, group)
             while len(self.blocks) * BLOCK > self.limits.kept:
                 self.blocks.popitem(last=False)
 
-    def _groups(self, prompts: list[Tokens]) -> Iterator[list[int]]:
-        """Indices in sorted order, so that what shares stands together, cut to bound memory."""
+    def _groups(self, prompts: list[TokenIds]) -> Iterator[list[int]]:
+        """Indices in sorted order, so that shared prefixes stand together, in groups that fit in
+        memory."""
         group: list[int] = []
         size, before = 0, ()
         for i in sorted(range(len(prompts)), key=prompts.__getitem__):
@@ -79,9 +81,9 @@ class PrefixScorer:
             yield group
 
     def _score_group(
-        self, prompts: list[Tokens], group: list[int]
+        self, prompts: list[TokenIds], group: list[int]
     ) -> Iterator[tuple[int, torch.Tensor | RuntimeError]]:
-        """Goes down all prompts of a group at once, block by block, answering those that end."""
+        """Goes down all prompts of a group at once, block by block, yielding those that end."""
         chains: dict[int, list[torch.Tensor]] = {i: [] for i in group}
         past = 0
         while chains:
@@ -101,20 +103,22 @@ class PrefixScorer:
             past += BLOCK
 
     def _extend(
-        self, prompts: list[Tokens], chains: dict[int, list[torch.Tensor]], past: int
+        self, prompts: list[TokenIds], chains: dict[int, list[torch.Tensor]], past: int
     ) -> dict[int, RuntimeError]:
-        """Gives every chain its next block, computing those not kept; returns what failed."""
-        first: dict[Tokens, int] = {}  # a prompt for each block that is missing
+        """Gives every chain its next block, computing those not kept; returns the failures."""
+        first: dict[TokenIds, int] = {}  # a prompt for each block that is missing
         for i in chains:
             prefix = prompts[i][: past + BLOCK]
             if prefix in self.blocks:
                 self.blocks.move_to_end(prefix)
             else:
                 first.setdefault(prefix, i)
-        errors: dict[Tokens, RuntimeError] = {}
+        errors: dict[TokenIds, RuntimeError] = {}
         for batch in self._batches(list(first), BLOCK, past):
-            made = halving(lambda some: self._blocks(some, [chains[first[p]] for p in some]), batch)
-            for prefix, block in made:
+            blocks = halving(
+                lambda some: self._blocks(some, [chains[first[p]] for p in some]), batch
+            )
+            for prefix, block in blocks:
                 (errors if isinstance(block, RuntimeError) else self.blocks)[prefix] = block
         failed = {}
         for i, chain in chains.items():
@@ -126,7 +130,7 @@ class PrefixScorer:
         return failed
 
     def _rows(self, width: int, past: int) -> int:
-        """Rows of a full batch; follows from the shape alone."""
+        """Rows of a full batch; depends on the shape alone."""
         return max(1, min(self.limits.batch // width, self.limits.kept // (past + width)))
 
     def _batches(self, items: list[Any], width: int, past: int) -> Iterator[list[Any]]:
@@ -135,7 +139,7 @@ class PrefixScorer:
             yield items[start : start + rows]
 
     def _blocks(
-        self, prefixes: list[Tokens], chains: list[list[torch.Tensor]]
+        self, prefixes: list[TokenIds], chains: list[list[torch.Tensor]]
     ) -> list[torch.Tensor]:
         """The keys and values (kv_L2HCD) of the last block of each prefix."""
         _, cache = self._forward([prefix[-BLOCK:] for prefix in prefixes], chains, last=None)
@@ -144,11 +148,11 @@ class PrefixScorer:
         return [kv_L2RHCD[:, :, row].clone() for row in range(len(prefixes))]
 
     def _ends(
-        self, prompts: list[Tokens], some: list[int], chains: dict[int, list], width: int
+        self, prompts: list[TokenIds], some: list[int], chains: dict[int, list], width: int
     ) -> list[torch.Tensor]:
-        """The log-probabilities [vocabulary] that follow each prompt, from its last piece."""
+        """The log-probabilities [vocabulary] after each prompt, from its last piece."""
         pieces = [prompts[i][len(chains[i]) * BLOCK :] for i in some]
-        # Padding stands to the right, where a causal model's real tokens never look: no mask.
+        # Padding on the right needs no mask: a causal model's real tokens never attend to it.
         padded = [piece + (0,) * (width - len(piece)) for piece in pieces]
         last = [len(piece) - 1 for piece in pieces]
         out, _ = self._forward(padded, [chains[i] for i in some], last)
@@ -156,11 +160,11 @@ class PrefixScorer:
         return list(logits_RV.float().log_softmax(-1).cpu())
 
     def _forward(
-        self, pieces: list[Tokens], chains: list[list[torch.Tensor]], last: list[int] | None
+        self, pieces: list[TokenIds], chains: list[list[torch.Tensor]], last: list[int] | None
     ) -> tuple[Any, DynamicCache]:
         """Runs `pieces` (all of one width) after their chains of blocks (all of one length).
 
-        Returns the model's output and the cache, now with the pieces' keys and values. With
+        Returns the model's output and the cache with the keys and values of the pieces. With
         `last`, the output has logits [rows, 1, vocabulary] at that position of each piece.
         """
         past, width = len(chains[0]) * BLOCK, len(pieces[0])
@@ -180,15 +184,15 @@ class PrefixScorer:
             return self.model(**inputs), cache
 
 
-def _common(a: Tokens, b: Tokens) -> int:
-    """How many tokens `a` and `b` begin with alike."""
+def _common(a: TokenIds, b: TokenIds) -> int:
+    """The length of the common prefix of `a` and `b`."""
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
 
 
 def _cache(chains: list[list[torch.Tensor]], width: int) -> DynamicCache:
-    """A cache that holds each row's chain of blocks, with room for `width` tokens more."""
+    """A cache with each row's chain of blocks and room for `width` tokens more."""
     cache = DynamicCache()
     if not chains[0]:
         return cache
@@ -203,7 +207,7 @@ def _cache(chains: list[list[torch.Tensor]], width: int) -> DynamicCache:
 
 
 class _Roomy(DynamicLayer):
-    """A cache layer with `past` tokens and room for the rest, so that nothing is copied again
+    """A cache layer with `past` tokens and room for the rest, so that nothing is copied
     (DynamicLayer concatenates)."""
 
     def __init__(self, kv_2RHTD: torch.Tensor, past: int):
@@ -225,11 +229,11 @@ class _Roomy(DynamicLayer):
 
 
 class _LastOnly:
-    """While open, the model's head sees one position of each row, and always `rows` rows (those
-    left over repeat the first), for a product of few rows may be summed in another order.
+    """In a `with`, the model's head sees one position of each row, and always `rows` rows (the
+    first is repeated), because a product of few rows may be summed in another order.
 
-    A hook, because `logits_to_keep` keeps the same positions of every row, and calling the head
-    ourselves would skip what a model does after it (soft-capping, scaling).
+    It is a hook because `logits_to_keep` keeps the same positions of every row, and calling the
+    head directly would skip what a model does after it (soft-capping, scaling).
     """
 
     def __init__(self, model: Any, positions: list[int], rows: int):

@@ -1,4 +1,4 @@
-"""How fast to ask: how many requests may be in flight, and how long to wait after a refusal."""
+"""How many requests may be in flight, and how long to wait after a refusal."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ STEPS = 32  # rounds without a refusal that bring the limit from nothing back to
 
 
 class InFlight:
-    """A limit on requests in flight that follows what the server admits.
+    """A limit on requests in flight that follows the server's capacity.
 
-    The limit is judged once per *round*, as many outcomes as the limit itself: it shrinks by the
-    share of them that the server turned away (at most by half), then grows by a fixed step, up to
-    `ceiling`. So a server that admits C at a time is found within a few rounds, and a random 2 %
-    of refusals costs nothing.
+    The limit changes once per *round*, which is as many outcomes as the limit itself: it shrinks by
+    the share of refusals (at most by half), then grows by a fixed step, up to `ceiling`. So it is
+    at the capacity of a server within a few rounds, and a random 2 % of refusals costs nothing.
     """
 
     def __init__(self, ceiling: int):
@@ -33,7 +32,7 @@ class InFlight:
         self._refused = 0
 
     async def enter(self, *, again: bool = False) -> None:
-        """Wait for a place; those who come `again`, after a refusal, stand at the front."""
+        """Wait for a place; a retry (`again`) waits at the front."""
         while self._shut or self.busy >= self.limit:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.appendleft(turn) if again else self._waiting.append(turn)
@@ -41,16 +40,16 @@ class InFlight:
         self.busy += 1
 
     def leave(self) -> None:
-        """Give the place to the next in line."""
+        """Give the place to the next."""
         self.busy -= 1
         self._admit()
 
     def shut(self) -> None:
-        """Let nobody in any more."""
+        """Give no more places."""
         self._shut = True
 
     def count(self, *, refused: bool) -> None:
-        """Learn from one outcome: did the server ask to slow down?"""
+        """Count one outcome: did the server ask to slow down?"""
         self._outcomes += 1
         self._refused += refused
         if self._outcomes < self.limit:
@@ -63,7 +62,7 @@ class InFlight:
         self._admit()
 
     def _admit(self) -> None:
-        """Wake as many as there are free places; each takes its own when it runs."""
+        """Wake one waiter per free place; each takes its place when it runs."""
         free = self.limit - self.busy
         while free > 0 and self._waiting and not self._shut:
             turn = self._waiting.popleft()
@@ -76,16 +75,16 @@ def wait_s(headers: Mapping[str, str], failures: int, max_wait_s: float) -> floa
     """Seconds to wait after the given number of failures (1 or more), in [0, max_wait_s].
 
     Exponential backoff with full jitter (https://aws.amazon.com/blogs/architecture/
-    exponential-backoff-and-jitter/), or what the server asked for where that is longer.
+    exponential-backoff-and-jitter/), or the server's Retry-After if that is longer.
     """
     backoff = random.uniform(0, BACKOFF_S * 2 ** min(failures - 1, 30))
-    return min(max_wait_s, max(backoff, asked_wait_s(headers)))
+    return min(max_wait_s, max(backoff, retry_after_s(headers)))
 
 
-def asked_wait_s(headers: Mapping[str, str]) -> float:
-    """Seconds that Retry-After asks for, 0 or more; 0 where it is absent or makes no sense.
+def retry_after_s(headers: Mapping[str, str]) -> float:
+    """The seconds of a Retry-After header, 0 or more; 0 if it is absent or makes no sense.
 
-    A date is read against the server's own Date, so that neither clock has to be right.
+    A date is compared with the server's own Date, so neither clock has to be right.
     """
     value = headers.get("retry-after", "").strip()
     try:

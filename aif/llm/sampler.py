@@ -1,8 +1,8 @@
-"""Sampled and greedy text from a causal language model, the same whoever else is in the batch.
+"""Sampled and greedy text from a causal language model, the same in every batch.
 
-Two things make a row's text its own. Its noise comes from its own seed, that of the ask. And its
-shapes come from its own length: prompts are padded to one of a few widths and batched only with
-prompts padded to the same width, so the kernels sum in the same order in every batch.
+A row's text does not depend on the other rows, for two reasons. Its noise comes from its own seed.
+Its shapes follow from its own length: prompts are padded to one of a few widths and batched only
+with prompts of the same width, so the kernels sum in the same order in every batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 
 from aif.models.decode import SampledTokens, StopWhen, decode
 
-NARROWEST = 16  # tokens between two widths, and a quarter to an eighth of them where that is more
-# Rows of a batch: 64 short texts run a quarter to a third faster than 16 on a CPU, 64 long ones
-# would lose more when they are interrupted, and on a GPU hold too much memory.
+NARROWEST = 16  # tokens between two widths; for long prompts a quarter to an eighth of the width
+# Rows of a batch: 64 short texts run a quarter to a third faster than 16 on a CPU; 64 long ones
+# lose more work in an interruption, and take too much memory on a GPU.
 ROWS, ROWS_CPU, TOKENS_CPU, TOKENS_CUDA = 64, 16, 8192, 65_536
-# A float32 product of 1 to 11 rows may take another kernel, which sums in another order, unless
-# the rows are a multiple of 4 (measured: MKL, AVX-512, one and two threads; bfloat16 never does).
+# A float32 product of 1 to 11 rows may use another kernel, which sums in another order, unless the
+# rows are a multiple of 4 (measured: MKL, AVX-512, one and two threads; bfloat16 never does).
 ROW_STEP = 4
 
 TextOf = Callable[[Sequence[int]], str]
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One text to make: a prompt's tokens, and how to sample."""
+    """One text to generate: a prompt's tokens, and how to sample."""
 
     ids: tuple[int, ...]
     max_tokens: int
@@ -40,8 +40,8 @@ class Draw:
 
     @property
     def width(self) -> int:
-        """The padded prompt length: always a pad or more, so that the mask is never left out
-        (transformers drops an all-true mask, and then another kernel runs)."""
+        """The padded prompt length, with at least one pad: transformers drops an all-true mask,
+        and then another kernel runs."""
         step = max(NARROWEST, 1 << len(self.ids).bit_length() >> 3)
         return (len(self.ids) // step + 1) * step
 
@@ -49,7 +49,7 @@ class Draw:
 def generate(
     model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf
 ) -> Iterator[tuple[int, SampledTokens | RuntimeError]]:
-    """(index into `draws`, what came of it) for every draw, in batches of like lengths."""
+    """(index into `draws`, its text or error) for every draw, in batches of equal widths."""
 
     def run(some: list[int]) -> list[SampledTokens | RuntimeError]:
         return _batch(model, [draws[i] for i in some], eos, pad, text_of)
@@ -72,11 +72,11 @@ def _rows(device: str, tokens: int) -> int:
 def halving(
     run: Callable[[list[Item]], list[Result]], items: list[Item], tries: int = 2
 ) -> list[tuple[Item, Result | RuntimeError]]:
-    """`run(items)`, in halves and then quarters when the device has not the memory for all."""
+    """`run(items)`; in halves, then quarters, if the device has too little memory for all."""
     try:
         return list(zip(items, run(items), strict=True))
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        failure = error.with_traceback(None)  # the traceback's frames would hold the tensors
+        failure = error.with_traceback(None)  # its frames would keep the tensors alive
     if tries == 0 or len(items) == 1:
         return [(item, failure) for item in items]
     if torch.cuda.is_available():
@@ -93,9 +93,9 @@ def _batch(
 ) -> list[SampledTokens | RuntimeError]:
     """Draws of one width and one max_tokens, together."""
     width, new = draws[0].width, draws[0].max_tokens
-    # On a GPU the number of rows picks the kernel, so that batches are always full there.
+    # On a GPU the kernel depends on the number of rows, so there batches are always full.
     step = _rows("cuda", width + new) if model.device.type == "cuda" else ROW_STEP
-    found = decode(
+    drawn = decode(
         model,
         [draw.ids for draw in draws],
         seeds=[draw.seed for draw in draws],
@@ -108,20 +108,20 @@ def _batch(
         stop_when=_at_stops(draws, text_of),
     )
     broken = RuntimeError("the model's logits are not numbers")
-    return [broken if one is None else one for one in found]
+    return [broken if one is None else one for one in drawn]
 
 
 def _at_stops(draws: Sequence[Draw], text_of: TextOf) -> StopWhen | None:
-    """Whether a draw's new text has come to one of its stop strings; None where there are none.
+    """Whether a draw's new text has one of its stop strings; None if no draw has any.
 
-    It reads the end of the text, not tokens: a stop string is seldom made of the same tokens twice.
+    It reads the end of the text, not tokens: one stop string has many spellings in tokens.
     """
     if not any(draw.stop for draw in draws):
         return None
 
     def stop_when(index: int, new: Sequence[int]) -> bool:
         stops = draws[index].stop
-        # A token is a byte or more, so no stop string reaches back further.
+        # A token is at least one byte, so no stop string begins further back.
         reach = max((len(stop.encode()) for stop in stops), default=0)
         text = text_of(new[-reach:]) if reach else ""
         return any(stop in text for stop in stops)

@@ -3,8 +3,8 @@
     --judge scripted:rules.jsonl
 
 A rule is {"match": REGEX, "text": "A"} or {"match": REGEX, "logprobs": {"A": -0.1, "B": -2.3}};
-the first whose regex is found in what is asked answers. {"fault": "refused"} is an answer, too.
-Where the ask reads the end of the text, the log-probabilities are those of its verdict.
+the first whose regex matches somewhere in the ask answers it. {"fault": "refused"} is an answer,
+too. If the ask reads the end of the text, the log-probabilities are for its verdict.
 """
 
 from __future__ import annotations
@@ -13,32 +13,30 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
 from aif.errors import InputError, shown
-from aif.llm import Answer, Ask, ended
+from aif.llm import LLM, Answer, Ask
 from aif.store import jsonl
 
 Reply = Callable[[Ask], Answer]
 
 
-class ScriptedLLM:
-    """An LLM whose answers are a function of the ask. It keeps every ask it saw in `asked`."""
-
-    control_tokens: tuple[str, ...] = ()
+class ScriptedLLM(LLM):
+    """An LLM whose answers are a function of the ask. It keeps every ask in `asks`."""
 
     def __init__(self, reply: Reply):
         self._reply = reply
-        self.asked: list[Ask] = []
+        self.asks: list[Ask] = []
 
     @classmethod
     def from_file(cls, path: str) -> ScriptedLLM:
+        """From a JSONL file of rules."""
         rules = [_rule(row, f"{path}:{number}") for number, row in jsonl.read(Path(path))]
 
         def reply(ask: Ask) -> Answer:
-            said = words(ask)
+            prompt = words(ask)
             for pattern, answer in rules:
-                if pattern.search(said):
+                if pattern.search(prompt):
                     return answer
             return Answer("", fault="unparsed", detail="no rule matches")
 
@@ -46,8 +44,8 @@ class ScriptedLLM:
 
     def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
         for ask in asks:
-            self.asked.append(ask)
-            answer = replace(ended(self._reply(ask), ask.stop), key=ask.key)
+            self.asks.append(ask)
+            answer = replace(self._reply(ask).cut(ask), key=ask.key)
             if ask.reads_the_end and answer.logprobs is not None:
                 ends = (answer.logprobs,) * len(answer.texts)
                 answer = replace(answer, logprobs=None, ends=ends)
@@ -56,19 +54,10 @@ class ScriptedLLM:
     def count_tokens(self, asks: Iterable[Ask]) -> tuple[int, bool]:
         return sum(len(words(ask).split()) for ask in asks), True
 
-    def close(self) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
 
 def words(ask: Ask) -> str:
-    """All that an ask says, as one text."""
-    return "\n".join(m["content"] for m in ask.messages) if ask.messages else ask.text or ""
+    """The texts of an ask as one."""
+    return "\n".join(ask.texts)
 
 
 def _rule(row: dict, where: str) -> tuple[re.Pattern[str], Answer]:

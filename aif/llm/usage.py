@@ -1,4 +1,4 @@
-"""The calls behind verdicts: a grade that several comparisons share was paid once."""
+"""The calls behind verdicts: a grade that several comparisons share is one call, paid once."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 
 from aif.store.records import Verdict
 
+USAGE = ("prompt_tokens", "completion_tokens")  # the keys of `Answer.usage`
+
 
 @dataclass
 class Paid:
-    """How many calls verdicts come from, and the tokens of these."""
+    """The number of calls behind verdicts, and their tokens."""
 
     calls: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
-    _grades: set[str] = field(default_factory=set)  # alone: no two comparisons share other calls
+    _grades: set[str] = field(default_factory=set)  # ids; comparisons share no other calls
 
     def add(self, verdict: Verdict) -> None:
-        """Count the call of a verdict, if it is none that was counted."""
+        """Count the call of a verdict, unless it has been counted."""
         if len(verdict.order) == 1:
             if verdict.id in self._grades:
                 return

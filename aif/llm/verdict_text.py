@@ -1,7 +1,7 @@
-"""Reading a verdict from a judge's text, where log-probabilities are not to be had.
+"""Reading a verdict from a judge's text, for models without log-probabilities.
 
-A text that does not clearly name one option has no verdict: it is never taken for a tie, a no or
-the first option. Repeats in the patterns are bounded, so that no text takes long to read.
+A text that does not clearly name one option has no verdict: it never counts as a tie, a no or the
+first option. Repeats in the patterns are bounded, so no text takes long to read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _UNCLEAR = re.compile(
     r"\b(?:not|cannot|neither|nor|or|both|ties?|tied|equal|equally|worse|worst)\b|n't\b",
     re.IGNORECASE,
 )
-# Words that may follow the option A; before any other, "A" is taken for the article.
+# Words that may follow the option A; before any other word, "A" is the article.
 _NO_ARTICLE = (
     r"(?!\s+(?!(?:is|was|has|does|seems|appears|because|since|as|over|by|and|or|for|but|while)\b)"
     r"[a-z])"
@@ -35,9 +35,9 @@ _NO_ARTICLE = (
 def parse_choice(text: str, options: tuple[str, str]) -> int | None:
     """Index of the option that `text` chooses, or None.
 
-    In this order: the text is the option alone; it starts with the option as a whole line or
-    sentence (and is no list of both); the last explicit statement ("B is better", "answer: B",
-    "[[B]]"); the only option that the text mentions at all.
+    These count, in this order: a text that is the option alone; one that starts with the option as
+    a whole line or sentence (and is no list of both); the last explicit statement ("B is better",
+    "answer: B", "[[B]]"); the only option that the text mentions.
     """
     alone, leading, stated, mentioned, anywhere = _patterns(options)
     text = text.strip().replace("’", "'")
@@ -59,17 +59,17 @@ def parse_choice(text: str, options: tuple[str, str]) -> int | None:
 
 
 class Stated(NamedTuple):
-    """A verdict in a text: which option, and the character at which it stands."""
+    """A verdict in a text: the index of the option, and of its first character in the text."""
 
     option: int
     at: int
 
 
 def parse_verdict(text: str, options: tuple[str, ...]) -> Stated | None:
-    """The verdict that a text with reasons ends in, on a line of its own: "Verdict: A".
+    """The verdict at the end of a text with reasons, on a line of its own: "Verdict: A".
 
-    A text that is the option and nothing else has its verdict, too; one that states a verdict and
-    goes on has none, nor has one that quotes a verdict inside of its last line.
+    A text that is the option alone is a verdict too. A text that goes on after its verdict has
+    none, and a verdict quoted inside the last line does not count.
     """
     text = text.rstrip()
     alone, ending = _endings(options)
@@ -81,18 +81,18 @@ def parse_verdict(text: str, options: tuple[str, ...]) -> Stated | None:
 def verdict_in_json(text: str, options: tuple[str, ...]) -> Stated | None:
     """The verdict of a structured answer, {"verdict": "A"}, whatever else the object holds."""
     try:
-        found = jsonl.loads(text)
+        reply = jsonl.loads(text)
     except ValueError:
         return None
-    verdict = found.get("verdict") if isinstance(found, dict) else None
+    verdict = reply.get("verdict") if isinstance(reply, dict) else None
     if not isinstance(verdict, str) or verdict not in options:
         return None
     return Stated(options.index(verdict), text.rfind(f'"{verdict}"') + 1)
 
 
 def parse_rating(text: str, lowest: int, highest: int) -> float | None:
-    """The rating in `text`, or None: the number alone, the last one that is said to be the rating
-    ("Rating: 8", "8/10", "[[8]]"), or the only number there is."""
+    """The rating in `text`, or None: the number alone, the last one that the text calls a rating
+    ("Rating: 8", "8/10", "[[8]]"), or the only number."""
     alone, stated, scale = _ratings(lowest, highest)
     text = scale.sub(" ", text.strip())
     match = alone.fullmatch(text) if len(text) <= _ALONE else None
@@ -108,18 +108,18 @@ def parse_rating(text: str, lowest: int, highest: int) -> float | None:
 
 
 def is_refusal(text: str) -> bool:
-    """Whether the text opens the way a model declines."""
+    """Whether the text begins as a model's refusal does."""
     return bool(_REFUSAL.match(text.replace("’", "'")))
 
 
-_TAIL = 200  # characters that the line with the verdict and what leads up to it may take
+_TAIL = 200  # the most characters of the line with the verdict
 _WITH_DIGITS = re.compile(r"[\w.,/%-]*\d[\w.,/%-]*")
 _NUMBER = r"(\d{1,3}(?:\.\d{1,2})?)"
 
 
 @lru_cache
 def _endings(options: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """A text that is an option alone, and the end of one that comes to its verdict."""
+    """Patterns for a text that is an option alone, and for a verdict at the end of a text."""
     one = "|".join(re.escape(option) for option in options)
     noun = r"(?:(?:output|response|answer|option|assistant|summary|text)\W{1,3})?"
     return (
@@ -134,7 +134,7 @@ def _endings(options: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]
 
 @lru_cache
 def _ratings(lowest: int, highest: int) -> tuple[re.Pattern[str], ...]:
-    """A text that is a rating alone, a rating that is called one, and a mention of the scale."""
+    """Patterns for a text that is a rating alone, for a number called a rating, for the scale."""
     word = r"(?:rating|score|grade|verdict)"
     of = rf"(?:\s{{0,2}}/\s{{0,2}}{highest}(?!\d)|\s{{1,3}}out\s{{1,3}}of\s{{1,3}}{highest}(?!\d))"
     ends = r"(?![\w%]|[.,/]\d|\s{0,2}[-\u2013/]\s{0,2}\d)"
@@ -179,14 +179,14 @@ def _patterns(options: tuple[str, str]) -> tuple[re.Pattern[str], ...]:
         rf"\s{{0,4}}[:=]?\s{{0,4}}{opening}{noun}{token}"
         rf"|\[\[\s{{0,4}}({one})\s{{0,4}}\]\]"
     )
-    found = (
+    patterns = (
         rf"\W*{noun}{opening}\b({one})\b\W*",
         rf"(?:^|[.,;:!/\n]\s{{0,4}}){opening}\b({one})\b{closing}{ends}",
         stated,
         mentioned,
         anywhere,
     )
-    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in found)
+    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
 
 
 def _named(pattern: re.Pattern[str], text: str, options: tuple[str, str]) -> set[int]:
@@ -194,5 +194,5 @@ def _named(pattern: re.Pattern[str], text: str, options: tuple[str, str]) -> set
 
 
 def _index(match: re.Match[str], options: tuple[str, str]) -> int:
-    said = match[match.lastindex or 0].casefold()
-    return [option.casefold() for option in options].index(said)
+    name = match[match.lastindex or 0].casefold()
+    return [option.casefold() for option in options].index(name)

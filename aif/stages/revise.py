@@ -24,7 +24,7 @@ from aif.constitution.file import Principle
 from aif.errors import InputError
 from aif.llm import LLM, Ask, open_llm
 from aif.llm.budget import Meter
-from aif.llm.dispatch import Faults, Tally, ask_all
+from aif.llm.dispatch import CallTally, Faults, ask_all
 from aif.progress import Progress
 from aif.run import Run
 from aif.stages.critique import Reviser
@@ -115,14 +115,14 @@ def ask_in_waves(
     journal: Journal,
     progress: Progress,
     meter: Meter,
-) -> tuple[int, Tally]:
+) -> tuple[int, CallTally]:
     """Ask until no chain needs a call; returns the number of answers from earlier runs, and the
     tally.
 
     A failed call is made once here: its chain waits for the next run.
     """
     scheduled: set[str] = set()
-    total = Tally()
+    total = CallTally()
     kept = 0
     while not total.stopped:
         pending = {}
@@ -200,7 +200,7 @@ def take(reviser: Reviser, chain: Chain, row: dict[str, Any]) -> None:
     chain.principle = reviser.principle(chain.response.id, chain.round)
 
 
-def summarised(chains: list[Chain], tally: Tally, reviser: Reviser) -> dict[str, Any]:
+def summarised(chains: list[Chain], tally: CallTally, reviser: Reviser) -> dict[str, Any]:
     """Counts of revisions and of their faults, and of failed calls."""
     rows = [row for chain in chains for row in chain.done]
     good = Counter(row.round for row in rows if row.fault is None)

@@ -97,7 +97,7 @@ def run_once(
         "span_s": seen["span_s"],
         "requests": seen["requests"],
         "peak": seen["peak_in_flight"],
-        "asked": frozenset(seen["asked"]),
+        "asked": frozenset(seen["by_prompt"]),
     }
 
 

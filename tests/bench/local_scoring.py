@@ -63,7 +63,7 @@ def batched(model, prompts, rows=8):
 
 
 def shared(model, prompts):
-    found = dict(PrefixScorer(model).score(prompts))
+    found = dict(PrefixScorer(model).next_logprobs(prompts))
     return [found[i] for i in range(len(prompts))]
 
 

@@ -75,11 +75,11 @@ class Place:
 
     @property
     def graded(self) -> list[tuple[str, str]]:
-        return [(which(ask), words(ask).partition("]\n")[2]) for ask in self.model.asked]
+        return [(which(ask), words(ask).partition("]\n")[2]) for ask in self.model.asks]
 
     @property
     def calls(self) -> int:
-        return len(self.model.asked)
+        return len(self.model.asks)
 
     @property
     def journal(self):

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from aif.cli.verbs import app
 from aif.config.settings import LLMSettings
 from aif.errors import JudgeStopped
-from aif.llm import Ask, Caller, batch_api, batch_client, open_llm
+from aif.llm import Ask, batch_api, batch_client, open_llm
 from aif.llm.batch_api import BatchLLM
-from aif.llm.submissions import Ledger
+from aif.llm.submissions import Session, SubmissionLog
 from tests.conftest import Job, aif, read_jsonl, write_jsonl
 from tests.support.batch_server import Batches, Plan, batches, refusal
 from tests.support.server import hash_of, p_of
@@ -34,11 +34,11 @@ def server(monkeypatch):
 @pytest.fixture
 def job(make_job, server) -> Job:
     """Three comparisons in both orders: six requests."""
-    made = make_job(3, server.base_url)
-    made.judge[1] = "openai-batch:test-model"
+    batch_job = make_job(3, server.base_url)
+    batch_job.judge[1] = "openai-batch:test-model"
     for setting in QUICK:
-        made.judge += ["--set", setting]
-    return made
+        batch_job.judge += ["--set", setting]
+    return batch_job
 
 
 def labelled(job: Job, *more: object, code: int = 0) -> str:
@@ -57,34 +57,34 @@ def verdicts(job: Job) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def known() -> list[float | None]:
+def labels() -> list[float | None]:
     """Filled by the first test that wants `expected`."""
     return []
 
 
 @pytest.fixture
-def expected(job, server, known) -> list[float | None]:
+def expected(job, server, labels) -> list[float | None]:
     """The labels that come of batches without a fault, in another run."""
-    if not known:
+    if not labels:
         plain = job.fresh("plain")
         labelled(plain)
         server.__init__(int(server.root.rpartition(":")[2]))
-        known += probabilities(plain)
-    return known
+        labels += probabilities(plain)
+    return labels
 
 
 # ---- the way through
 
 
 def test_a_batch_goes_through_its_states_and_is_never_asked_again(job, server):
-    said = labelled(job)
+    stderr = labelled(job)
     for status in ("validating", "in_progress", "finalizing", "completed"):
-        assert f"batch_0: {status}" in said
+        assert f"batch_0: {status}" in stderr
     (batch,) = server.made.values()
     assert batch["endpoint"] == "/v1/chat/completions"
     assert batch["completion_window"] == "24h"
     assert list(batch["metadata"]) == ["aif"]
-    assert sorted(server.asked) == sorted(row["id"] for row in verdicts(job))
+    assert sorted(server.custom_ids) == sorted(row["id"] for row in verdicts(job))
     sent = server.rows("batch_0")[0]
     assert (sent["method"], sent["url"]) == ("POST", "/v1/chat/completions")
     assert (sent["body"]["model"], sent["body"]["top_logprobs"]) == ("test-model", 20)
@@ -95,19 +95,20 @@ def test_a_batch_goes_through_its_states_and_is_never_asked_again(job, server):
 
 def test_a_verdict_is_that_of_its_own_request(job, server):
     labelled(job)
-    found = {row["id"]: row for row in verdicts(job)}
+    by_id = {row["id"]: row for row in verdicts(job)}
     for row in server.rows("batch_0"):
-        asked = json.dumps(row["body"]["messages"], ensure_ascii=False, sort_keys=True)
-        p_a = p_of(hash_of(asked))
-        verdict = found[row["custom_id"]]
+        messages = json.dumps(row["body"]["messages"], ensure_ascii=False, sort_keys=True)
+        p_a = p_of(hash_of(messages))
+        verdict = by_id[row["custom_id"]]
         assert verdict["p_first"] == pytest.approx(p_a if verdict["order"] == "ab" else 1 - p_a)
 
 
 def test_responses_are_sampled_by_batches_too(tmp_path, server):
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
-    told = ["respond", tmp_path / "run", "--prompts", prompts, "--samples", "2"]
-    told += ["--policy", "openai-batch:test-model", "--set", f"policy.base_url={server.base_url}"]
-    done = CliRunner().invoke(app, [*map(str, told), "--set", "policy.poll_s=0.01"])
+    arguments = ["respond", tmp_path / "run", "--prompts", prompts, "--samples", "2"]
+    arguments += ["--policy", "openai-batch:test-model", "--set", "policy.poll_s=0.01"]
+    arguments += ["--set", f"policy.base_url={server.base_url}"]
+    done = CliRunner().invoke(app, list(map(str, arguments)))
     assert done.exit_code == 0, done.stderr
     assert len(read_jsonl(tmp_path / "run" / "responses.jsonl")) == 4
     assert len(server.made) == 1
@@ -135,11 +136,11 @@ def into_errors(output, errors):
 @pytest.mark.parametrize("edit", [reverse, with_strangers, into_errors])
 def test_rows_are_joined_by_their_id(job, server, expected, edit):
     server.next = [Plan(edit=edit)]
-    said = labelled(job)
+    stderr = labelled(job)
     assert probabilities(job) == expected
     assert len(server.made) == 1
     if edit is with_strangers:
-        assert "passed over: 2 rows unknown, 1 rows repeated, 1 rows unreadable" in said
+        assert "passed over: 2 rows unknown, 1 rows repeated, 1 rows unreadable" in stderr
 
 
 @pytest.mark.parametrize("states", [["expired"], ["cancelling", "cancelled"], ["completed"]])
@@ -217,8 +218,8 @@ def test_an_end_of_quota_loses_no_answer(job, server):
 def test_a_batch_that_fails_validation_is_one_line(job, server, expected):
     errors = [{"code": "invalid_json_line", "message": "Line 3 is no JSON.", "line": 3}] * 2
     server.next = [Plan(["validating", "failed"], errors=errors)]
-    said = labelled(job, code=1).splitlines()[-1]
-    assert "batch_0 was refused (line 3: invalid_json_line Line 3 is no JSON. and 1 more)" in said
+    stderr = labelled(job, code=1).splitlines()[-1]
+    assert "batch_0 was refused (line 3: invalid_json_line Line 3 is no JSON. and 1 more)" in stderr
     labelled(job)
     assert probabilities(job) == expected
     assert len(server.made) == 2
@@ -263,13 +264,13 @@ def test_a_create_that_is_refused_is_one_line_and_made_anew(job, server):
 
 @pytest.mark.parametrize("others", [0, 5])
 def test_killed_between_create_and_record(job, server, expected, others):
-    """By SIGKILL, from within the server; the batch is found again behind those of others."""
+    """By SIGKILL, from within the server; the batch is found again after those of others."""
     server.faults = {"POST /batches": [lambda: os.kill(process.pid, signal.SIGKILL)]}
     with job.start() as process:
         assert process.wait(30) == -signal.SIGKILL
     (batch,) = server.made.values()
-    ledger = read_jsonl(job.run / "journal" / "label.batches.jsonl")
-    assert [row["tag"] for row in ledger] == [batch["metadata"]["aif"]]
+    log = read_jsonl(job.run / "journal" / "label.batches.jsonl")
+    assert [row["tag"] for row in log] == [batch["metadata"]["aif"]]
     for _ in range(others):
         server.make({"input_file_id": batch["input_file_id"], "metadata": None})
     labelled(job)
@@ -285,14 +286,14 @@ def test_every_batch_that_is_looked_for_is_found(server):
         assert llm.find({"first", "second"}) == {"first": "batch_0", "second": "batch_2"}
 
 
-def test_what_is_told_in_parts_stays_told(tmp_path):
-    with Ledger.open(tmp_path / "x.batches.jsonl") as ledger:
-        planned = ledger.plan("openai-batch:m", "/v1/completions", "file-1", ["a", "b", "c"])
-        ledger.created(planned, "batch_1")
+def test_what_is_done_in_parts_stays_done(tmp_path):
+    with SubmissionLog.open(tmp_path / "x.batches.jsonl") as submissions:
+        planned = submissions.plan("openai-batch:m", "/v1/completions", "file-1", ["a", "b", "c"])
+        submissions.created(planned, "batch_1")
         for key in ("a", "b"):
-            ledger.told(planned, [key])
-        (found,) = ledger.under_way()
-    assert (found.batch, found.left()) == ("batch_1", ["c"])
+            submissions.finish(planned, [key])
+        (left,) = submissions.under_way()
+    assert (left.batch, left.left()) == ("batch_1", ["c"])
 
 
 def test_killed_between_record_and_create(job, server, expected, monkeypatch):
@@ -305,21 +306,21 @@ def test_killed_between_record_and_create(job, server, expected, monkeypatch):
     assert (len(server.made), server.calls.count("POST /files")) == (1, 1)
 
 
-def test_killed_before_the_ledger_knows_of_the_answers(job, server, monkeypatch):
+def test_killed_before_the_answers_are_logged_as_done(job, server, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "told", lambda *_: 1 / 0)
+        patch.setattr(SubmissionLog, "finish", lambda *_: 1 / 0)
         labelled(job, code=1)
     labelled(job)
     assert len(server.made) == 1
     assert len(read_jsonl(job.journal)) == 6
 
 
-def test_a_fault_is_told_once_and_then_asked_again(job, server, monkeypatch):
+def test_a_fault_is_kept_once_and_then_asked_again(job, server, monkeypatch):
     server.next = [Plan(edit=with_errors)]
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "told", lambda *_: 1 / 0)
+        patch.setattr(SubmissionLog, "finish", lambda *_: 1 / 0)
         labelled(job, code=1)
-    labelled(job, code=3)  # the batch that nobody was told of is taken up
+    labelled(job, code=3)  # the batch that was never marked as done is read again
     labelled(job)
     assert [len(server.rows(name)) for name in server.made] == [6, 2, 3]
 
@@ -333,11 +334,11 @@ def test_interrupted_while_it_waits(job, server, expected):
         wait_for(lambda: "GET /batches/batch" in server.calls)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=30)[1]
+        stderr = process.communicate(timeout=30)[1]
     assert process.returncode == 130
     assert time.monotonic() - began < 5  # no drain: there is nothing to be waited for
-    assert "6 requests in batches go on at http://127.0.0.1" in said
-    assert "the same command comes back" in said
+    assert "6 requests in batches go on at http://127.0.0.1" in stderr
+    assert "the same command comes back" in stderr
     server.held = False
     assert "batch_0: handed in before, 6 requests" in labelled(job)
     assert probabilities(job) == expected
@@ -377,7 +378,7 @@ def test_only_what_is_new_is_handed_in(job, server, monkeypatch):
         file.write(json.dumps({"prompt": "p", "response_a": "x", "response_b": "y"}) + "\n")
     labelled(job)
     assert [len(server.rows(name)) for name in server.made] == [6, 2]
-    assert len(set(server.asked)) == 8
+    assert len(set(server.custom_ids)) == 8
 
 
 def test_a_look_that_fails_now_and_then_ends_nothing(job, server, monkeypatch):
@@ -390,9 +391,9 @@ def test_a_look_that_fails_now_and_then_ends_nothing(job, server, monkeypatch):
 def test_a_batch_that_the_server_does_not_know_is_not_paid_for_again(job, server, monkeypatch):
     left_running(job, server, monkeypatch)
     server.faults = {"GET /batches/batch": [404]}
-    said = labelled(job, code=1)
-    assert "batch_0" in said
-    assert "was it another key?" in said
+    stderr = labelled(job, code=1)
+    assert "batch_0" in stderr
+    assert "was it another key?" in stderr
     labelled(job)
     assert len(server.made) == 1
 
@@ -401,30 +402,30 @@ def test_batches_are_listed_and_cancelled(job, server, expected, monkeypatch):
     assert aif("batches", job.folder).returncode == 0
     left_running(job, server, monkeypatch)
     server.plans["batch_0"].answered = 4
-    told = ["batches", str(job.run), "--base-url", server.base_url]
-    listed = CliRunner().invoke(app, told)
+    arguments = ["batches", str(job.run), "--base-url", server.base_url]
+    listed = CliRunner().invoke(app, arguments)
     assert "journal/label: batch_0 of openai-batch:test-model, 6 requests" in listed.stdout
     assert "POST /batches/batch/cancel" not in server.calls
-    cancelled = CliRunner().invoke(app, [*told, "--cancel"])
+    cancelled = CliRunner().invoke(app, [*arguments, "--cancel"])
     assert "6 requests, cancelling" in cancelled.stdout
     labelled(job)
     assert probabilities(job) == expected
     assert [len(server.rows(name)) for name in server.made] == [6, 2]
-    assert CliRunner().invoke(app, told).stdout == "no batches\n"
+    assert CliRunner().invoke(app, arguments).stdout == "no batches\n"
 
 
 # ---- limits and secrets
 
 
 def questions(number: int, **more) -> list[Ask]:
-    said = [{"role": "user", "content": "q"}]
-    return [Ask(f"{n}", **({"messages": said} | more)) for n in range(number)]
+    messages = [{"role": "user", "content": "q"}]
+    return [Ask(f"{n}", **({"messages": messages} | more)) for n in range(number)]
 
 
 def client(server: Batches, **more) -> BatchLLM:
     quick = {"poll_s": 0.01, "max_wait_s": 0.01, "attempts": 2}
-    given = {"model": "openai-batch:test-model", "base_url": server.base_url}
-    return open_llm(LLMSettings(**(given | quick | more)))
+    settings = {"model": "openai-batch:test-model", "base_url": server.base_url}
+    return open_llm(LLMSettings(**(settings | quick | more)))
 
 
 def test_files_are_as_full_as_they_may_be(server, monkeypatch):
@@ -440,8 +441,8 @@ def test_files_are_as_full_as_they_may_be(server, monkeypatch):
         monkeypatch.setattr(batch_client, "MAX_REQUESTS", 3)
         assert [len(file.keys) for file in llm.requests(questions(7))] == [3, 3, 1]
         plain = questions(1, messages=None, text="t")
-        found = [file.endpoint for file in llm.requests([*questions(1), *plain])]
-        assert found == ["/v1/chat/completions", "/v1/completions"]
+        endpoints = [file.endpoint for file in llm.requests([*questions(1), *plain])]
+        assert endpoints == ["/v1/chat/completions", "/v1/completions"]
 
 
 @pytest.mark.parametrize("logprobs", [True, False])
@@ -454,9 +455,9 @@ def test_log_probabilities_are_asked_for_where_they_are_wanted(server, logprobs)
 def test_several_batches_are_waited_for_together(job, server, expected, monkeypatch):
     monkeypatch.setattr(batch_client, "MAX_REQUESTS", 2)
     server.next = [Plan(["in_progress"] * 5 + ["completed"]), Plan(["completed"]), Plan()]
-    said = labelled(job)
+    stderr = labelled(job)
     assert probabilities(job) == expected
-    assert said.index("batch_1: completed") < said.index("batch_0: completed")
+    assert stderr.index("batch_1: completed") < stderr.index("batch_0: completed")
     assert len(server.made) == 3
 
 
@@ -465,9 +466,9 @@ def test_secrets_stay_off_the_disk(job, server, monkeypatch):
     job.judge[3] = server.base_url.replace("://", "://alice:hunter2@") + "?token=t0ken"
     server.next = [Plan(["failed"], errors=[{"code": "c", "message": f"bad {KEY}"}])]
     server.faults = {"POST /files": [500], "GET /batches/batch": [None, None, 401]}
-    said = labelled(job, code=1) + labelled(job, code=1) + labelled(job)
+    stderr = labelled(job, code=1) + labelled(job, code=1) + labelled(job)
     assert "Basic" in "".join(server.keys)
-    texts = [path.read_text() for path in job.run.rglob("*") if path.is_file()] + [said]
+    texts = [path.read_text() for path in job.run.rglob("*") if path.is_file()] + [stderr]
     for secret in (KEY, "alice", "hunter2", "t0ken", "YWxpY2U"):
         assert not [text for text in texts if secret in text]
 
@@ -493,20 +494,20 @@ def test_batches_need_a_place_to_be_written_down(server, tmp_path):
 
 
 def test_nothing_is_over_before_it_is_durable(server, tmp_path):
-    """The ledger is done with answers only once the caller has said that they are on the disk."""
+    """The log has answers as done only after the session has committed them to the disk."""
 
     def cannot() -> None:
         raise JudgeStopped("the disk is full")
 
-    def asked(commit) -> list[str]:
-        caller = Caller(tmp_path / "x.batches.jsonl", commit, lambda: False, lambda line: None)
+    def keys_of_pass(commit) -> list[str]:
+        session = Session(tmp_path / "x.batches.jsonl", commit, lambda: False, lambda line: None)
         with client(server) as llm:
-            llm.attend(caller)
+            llm.resume_with(session)
             return [answer.key for answer in llm.answer(questions(2))]
 
     with pytest.raises(JudgeStopped, match="disk is full"):
-        asked(cannot)
-    assert asked(lambda: None) == ["0", "1"]
+        keys_of_pass(cannot)
+    assert keys_of_pass(lambda: None) == ["0", "1"]
     assert len(server.made) == 1
-    assert asked(lambda: None) == ["0", "1"]
+    assert keys_of_pass(lambda: None) == ["0", "1"]
     assert len(server.made) == 2

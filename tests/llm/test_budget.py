@@ -15,7 +15,7 @@ from aif.cli.verbs import app
 from aif.config.price import Price, dollars
 from aif.config.settings import LLMSettings, Settings, load_settings
 from aif.llm import Answer, Ask
-from aif.llm.budget import RESERVED, Books, Meter, most_tokens, spent_in
+from aif.llm.budget import RESERVED, Meter, Spending, most_tokens, spent_in
 from aif.run import Run
 from tests.conftest import aif, read_jsonl, write_constitution, write_jsonl
 from tests.support.batch_server import batches
@@ -65,8 +65,8 @@ def test_the_tokens_of_a_labelling_are_those_of_its_calls(make_job, protocol, ca
         write_constitution(job.constitution, {"kind": "Which?"}, kind='grade = "Is it kind?"')
         assert here(job, "--protocol", protocol) == 0
         assert server.stats()["requests"] == calls
-        told = state(job)["tokens"]
-        assert {"total_tokens": sum(told.values()), **told} == server.stats()["billed"]
+        tokens = state(job)["tokens"]
+        assert {"total_tokens": sum(tokens.values()), **tokens} == server.stats()["billed"]
 
 
 # ---- prices
@@ -107,9 +107,9 @@ def test_a_price_is_of_one_model(tmp_path):
     path = tmp_path / "run.toml"
     assert load_settings(path, {"judge.model": "openai:a"}).judge.price == PRICE
     assert load_settings(path, {"judge.model": "openai:b"}).judge.price is None
-    given = load_settings(path, {"judge.model": "openai:b", "judge.price": "3/4"})
-    assert given.judge.price == "3/4"
-    assert given.judge.of_model("runs/x/sft").price is None
+    settings = load_settings(path, {"judge.model": "openai:b", "judge.price": "3/4"})
+    assert settings.judge.price == "3/4"
+    assert settings.judge.of_model("runs/x/sft").price is None
 
 
 def test_no_prompt_has_more_tokens_than_is_said():
@@ -130,11 +130,11 @@ def planned(job, *more: object) -> dict:
 def test_plan_says_what_it_will_cost_and_has_cost(make_job):
     with serving() as server:
         job = make_job(10, server.base_url)
-        found = planned(job, "--price", PRICE, "--budget", 20, "--rate", 2)
-        assert found["dollars"]["about"] == pytest.approx(
-            Price.of(PRICE).cost(found["prompt_tokens"], 20)
+        estimate = planned(job, "--price", PRICE, "--budget", 20, "--rate", 2)
+        assert estimate["dollars"]["about"] == pytest.approx(
+            Price.of(PRICE).cost(estimate["prompt_tokens"], 20)
         )
-        assert (found["calls"], found["seconds"], found["dollars_paid"]) == (20, 10, 0)
+        assert (estimate["calls"], estimate["seconds"], estimate["dollars_paid"]) == (20, 10, 0)
         assert here(job, "--limit", 4) == 0
         first = billed(server)
         again = planned(job, "--price", PRICE, "--budget", 20)
@@ -153,15 +153,15 @@ def test_plan_says_what_it_will_cost_and_has_cost(make_job):
 
 def test_plan_tells_how_far_the_budget_goes(make_job):
     job = make_job(10, "http://127.0.0.1:9/v1")
-    found = planned(job, "--price", PRICE)["dollars"]
+    estimate = planned(job, "--price", PRICE)["dollars"]
 
-    def told(budget: float) -> str:
+    def coverage(budget: float) -> str:
         arguments = job.arguments("--price", PRICE, "--budget", f"{budget:.6f}")[1:]
         return CliRunner().invoke(app, ["plan", *arguments]).stdout.splitlines()[-1]
 
-    assert told(found["at_most"] + 1e-6).endswith("covers all of it")
-    assert told(found["about"] + 1e-6).endswith("is likely to cover it")
-    assert told(found["about"] / 2).endswith("covers about 50% of it")
+    assert coverage(estimate["at_most"] + 1e-6).endswith("covers all of it")
+    assert coverage(estimate["about"] + 1e-6).endswith("is likely to cover it")
+    assert coverage(estimate["about"] / 2).endswith("covers about 50% of it")
 
 
 def test_plan_prices_what_is_sampled_before(tmp_path, monkeypatch):
@@ -181,19 +181,19 @@ def test_plan_prices_what_is_sampled_before(tmp_path, monkeypatch):
     tables["judge"]["price"] = PRICE
     from aif.planning import plan
 
-    found = plan(Run(tmp_path / "run", Settings.model_validate(tables)))
-    cost = found["dollars_of_sampling"]
+    estimate = plan(Run(tmp_path / "run", Settings.model_validate(tables)))
+    cost = estimate["dollars_of_sampling"]
     assert set(cost) == {"respond", "revise"}
-    assert found["sampling"] == {"respond": 6, "revise": 12}
+    assert estimate["sampling"] == {"respond": 6, "revise": 12}
     generated = Price.of(PRICE).cost(0, 50)
     assert cost["respond"]["about"] > 6 * generated
     assert cost["revise"]["about"] > 12 * generated + 6 * Price.of(PRICE).cost(150, 0)
-    budget = found["budgets"][0]
-    every = cost["respond"]["about"] + cost["revise"]["about"] + found["dollars"]["about"]
+    budget = estimate["budgets"][0]
+    every = cost["respond"]["about"] + cost["revise"]["about"] + estimate["dollars"]["about"]
     assert (budget["setting"], budget["about"]) == ("pipeline.budget", pytest.approx(every))
     tables["revise"]["limit"] = 2
-    found = plan(Run(tmp_path / "run", Settings.model_validate(tables)))
-    assert found["sampling"] == {"respond": 6, "revise": 4}
+    estimate = plan(Run(tmp_path / "run", Settings.model_validate(tables)))
+    assert estimate["sampling"] == {"respond": 6, "revise": 4}
 
 
 # ---- the stop
@@ -209,18 +209,18 @@ def test_a_spent_budget_stops_and_a_larger_one_goes_on(make_job):
         result = job.label("--price", PRICE, "--budget", f"{0.4 * cost:.9f}")
         assert result.returncode == 4
         assert 0.8 * 0.4 * cost < billed(server) <= 0.4 * cost
-        found = state(job)
-        assert f"{found['labels']} of 60 comparisons are labelled" in result.stderr
+        labelling = state(job)
+        assert f"{labelling['labels']} of 60 comparisons are labelled" in result.stderr
         assert result.stderr.strip().splitlines()[-1].startswith(f"aif: {job.run}: the budget is")
-        assert found["labels"] + found["unfinished"] == 60
-        assert found["labels"] >= 18  # comparison by comparison
-        assert found["verdicts"] - 2 * found["labels"] <= 1
-        assert found["cost"] == pytest.approx(billed(server))
+        assert labelling["labels"] + labelling["unfinished"] == 60
+        assert labelling["labels"] >= 18  # comparison by comparison
+        assert labelling["verdicts"] - 2 * labelling["labels"] <= 1
+        assert labelling["cost"] == pytest.approx(billed(server))
         every = whole.labels.splitlines()
         assert set(job.labels.splitlines()) < set(every)
         # The budget is kept in run.toml, and what is spent counts for whoever comes next.
         assert here(job) == 4
-        assert billed(server) == pytest.approx(found["cost"])
+        assert billed(server) == pytest.approx(labelling["cost"])
         assert here(job, "--budget", f"{0.7 * cost:.9f}") == 4
         assert 0.6 * cost < billed(server) <= 0.7 * cost
         assert here(job, "--budget", 100) == 0
@@ -249,8 +249,8 @@ def test_what_was_paid_for_and_never_seen_counts(make_job):
         for budget in (0.008, 0.02):
             assert here(job, *patience, "--budget", budget) == 4
             assert billed(server) <= budget
-        told = spent_in(job.journal, load_settings(job.run / "run.toml", {"judge.price": PRICE}))
-        assert billed(server) < told <= 0.02
+        spent = spent_in(job.journal, load_settings(job.run / "run.toml", {"judge.price": PRICE}))
+        assert billed(server) < spent <= 0.02
         server.set_faults()
         assert here(job, *patience, "--budget", 1) == 0
         refused = [row for row in read_jsonl(job.journal) if row["fault"] == "rejected"]
@@ -287,8 +287,8 @@ class Estimating:
         return len(asks), False
 
 
-class Lasting(Estimating):
-    def attend(self, caller):
+class Resumable(Estimating):
+    def resume_with(self, session):
         pass
 
 
@@ -301,18 +301,17 @@ def test_an_interrupted_run_gives_back_what_it_did_not_ask(make_job):
     tables = {"label": {"budget": 1.0}, "judge": model.model_dump()}
     run = Run(job.run, Settings.model_validate(tables))
     with run.journal("label") as journal:
-        meter = Meter.of(run, "label", model).opened(Estimating(), journal)
-        with meter:
+        with Meter.of(run, "label", model).opened(Estimating(), journal) as meter:
             granted = meter.granted(iter(asks))
             for _ in range(3):
                 next(granted)
             granted.close()
         most = Price.of(PRICE).cost(most_tokens(asks[0]), 1)
-        books = Books.read(job.journal, None)
-        assert (books.paid, books.missing) == (0, pytest.approx(3 * most))
+        spending = Spending.read(job.journal, None)
+        assert (spending.paid, spending.missing) == (0, pytest.approx(3 * most))
         with meter.opened(Estimating(), journal):  # another process: they will not come now
-            assert Books.read(job.journal, None).lost == pytest.approx(3 * most)
-        assert Books.read(job.journal, None).missing == 0
+            assert Spending.read(job.journal, None).lost == pytest.approx(3 * most)
+        assert Spending.read(job.journal, None).missing == 0
 
 
 def granted(
@@ -323,9 +322,9 @@ def granted(
     tables = {"label": {"budget": budget}, "judge": model.model_dump()}
     run = Run(folder, Settings.model_validate(tables))
     with run.journal("label") as journal:
-        meter = Meter.of(run, "label", model).opened(llm(), journal)
-        with meter, closing(meter.granted(iter(asks))) as found:
-            for ask in found:
+        meter = Meter.of(run, "label", model)
+        with meter.opened(llm(), journal), closing(meter.granted(iter(asks))) as fitting:
+            for ask in fitting:
                 yield meter, ask
 
 
@@ -334,20 +333,20 @@ MOST = Price.of(PRICE).cost(most_tokens(ONE), 9)
 
 
 def test_what_a_repeat_reserved_is_given_back_with_the_answer(tmp_path):
-    found = granted(tmp_path, 2 * MOST, ONE, TWO)
-    meter, ask = next(found)
-    assert (ask.again(), ask.again()) == (True, False)
+    grants = granted(tmp_path, 2 * MOST, ONE, TWO)
+    meter, ask = next(grants)
+    assert (ask.may_retry(), ask.may_retry()) == (True, False)
     meter.settled(Answer(ONE.key, usage={"prompt_tokens": 1, "completion_tokens": 1}), {})
-    assert [ask.key for _, ask in found] == [TWO.key]
+    assert [ask.key for _, ask in grants] == [TWO.key]
 
 
 def test_what_a_server_still_has_stays_reserved_when_nobody_comes_for_it(tmp_path):
     for asks in ([ONE], [TWO, ONE]):
-        found = granted(tmp_path, 3 * MOST, *asks, llm=Lasting)
-        next(found)
-        found.close()
-    books = Books.read(tmp_path / "journal" / "label.jsonl", None)
-    assert set(books.held) == {ONE.key, TWO.key}
+        grants = granted(tmp_path, 3 * MOST, *asks, llm=Resumable)
+        next(grants)
+        grants.close()
+    spending = Spending.read(tmp_path / "journal" / "label.jsonl", None)
+    assert set(spending.reserved) == {ONE.key, TWO.key}
 
 
 def test_every_sample_is_reserved(tmp_path):
@@ -368,10 +367,10 @@ def test_a_torn_reservation_was_never_handed_out(make_job):
         job = make_job(20, server.base_url, concurrency=4)
         assert here(job, "--budget", 0.005) == 4
         path = job.journal.with_suffix(RESERVED)
-        spent = Books.read(job.journal, None).spent
+        spent = Spending.read(job.journal, None).spent
         with path.open("ab") as file:
             file.write(b'{"id":"' + b"0" * 64 + b'","fault":null,"calls":{"ab')
-        assert Books.read(job.journal, None).spent == spent
+        assert Spending.read(job.journal, None).spent == spent
         assert here(job, "--budget", 1) == 0
 
 
@@ -388,8 +387,8 @@ def test_without_a_budget_costs_are_kept_and_counted_later(make_job):
         assert here(job, "--budget", 1) == 0
         toml = job.run / "run.toml"
         toml.write_text(toml.read_text().replace("[judge]", f'[judge]\nprice = "{PRICE}"'))
-        told = json.loads(aif("status", job.run, "--json").stdout)
-        assert told["stages"]["label"]["cost"] == pytest.approx(billed(server))
+        status = json.loads(aif("status", job.run, "--json").stdout)
+        assert status["stages"]["label"]["cost"] == pytest.approx(billed(server))
 
 
 def test_a_local_judge_beside_one_that_is_paid_is_free(make_job):
@@ -452,10 +451,10 @@ def test_several_judges_come_to_whole_labels(make_job):
                       'price="3/12"}]']  # fmt: skip
         assert planned(job)["dollars"]["about"] > 0
         assert job.label_here("--quiet", "--budget", "0.11").exit_code == 4
-        found = state(job)
-        assert 64 <= found["labels"] < 140
+        labelling = state(job)
+        assert 64 <= labelling["labels"] < 140
         assert all(len(row["by_judge"]) == 2 for row in read_jsonl(job.run / "labels.jsonl"))
-        dear = Books.read(job.journal, None).spent
+        dear = Spending.read(job.journal, None).spent
         assert 1.2 * billed(server) < dear <= 0.11  # the other one costs twice as much
 
 
@@ -465,8 +464,8 @@ def test_cost_is_told(make_job):
         result = job.label_here("--price", PRICE)
         cost = dollars(billed(server))
         assert f"{cost} for these calls" in result.stdout
-        told = CliRunner().invoke(app, ["status", str(job.run)]).stdout
-        assert f"{cost} spent" in told
+        status = CliRunner().invoke(app, ["status", str(job.run)]).stdout
+        assert f"{cost} spent" in status
         pytest.importorskip("matplotlib")
         CliRunner().invoke(app, ["report", str(job.run)], catch_exceptions=False)
         page = (job.run / "report.html").read_text()
@@ -494,10 +493,10 @@ def test_a_batch_is_handed_in_as_far_as_the_budget_goes(make_job, monkeypatch):
         assert job.label_here(*in_batches(job), "--budget", "0.01").exit_code == 4
         assert len(server.made) > 1  # what the answers did not take was handed in again
         assert 0.008 < cost() <= 0.01
-        assert len(server.asked) == len(set(server.asked))
+        assert len(server.custom_ids) == len(set(server.custom_ids))
         assert state(job)["labels"] > 0
         assert job.label_here(*in_batches(job), "--budget", "1").exit_code == 0
-        assert (len(server.asked), len(set(server.asked))) == (60, 60)
+        assert (len(server.custom_ids), len(set(server.custom_ids))) == (60, 60)
         assert state(job)["labels"] == 30
 
 
@@ -511,14 +510,14 @@ def test_what_a_batch_still_has_is_reserved(make_job, monkeypatch):
         deadline = time.monotonic() + 30
         while not server.made and time.monotonic() < deadline:
             time.sleep(0.02)
-        first = len(server.asked)
+        first = len(server.custom_ids)
         process.kill()
         process.communicate()
-        books = Books.read(job.journal, None)
-        assert len(books.held) == first
-        assert (books.paid, books.missing) == (0, 0)
-        assert 0.008 < books.spent <= 0.01
+        spending = Spending.read(job.journal, None)
+        assert len(spending.reserved) == first
+        assert (spending.paid, spending.missing) == (0, 0)
+        assert 0.008 < spending.spent <= 0.01
         server.held = False
         assert job.label_here(*in_batches(job), "--budget", "0.01").exit_code == 4
-        assert len(server.asked) == len(set(server.asked)) > first
-        assert Books.read(job.journal, None).spent <= 0.01
+        assert len(server.custom_ids) == len(set(server.custom_ids)) > first
+        assert Spending.read(job.journal, None).spent <= 0.01

@@ -51,14 +51,14 @@ def asks() -> list[Ask]:
         return " ".join(rng.choices(WORDS, k=n))
 
     preamble = words(35)
-    made = []
+    asks = []
     for _ in range(3):
         a, b = words(rng.randrange(8, 40)), words(rng.randrange(8, 40))
         for texts in (f"{a}\n{b}", f"{b}\n{a}"):
             for n in (3, 11, 19, 30):
                 text = f"{preamble}\n{texts}\n{words(n)}"
-                made.append(Ask(f"{len(made)}", text=text, options=OPTIONS))
-    return made
+                asks.append(Ask(f"{len(asks)}", text=text, options=OPTIONS))
+    return asks
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +68,8 @@ def together(llm, asks) -> list:
 
 
 def scored(scorer: PrefixScorer, llm: LocalLLM, asks: list[Ask]) -> list:
-    found = dict(scorer.score([llm._tokens(ask) for ask in asks]))
-    return [found[i] for i in range(len(asks))]
+    logprobs = dict(scorer.next_logprobs([llm._tokens(ask) for ask in asks]))
+    return [logprobs[i] for i in range(len(asks))]
 
 
 @torch.inference_mode()
@@ -92,7 +92,7 @@ def test_scores_equal_one_plain_forward_each(llm, asks, together):
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65])
 def test_every_length_around_a_block_is_right(llm, asks, length):
     ids = llm._tokens(asks[0])[:length]
-    ((_, logprobs_V),) = PrefixScorer(llm.model).score([ids])
+    ((_, logprobs_V),) = PrefixScorer(llm.model).next_logprobs([ids])
     with torch.inference_mode():
         want_V = llm.model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
     torch.testing.assert_close(logprobs_V.exp(), want_V.exp(), atol=1e-5, rtol=0)
@@ -138,11 +138,11 @@ def counted(llm) -> tuple[PrefixScorer, list]:
 def test_each_shared_prefix_is_computed_once_at_every_level_and_kept(llm, asks, counted):
     scorer, computed = counted
     prompts = [llm._tokens(ask) for ask in asks[:9]]
-    list(scorer.score(prompts[:8]))
+    list(scorer.next_logprobs(prompts[:8]))
     blocks = {p[:end] for p in prompts[:8] for end in range(BLOCK, len(p), BLOCK)}
     assert sorted(computed) == sorted(blocks)
     assert len(blocks) < sum((len(p) - 1) // BLOCK for p in prompts) / 2  # much to share
-    list(scorer.score(prompts[8:]))
+    list(scorer.next_logprobs(prompts[8:]))
     assert prompts[8][:BLOCK] == prompts[0][:BLOCK]
     assert computed.count(prompts[0][:BLOCK]) == 1
 
@@ -187,8 +187,8 @@ def test_pad_is_not_eos(llm):
 
 
 def test_control_tokens_are_all_named(llm):
-    known = {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>"}
-    assert known <= set(llm.control_tokens)
+    some = {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>"}
+    assert some <= set(llm.control_tokens)
 
 
 def chats(n: int, **options) -> list[Ask]:
@@ -293,9 +293,9 @@ def test_a_batch_too_large_for_the_device_is_halved_and_a_broken_row_is_a_fault(
     scorer = PrefixScorer(llm.model)
     scorer._blocks = lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
     ids = llm._tokens(asks[0])
-    found = dict(scorer.score([ids, ids[:20]]))
-    assert isinstance(found[0], RuntimeError)
-    assert found[1].shape == (49152,)
+    outcomes = dict(scorer.next_logprobs([ids, ids[:20]]))
+    assert isinstance(outcomes[0], RuntimeError)
+    assert outcomes[1].shape == (49152,)
 
 
 def test_tokens_are_counted_exactly(llm, asks):

@@ -73,7 +73,7 @@ def test_of_options_that_do_not_begin_alike_one_token_is_read(llm):
         assert answer.logprobs[option] == pytest.approx(float(at[same].logsumexp(0)), abs=1e-5)
 
 
-def said(monkeypatch, llm, *texts: tuple[str, bool]):
+def with_texts(monkeypatch, llm, *texts: tuple[str, bool]):
     """Let the model say these texts, each with whether it stopped by itself."""
 
     def generate(model, draws, *rest):
@@ -97,7 +97,7 @@ def reasoned(text="Which?\nReasons:", **more) -> Ask:
     ],
 )
 def test_the_options_are_scored_where_the_verdict_stands(llm, monkeypatch, text, before):
-    said(monkeypatch, llm, (text, True))
+    with_texts(monkeypatch, llm, (text, True))
     ask = reasoned()
     answer = one(llm, ask)
     assert (answer.texts, answer.logprobs, answer.fault) == ((text,), None, None)
@@ -118,13 +118,13 @@ def test_the_options_are_scored_where_the_verdict_stands(llm, monkeypatch, text,
     ],
 )
 def test_what_was_cut_off_or_declined_is_led_nowhere(llm, monkeypatch, text, stopped, finish):
-    said(monkeypatch, llm, (text, stopped))
+    with_texts(monkeypatch, llm, (text, stopped))
     answer = one(llm, reasoned())
     assert (answer.ends, answer.finish, answer.texts) == ((), finish, (text,))
 
 
 def test_each_sample_has_its_own_end(llm, monkeypatch):
-    said(monkeypatch, llm, ("x\nVerdict: A", True), ("cut", False), ("y\nVerdict: B", True))
+    with_texts(monkeypatch, llm, ("x\nVerdict: A", True), ("cut", False), ("y\nVerdict: B", True))
     answer = one(llm, reasoned(samples=3, temperature=1.0))
     first, none, last = answer.ends
     assert none is None
@@ -145,14 +145,14 @@ def test_reasons_and_verdict_for_real(llm):
 
 
 def test_logits_that_are_not_numbers_are_a_fault_of_that_answer_alone(llm, monkeypatch):
-    said(monkeypatch, llm, ("x\nVerdict: A", True))
+    with_texts(monkeypatch, llm, ("x\nVerdict: A", True))
     hook = llm.model.get_output_embeddings().register_forward_hook(lambda *a: a[2] * float("nan"))
     try:
         asks = [reasoned(), Ask("r", text="Rating:", options=TEN, max_tokens=4)]
-        found = {answer.key: answer for answer in llm.answer(asks)}
+        answers = {answer.key: answer for answer in llm.answer(asks)}
     finally:
         hook.remove()
-    assert {key: (a.fault, a.logprobs, a.ends) for key, a in found.items()} == {
+    assert {key: (a.fault, a.logprobs, a.ends) for key, a in answers.items()} == {
         "k": ("backend", None, ()),
         "r": ("backend", None, ()),
     }

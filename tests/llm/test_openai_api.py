@@ -75,19 +75,19 @@ def in_time(seconds: float, condition) -> bool:
 
 
 def test_every_ask_is_answered_once(server):
-    found = answers(server, (ask(i) for i in range(300)))
-    assert len(found) == 300
-    assert {answer.fault for answer in found.values()} == {None}
+    by_key = answers(server, (ask(i) for i in range(300)))
+    assert len(by_key) == 300
+    assert {answer.fault for answer in by_key.values()} == {None}
     stats = server.stats()
     assert (stats["requests"], stats["duplicates"]) == (300, 0)
 
 
 @pytest.mark.parametrize("form", ["chat", "text"])
 def test_the_verdict_is_soft(server, form):
-    asked = ask().messages if form == "chat" else "question, Yes or No"
-    p = p_of(hash_of(json.dumps(asked, sort_keys=True)))
+    prompt = ask().messages if form == "chat" else "question, Yes or No"
+    p = p_of(hash_of(json.dumps(prompt, sort_keys=True)))
     options = ("A", "B") if form == "chat" else ("Yes", "No")
-    the_ask = Ask("k", **{"messages" if form == "chat" else "text": asked}, options=options)
+    the_ask = Ask("k", **{"messages" if form == "chat" else "text": prompt}, options=options)
     answer = one(server, the_ask)
     first, second = (math.exp(answer.logprobs[option]) for option in options)
     assert first / (first + second) == pytest.approx(p)
@@ -115,7 +115,7 @@ def test_any_character_arrives(server, text):
     assert one(server, ask(messages=messages)).fault is None
     messages = [{"role": "user", "content": text.replace("\ud800", "\ufffd")}]
     expected = hash_of(json.dumps(messages, sort_keys=True, ensure_ascii=False))
-    assert list(server.stats(detail=True)["asked"]) == [expected]
+    assert list(server.stats(detail=True)["by_prompt"]) == [expected]
 
 
 def test_tokens_are_estimated(server):
@@ -158,13 +158,13 @@ ANSWER_FAULTS = {
 @pytest.mark.parametrize(("kind", "fault"), ANSWER_FAULTS.items())
 def test_a_bad_answer_is_a_fault_of_its_row_alone(server, kind, fault):
     server.set_faults({"kind": kind, "match": "question 3"})
-    found = answers(server, [ask(i) for i in range(6)])
-    bad = found.pop("3")
+    by_key = answers(server, [ask(i) for i in range(6)])
+    bad = by_key.pop("3")
     assert (bad.fault, bad.texts, bad.logprobs) == (fault, (), None)
     assert bad.detail
     assert "\n" not in bad.detail
     assert len(bad.detail) < 400
-    assert [answer.fault for answer in found.values()] == [None] * 5
+    assert [answer.fault for answer in by_key.values()] == [None] * 5
     assert server.stats()["requests"] == 6
 
 
@@ -184,8 +184,8 @@ def test_a_text_is_handed_on_for_the_judge_to_parse(server, kind, text, finish):
 
 def test_a_huge_answer_is_an_answer(server):
     server.set_faults({"kind": "huge", "match": "question 1"})
-    found = answers(server, [ask(i) for i in range(3)])
-    assert [len(found[key].texts[0]) for key in "012"] == [1, 10_000_000, 1]
+    by_key = answers(server, [ask(i) for i in range(3)])
+    assert [len(by_key[key].texts[0]) for key in "012"] == [1, 10_000_000, 1]
 
 
 def test_another_model_is_fine_where_it_is_not_checked(server):
@@ -267,8 +267,8 @@ def test_a_slow_row_blocks_nobody(server, fault):
 
 def test_a_burst_of_errors_costs_no_row(server):
     server.set_faults({"kind": "503", "p": 0.2}, {"kind": "429", "p": 0.1, "retry_after": "0"})
-    found = answers(server, map(ask, range(300)), attempts=10, concurrency=32)
-    assert {answer.fault for answer in found.values()} == {None}
+    by_key = answers(server, map(ask, range(300)), attempts=10, concurrency=32)
+    assert {answer.fault for answer in by_key.values()} == {None}
     stats = server.stats()
     assert stats["answered"] == 300
     assert stats["answered_twice"] == 0
@@ -348,8 +348,8 @@ def test_asks_are_read_as_places_come_free(server):
 
 def test_a_server_with_fewer_places_gets_fewer_requests(server):
     with serving(latency_ms=20, faults=[{"kind": "429", "above": 8}]) as narrow:
-        found = answers(narrow, map(ask, range(600)), concurrency=64, attempts=100)
-        assert {answer.fault for answer in found.values()} == {None}
+        by_key = answers(narrow, map(ask, range(600)), concurrency=64, attempts=100)
+        assert {answer.fault for answer in by_key.values()} == {None}
         stats = narrow.stats()
     assert stats["answered"] == 600
     assert stats["answered_twice"] == 0
@@ -368,9 +368,9 @@ def test_a_closed_generator_leaves_nothing_behind():
             assert slow.stats()["in_flight"] > 0
             stream.close()
             assert in_time(2, lambda: slow.stats()["in_flight"] == 0)
-            asked = slow.stats()["requests"]
+            before = slow.stats()["requests"]
             assert len(list(llm.answer(map(ask, range(5))))) == 5  # and it can be used again
-            assert slow.stats()["requests"] == asked + 5
+            assert slow.stats()["requests"] == before + 5
         llm.close()  # a second time
 
 
@@ -458,12 +458,12 @@ def test_a_key_that_the_server_repeats_is_not_shown(server, kind, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.set_faults({"kind": kind, "echo": True})
     try:
-        said = one(server).detail
+        message = one(server).detail
     except JudgeStopped as error:
-        said = str(error)
+        message = str(error)
     assert server.stats()["authorizations"] == [f"Bearer {KEY}"]
-    assert "Bearer ***" in said
-    assert KEY[:8] not in said
+    assert "Bearer ***" in message
+    assert KEY[:8] not in message
 
 
 def test_a_key_that_is_a_common_word_changes_no_fault(server, monkeypatch):
@@ -487,10 +487,10 @@ def test_a_password_in_the_url_works_and_is_not_shown(server):
     server.set_faults({"kind": "404", "echo": True})
     with pytest.raises(JudgeStopped) as stopped:
         one(server, base_url=url)
-    said = str(stopped.value)
-    assert server.base_url in said
-    assert "Basic ***" in said
-    assert not any(secret in said for secret in ("me:", "ss-word", "tok-in", "bWU6"))
+    message = str(stopped.value)
+    assert server.base_url in message
+    assert "Basic ***" in message
+    assert not any(secret in message for secret in ("me:", "ss-word", "tok-in", "bWU6"))
 
 
 def test_no_key_and_no_address_is_one_line(monkeypatch):

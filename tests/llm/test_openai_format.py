@@ -22,8 +22,8 @@ def chat_reply(top: dict[str, float] | None = None, **message: object) -> dict:
     if top is not None:
         listed = [{"token": token, "logprob": value} for token, value in top.items()]
         logprobs = {"content": [{**listed[0], "top_logprobs": listed}]}
-    said = {"role": "assistant", "content": "A"} | message
-    choice = {"index": 0, "message": said, "logprobs": logprobs, "finish_reason": "stop"}
+    body = {"role": "assistant", "content": "A"} | message
+    choice = {"index": 0, "message": body, "logprobs": logprobs, "finish_reason": "stop"}
     return {"model": "m", "choices": [choice], "usage": {"prompt_tokens": 3}}
 
 
@@ -61,16 +61,16 @@ def test_stop_strings_are_sent():
 
 
 @pytest.mark.parametrize(
-    ("said", "finish", "texts", "finished"),
+    ("sent", "finish", "texts", "finished"),
     [
         (["one\n###two###", "a\n###"], "length", ("one", "a"), "stop"),
         (["one\n###two", "cut sh"], "length", ("one", "cut sh"), "length"),
         (["one"], "length", ("one",), "length"),
     ],
 )
-def test_a_server_that_does_not_heed_a_stop_string_is_cut(said, finish, texts, finished):
-    choices = [{"index": n, "text": t, "finish_reason": finish} for n, t in enumerate(said)]
-    ask = Ask("k", text="hi", samples=len(said), stop=("never", "\n###"))
+def test_a_server_that_does_not_heed_a_stop_string_is_cut(sent, finish, texts, finished):
+    choices = [{"index": n, "text": t, "finish_reason": finish} for n, t in enumerate(sent)]
+    ask = Ask("k", text="hi", samples=len(sent), stop=("never", "\n###"))
     answer = openai_format.read(
         ask, json.dumps({"choices": choices}).encode(), model=None, logprobs=False
     )
@@ -95,8 +95,8 @@ def test_any_text_can_be_sent(text):
 
 def test_variants_of_an_option_add_up():
     top = {"A": math.log(0.5), " a": math.log(0.1), "B": math.log(0.3), "The": math.log(0.05)}
-    found = read(CHAT, chat_reply(top)).logprobs
-    assert found == pytest.approx({"A": math.log(0.6), "B": math.log(0.3)})
+    logprobs = read(CHAT, chat_reply(top)).logprobs
+    assert logprobs == pytest.approx({"A": math.log(0.6), "B": math.log(0.3)})
 
 
 def test_a_missing_option_gets_the_least_listed_logprob():
@@ -133,10 +133,10 @@ def test_a_logprob_that_is_none_is_malformed(value):
 
 @pytest.mark.parametrize("value", [-9999.0, -1e300, -float("1e308"), -(10**400)])
 def test_an_impossible_token_has_a_finite_logprob(value):
-    found = read(CHAT, chat_reply({"A": -0.01, "B": value})).logprobs
-    assert math.isfinite(found["A"])
-    assert math.isfinite(found["B"])
-    assert found["B"] < -4
+    logprobs = read(CHAT, chat_reply({"A": -0.01, "B": value})).logprobs
+    assert math.isfinite(logprobs["A"])
+    assert math.isfinite(logprobs["B"])
+    assert logprobs["B"] < -4
 
 
 def test_the_older_endpoints_shape():
@@ -173,7 +173,7 @@ def test_an_error_beside_choices_is_malformed(error):
 
 
 @pytest.mark.parametrize(
-    ("asked", "echoed", "same"),
+    ("requested", "echoed", "same"),
     [
         ("gpt-4.1", "gpt-4.1-2025-04-14", True),
         ("org/Small-7B", "small-7b", True),
@@ -182,9 +182,9 @@ def test_an_error_beside_choices_is_malformed(error):
         ("org/small-7b", "org/large-70b", False),
     ],
 )
-def test_which_model_may_answer(asked, echoed, same):
-    assert openai_format.same_model(asked, echoed) is same
-    answer = read(CHAT, chat_reply() | {"model": echoed}, model=asked)
+def test_which_model_may_answer(requested, echoed, same):
+    assert openai_format.same_model(requested, echoed) is same
+    answer = read(CHAT, chat_reply() | {"model": echoed}, model=requested)
     assert (answer.fault is None) is same
     assert same or (answer.fault, answer.texts) == ("wrong_model", ())
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aif.llm import Ask, openai_format
-from aif.llm.option_logprobs import Tokens, begun, read_options
+from aif.llm.option_logprobs import TokenLogprobs, begun, read_options
 
 AB = ("A", "B")
 TEN = tuple(str(n) for n in range(1, 11))
@@ -19,17 +19,17 @@ JSON = Ask("k", messages=[{"role": "user", "content": "?"}], options=AB, schema=
 RATING = Ask("k", text="?", options=TEN)
 
 
-def tokens(*steps: str | tuple[str, dict[str, float]]) -> Tokens:
+def tokens(*steps: str | tuple[str, dict[str, float]]) -> TokenLogprobs:
     """Tokens with the probabilities of what might stand in their place; a text alone is sure."""
-    told = [(step, {step: 0.99}) if isinstance(step, str) else step for step in steps]
-    listed = [[(token, math.log(p)) for token, p in of.items()] for _, of in told]
-    return Tokens([token for token, _ in told], lambda i: (listed[i], []))
+    pairs = [(step, {step: 0.99}) if isinstance(step, str) else step for step in steps]
+    listed = [[(token, math.log(p)) for token, p in of.items()] for _, of in pairs]
+    return TokenLogprobs([token for token, _ in pairs], lambda i: (listed[i], []))
 
 
 def read(ask: Ask, *steps, text: str | None = None) -> dict[str, float] | None:
-    told = tokens(*steps)
-    found = read_options(ask, "".join(told.texts) if text is None else text, told)
-    return None if found is None else {name: math.exp(value) for name, value in found.items()}
+    listed = tokens(*steps)
+    logprobs = read_options(ask, "".join(listed.texts) if text is None else text, listed)
+    return None if logprobs is None else {name: math.exp(value) for name, value in logprobs.items()}
 
 
 SURE = {" A": 0.7, " B": 0.2}
@@ -37,10 +37,10 @@ SURE = {" A": 0.7, " B": 0.2}
 
 def test_the_verdict_is_read_from_the_end():
     early = (" A", {" A": 0.01, " B": 0.98})
-    found = read(REASONED, "Response", early, " wins", ".\n", "Verdict", ":", (" A", SURE))
-    assert found == pytest.approx({"A": 0.7, "B": 0.2})
+    p = read(REASONED, "Response", early, " wins", ".\n", "Verdict", ":", (" A", SURE))
+    assert p == pytest.approx({"A": 0.7, "B": 0.2})
     assert read(REASONED, "Verdict", ":", (" A", SURE), " no", " wait") is None
-    assert read(REASONED, "Ver", "dict", ":", (" A", SURE), ".", "\n") == pytest.approx(found)
+    assert read(REASONED, "Ver", "dict", ":", (" A", SURE), ".", "\n") == pytest.approx(p)
 
 
 def test_hidden_reasons_before_and_an_end_token_behind_do_not_shift_it():
@@ -68,17 +68,17 @@ def test_in_json_the_verdict_is_the_key_and_not_the_reasons():
 
 def test_ten_is_one_then_nought_where_the_tokenizer_writes_it_so():
     first = {"1": 0.6, "9": 0.3}
-    found = read(RATING, ("1", first), ("0", {"0": 0.75, "<end>": 0.25}))
-    assert found == pytest.approx({"1": 0.15, "9": 0.3, "10": 0.45})
-    found = read(RATING, " ", ("1", first), ("<end>", {"0": 0.25, "<end>": 0.7}))
-    assert found == pytest.approx({"1": 0.45, "9": 0.3, "10": 0.15})
+    p = read(RATING, ("1", first), ("0", {"0": 0.75, "<end>": 0.25}))
+    assert p == pytest.approx({"1": 0.15, "9": 0.3, "10": 0.45})
+    p = read(RATING, " ", ("1", first), ("<end>", {"0": 0.25, "<end>": 0.7}))
+    assert p == pytest.approx({"1": 0.45, "9": 0.3, "10": 0.15})
     spaced = read(RATING, ("1", first), (" 0", {" 0": 0.9, "0": 0.05}))
     assert spaced["10"] == pytest.approx(0.03), "what stands behind a space is no digit of it"
 
 
 def test_ten_is_one_token_where_it_is_listed():
-    found = read(RATING, ("10", {"10": 0.5, "1": 0.2, "8": 0.1}))
-    assert found == pytest.approx({"10": 0.5, "1": 0.2, "8": 0.1})
+    p = read(RATING, ("10", {"10": 0.5, "1": 0.2, "8": 0.1}))
+    assert p == pytest.approx({"10": 0.5, "1": 0.2, "8": 0.1})
 
 
 def test_a_one_that_may_be_a_ten_is_left_out_or_leaves_nothing():
@@ -93,9 +93,9 @@ def test_a_one_that_may_be_a_ten_is_left_out_or_leaves_nothing():
 def test_what_is_spelled_keeps_its_probability(shares, nought):
     first = {str(n): p for n, p in enumerate(shares, 1) if n < 10}
     first["1"] += shares[9]
-    found = read(RATING, ("1", first), ("0", {"0": nought, "<end>": 1 - nought}))
-    assert math.fsum(found.values()) == pytest.approx(math.fsum(shares))
-    assert found["10"] == pytest.approx(first["1"] * nought)
+    p = read(RATING, ("1", first), ("0", {"0": nought, "<end>": 1 - nought}))
+    assert math.fsum(p.values()) == pytest.approx(math.fsum(shares))
+    assert p["10"] == pytest.approx(first["1"] * nought)
 
 
 def test_only_options_that_begin_alike_need_more_than_a_token():
@@ -106,14 +106,14 @@ def test_only_options_that_begin_alike_need_more_than_a_token():
 # ---- on the wire
 
 
-def reply(steps: Tokens, **more) -> bytes:
+def reply(steps: TokenLogprobs, **more) -> bytes:
     content = [
         {"token": token, "logprob": steps.at(i)[0][0][1]}
         | {"top_logprobs": [{"token": t, "logprob": p} for t, p in steps.at(i)[0]]}
         for i, token in enumerate(steps.texts)
     ]
-    said = {"message": {"content": "".join(steps.texts)}, "finish_reason": "stop"}
-    return json.dumps({"choices": [said | {"logprobs": {"content": content}} | more]}).encode()
+    choice = {"message": {"content": "".join(steps.texts)}, "finish_reason": "stop"}
+    return json.dumps({"choices": [choice | {"logprobs": {"content": content}} | more]}).encode()
 
 
 def test_long_reasons_ask_for_few_alternatives_and_structure_for_a_schema():
@@ -121,8 +121,8 @@ def test_long_reasons_ask_for_few_alternatives_and_structure_for_a_schema():
     assert (sent["logprobs"], sent["top_logprobs"]) == (True, 5)
     assert "response_format" not in sent
     sent = openai_format.body(JSON, "m", logprobs=True)
-    wanted = {"name": "verdict", "strict": True, "schema": {"x": 1}}
-    assert sent["response_format"] == {"type": "json_schema", "json_schema": wanted}
+    schema = {"name": "verdict", "strict": True, "schema": {"x": 1}}
+    assert sent["response_format"] == {"type": "json_schema", "json_schema": schema}
 
 
 def test_a_reasoned_reply_has_its_log_probabilities_at_the_end():
@@ -143,10 +143,10 @@ def test_a_reply_without_its_verdict_or_cut_before_it_has_none():
 
 @pytest.mark.parametrize("value", ["nan", None, True, 3.0, [1]])
 def test_a_log_probability_that_is_no_number_is_malformed_at_the_end_too(value):
-    found = json.loads(reply(tokens("Verdict", ":", (" A", SURE))))
-    last = found["choices"][0]["logprobs"]["content"][-1]
+    body = json.loads(reply(tokens("Verdict", ":", (" A", SURE))))
+    last = body["choices"][0]["logprobs"]["content"][-1]
     last["top_logprobs"][1]["logprob"] = value
-    answer = openai_format.read(REASONED, json.dumps(found).encode(), model=None, logprobs=True)
+    answer = openai_format.read(REASONED, json.dumps(body).encode(), model=None, logprobs=True)
     assert (answer.fault, answer.ends, answer.texts) == ("malformed", (), ())
 
 

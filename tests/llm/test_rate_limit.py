@@ -9,7 +9,7 @@ from email.utils import formatdate
 import pytest
 
 from aif.llm import rate_limit
-from aif.llm.rate_limit import InFlight, asked_wait_s, wait_s
+from aif.llm.rate_limit import InFlight, retry_after_s, wait_s
 
 NOW = 1_700_000_000.0
 TEN_DAYS = 864_000.0
@@ -31,11 +31,11 @@ TEN_DAYS = 864_000.0
     ],
 )
 def test_retry_after_in_seconds(value, seconds):
-    assert asked_wait_s({"retry-after": value}) == seconds
+    assert retry_after_s({"retry-after": value}) == seconds
 
 
 def test_without_retry_after_nothing_is_asked():
-    assert asked_wait_s({}) == 0
+    assert retry_after_s({}) == 0
 
 
 @pytest.mark.parametrize("skew", [-TEN_DAYS, 0, TEN_DAYS])
@@ -45,13 +45,13 @@ def test_a_date_is_read_against_the_servers_own_clock(skew, monkeypatch):
         "retry-after": formatdate(NOW + 30, usegmt=True),
         "date": formatdate(NOW, usegmt=True),
     }
-    assert asked_wait_s(headers) == 30
+    assert retry_after_s(headers) == 30
 
 
 @pytest.mark.parametrize(("skew", "seconds"), [(0, 30), (TEN_DAYS, 0), (-TEN_DAYS, TEN_DAYS + 30)])
 def test_a_date_without_the_servers_clock_is_never_negative(skew, seconds, monkeypatch):
     monkeypatch.setattr(rate_limit.time, "time", lambda: NOW + skew)
-    assert asked_wait_s({"retry-after": formatdate(NOW + 30, usegmt=True)}) == seconds
+    assert retry_after_s({"retry-after": formatdate(NOW + 30, usegmt=True)}) == seconds
 
 
 @pytest.mark.parametrize("value", ["3600", "inf", formatdate(4e9, usegmt=True), "0", "-9", "x"])

@@ -200,8 +200,8 @@ def test_the_published_table_comes_out_of_our_aggregation(shared_data):
         explained = BOTH_NULL[row.method] if row.judge == "PaLM2" else 0
         assert row.both_null == explained
         assert row.agreement == pytest.approx(row.published_agreement - explained, abs=1e-9), row
-    found = {r.judge: (r.accuracy, r.agreement) for r in rows if r.method == "Vanilla"}
-    assert {judge: found[judge] for judge in HEADLINES} == HEADLINES
+    headlines = {r.judge: (r.accuracy, r.agreement) for r in rows if r.method == "Vanilla"}
+    assert {judge: headlines[judge] for judge in HEADLINES} == HEADLINES
 
 
 def test_the_benchmark_prints_its_tables(shared_data, capsys):

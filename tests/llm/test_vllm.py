@@ -178,12 +178,12 @@ def labels(llm, settings: LLMSettings) -> list[Label]:
     calls = {c.id: judge.calls_for(c) for c in rows}
     asks = {call.id: judge.ask(call, c) for c in rows for call in calls[c.id]}
     answers = {answer.key: answer for answer in llm.answer(asks.values())}
-    found = []
+    labels = []
     for c in rows:
-        told = [judge.verdict(x, c, judge.journal_row(answers[x.id])) for x in calls[c.id]]
-        assert all(verdict.fault is None for verdict in told), told
-        found.append(aggregate_verdicts(c, told, constitution, judge.protocol))
-    return found
+        verdicts = [judge.verdict(x, c, judge.journal_row(answers[x.id])) for x in calls[c.id]]
+        assert all(verdict.fault is None for verdict in verdicts), verdicts
+        labels.append(aggregate_verdicts(c, verdicts, constitution, judge.protocol))
+    return labels
 
 
 @pytest.fixture(scope="module")
@@ -248,11 +248,11 @@ def test_greedy_text_is_that_of_transformers(llm, plain):
 def test_samples_are_draws_of_their_seed(llm):
     ask = chat("Tell me a story.", max_tokens=12, temperature=1.0, samples=4, seed=7)
     asks = [ask, replace(ask, key="again"), replace(ask, key="other", seed=8)]
-    found = {answer.key: answer for answer in llm.answer(asks)}
-    assert len(set(found["x"].texts)) == 4
-    assert sum(a == b for a, b in zip(found["x"].texts, found["again"].texts, strict=True)) >= 3
-    assert not set(found["x"].texts) & set(found["other"].texts)
-    assert found["x"].usage["completion_tokens"] > 4 * 6
+    by_key = {answer.key: answer for answer in llm.answer(asks)}
+    assert len(set(by_key["x"].texts)) == 4
+    assert sum(a == b for a, b in zip(by_key["x"].texts, by_key["again"].texts, strict=True)) >= 3
+    assert not set(by_key["x"].texts) & set(by_key["other"].texts)
+    assert by_key["x"].usage["completion_tokens"] > 4 * 6
     greedy = replace(ask, temperature=0.0, samples=2)
     (answer,) = llm.answer([greedy])
     assert len(answer.texts) == 2
@@ -291,11 +291,11 @@ def test_a_schema_holds_the_text_and_its_verdict_is_read(llm):
     }  # fmt: skip
     ask = chat("Which letter is first, A or B?", options=("A", "B"), max_tokens=32, schema=schema)
     (answer,) = llm.answer([ask])
-    said = json.loads(answer.texts[0])["verdict"]
+    verdict = json.loads(answer.texts[0])["verdict"]
     (end,) = answer.ends
     assert set(end) == {"A", "B"}
     assert answer.logprobs is None
-    assert said in end
+    assert verdict in end
 
 
 @of_vllm
@@ -310,8 +310,8 @@ def test_what_does_not_fit_is_a_fault_and_hurts_no_one(llm):
         Ask("hot", text="One", max_tokens=2, temperature=3.0),
         fine,
     ]
-    found = {answer.key: answer.fault for answer in llm.answer(asks)}
-    assert found == {
+    faults = {answer.key: answer.fault for answer in llm.answer(asks)}
+    assert faults == {
         **dict.fromkeys(("long", "huge", "edge"), "too_long"),
         **dict.fromkeys(("odd", "none", "hot"), "rejected"),
         "fine": None,
@@ -444,8 +444,8 @@ def test_served_a_long_prompt_is_a_fault_and_hurts_no_one(http):
     asks = [Ask("long", text="word " * 9000, options=("Yes", "No"))]
     asks += [Ask("fine", text="One, two,", options=("three", "four"))]
     asks += [chat("word " * 9000, "chat", max_tokens=4)]
-    found = {answer.key: answer.fault for answer in http[0].answer(asks)}
-    assert found == {"long": "too_long", "chat": "too_long", "fine": None}
+    faults = {answer.key: answer.fault for answer in http[0].answer(asks)}
+    assert faults == {"long": "too_long", "chat": "too_long", "fine": None}
 
 
 @of_vllm

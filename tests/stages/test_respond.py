@@ -41,7 +41,7 @@ def sample(tmp_path, monkeypatch):
         }
         run = Run(tmp_path / "run", load_settings(tmp_path / "none.toml", values | settings))
         stage.respond(run, Progress(quiet=True))
-        return llm.asked, run
+        return llm.asks, run
 
     return sampled
 

@@ -60,7 +60,7 @@ class Batches:
         return [json.loads(line) for line in content.split(b"\n") if line]
 
     @property
-    def asked(self) -> list[str]:
+    def custom_ids(self) -> list[str]:
         """The custom_id of every request in every batch."""
         return [row["custom_id"] for batch in self.made for row in self.rows(batch)]
 
@@ -69,10 +69,10 @@ class Batches:
         self.files[name] = content
         return name
 
-    def make(self, given: Row) -> Row:
+    def make(self, request: Row) -> Row:
         name = f"batch_{len(self.made)}"
         self.plans[name] = self.next.pop(0) if self.next else Plan()
-        self.made[name] = {"id": name, "object": "batch", "status": "validating", **given}
+        self.made[name] = {"id": name, "object": "batch", "status": "validating", **request}
         self.made[name] |= {"output_file_id": None, "error_file_id": None, "errors": None}
         return self.made[name]
 
@@ -93,9 +93,9 @@ class Batches:
         output = [_answered(row) for row in rows[:count]]
         errors = [_error(row, plan.rest) for row in rows[count:] if plan.rest]
         plan.edit(output, errors)
-        for name, found in (("output_file_id", output), ("error_file_id", errors)):
-            if found:
-                lines = (row if isinstance(row, str) else json.dumps(row) for row in found)
+        for name, part in (("output_file_id", output), ("error_file_id", errors)):
+            if part:
+                lines = (row if isinstance(row, str) else json.dumps(row) for row in part)
                 batch[name] = self.keep("".join(f"{line}\n" for line in lines).encode())
 
 
@@ -156,19 +156,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.act(fault, lambda: self.do(state, method, path, query, raw))
 
     def act(self, fault: Any, do: Callable[[], tuple[int, Any]]) -> None:
-        """A status is told and nothing done; the other faults come after it was done."""
+        """A status is answered and nothing done; the other faults come after it was done."""
         if isinstance(fault, int):
-            said = f"a fault; {self.headers.get('Authorization')}"
-            return self.answer(fault, {"error": {"message": said, "code": "c"}})
-        status, found = do()
+            message = f"a fault; {self.headers.get('Authorization')}"
+            return self.answer(fault, {"error": {"message": message, "code": "c"}})
+        status, reply = do()
         if fault == "html":
-            found = b"<html>502</html>"
+            reply = b"<html>502</html>"
         if callable(fault):
             fault()
-        if fault == "lost" or callable(fault):  # nobody is told
+        if fault == "lost" or callable(fault):  # without an answer
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
-        return self.answer(status, found)
+        return self.answer(status, reply)
 
     def do(self, state: Batches, method: str, path: str, query: str, raw: bytes) -> Any:
         parts = path.strip("/").split("/")
@@ -198,8 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, state.step(parts[1])
         return 404, {"error": {"message": f"nothing at {path}", "code": None}}
 
-    def answer(self, status: int, found: Any) -> None:
-        body = found if isinstance(found, bytes) else json.dumps(found).encode()
+    def answer(self, status: int, reply: Any) -> None:
+        body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -4,7 +4,7 @@
     python -m tests.support.server --faults '[{"kind": "429", "retry_after": "0.1", "p": 0.02}]'
 
 It prints one line, its port. A verdict, or free text, comes from the sha256 of the request's
-messages, so any two runs agree. `GET /stats` says what was asked; `POST /faults` replaces the
+messages, so any two runs agree. `GET /stats` counts the requests; `POST /faults` replaces the
 faults, a list of
 
     {"kind": NAME, "first": N}            the first N requests that match
@@ -96,10 +96,10 @@ def serving(**options: Any) -> Iterator[Serving]:
 
 
 class Stats:
-    """What the server was asked, per distinct message list."""
+    """Counts of requests, per distinct message list."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()  # sha256 of the messages -> requests
+        self.requests: Counter[str] = Counter()  # sha256 of the messages -> requests
         self.answered: Counter[str] = Counter()  # ... -> completions sent without a fault
         self.faults: Counter[str] = Counter()  # kind -> times
         # Tokens of every request that was not refused, whether or not its answer arrived.
@@ -112,7 +112,7 @@ class Stats:
         self.last_s: float | None = None
 
     def begin(self, prompt_hash: str, authorization: str) -> None:
-        self.asked[prompt_hash] += 1
+        self.requests[prompt_hash] += 1
         self.authorizations.add(authorization)
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
@@ -126,9 +126,9 @@ class Stats:
     def report(self, detail: bool) -> dict[str, Any]:
         """Totals; times in seconds on the server's monotonic clock. `detail` adds every hash."""
         totals = {
-            "requests": self.asked.total(),
-            "distinct": len(self.asked),
-            "duplicates": self.asked.total() - len(self.asked),
+            "requests": self.requests.total(),
+            "distinct": len(self.requests),
+            "duplicates": self.requests.total() - len(self.requests),
             "answered": self.answered.total(),
             "answered_twice": self.answered.total() - len(self.answered),
             "faults": dict(self.faults),
@@ -141,7 +141,7 @@ class Stats:
             "last_s": self.last_s,
             "span_s": self.last_s - self.first_s if self.last_s and self.first_s else None,
         }
-        return totals | ({"asked": dict(self.asked)} if detail else {})
+        return totals | ({"by_prompt": dict(self.requests)} if detail else {})
 
 
 class Chooser:
@@ -196,20 +196,20 @@ def completion(request: dict[str, Any], prompt: str, prompt_hash: str) -> dict[s
     text = pair[0] if p >= 0.5 else pair[1]
     chat = "messages" in request
     listed = int((request.get("top_logprobs") if chat else request.get("logprobs")) or 0)
-    told = server_protocols.steps(request, prompt[-400:], p, pair)
-    if told:
-        text = "".join(token for token, _ in told).removesuffix("<end>")
+    steps = server_protocols.steps(request, prompt[-400:], p, pair)
+    if steps:
+        text = "".join(token for token, _ in steps).removesuffix("<end>")
     elif not listed and (request.get("max_tokens") or 0) > VERDICT_TOKENS:
         text = f"Words {prompt_hash[:16]}."
     choices = []
     for index in range(request.get("n") or 1):
         logprobs = None
-        if listed and told:
-            logprobs = server_protocols.logprobs(told, listed, chat)
+        if listed and steps:
+            logprobs = server_protocols.logprobs(steps, listed, chat)
         elif listed:
             logprobs = option_logprobs(p, pair, text, listed, chat)
-        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": "stop"})
+        content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": "stop"})
     n_prompt, n_said = len(prompt) // 4 + 1, len(choices)
     usage = {"prompt_tokens": n_prompt, "completion_tokens": n_said}
     return {
@@ -276,11 +276,11 @@ def build(options: argparse.Namespace):
         if http.path not in ("/v1/chat/completions", "/v1/completions"):
             return await control(http.path, raw, "detail" in http.query)
         request = json.loads(raw)
-        asked = request["messages"] if "messages" in request else request["prompt"]
-        prompt = json.dumps(asked, ensure_ascii=False, sort_keys=True)
+        messages = request["messages"] if "messages" in request else request["prompt"]
+        prompt = json.dumps(messages, ensure_ascii=False, sort_keys=True)
         prompt_hash = hash_of(prompt)
         stats = state["stats"]
-        if not asked:
+        if not messages:
             stats.probes += 1
             return web.json_response(completion(request, prompt, prompt_hash))
         stats.begin(prompt_hash, http.headers.get("Authorization", ""))

@@ -44,7 +44,7 @@ def first_choice(body: Body, **changes: object) -> bytes:
     return json.dumps(body).encode()
 
 
-def said(body: Body, content: object, finish: str = "stop", **more: object) -> bytes:
+def with_text(body: Body, content: object, finish: str = "stop", **more: object) -> bytes:
     """The body with another text and no log-probabilities."""
     choice: dict[str, object] = {"logprobs": None, "finish_reason": finish}
     if "message" in body["choices"][0]:
@@ -68,16 +68,16 @@ BODIES: dict[str, Callable[[Body], bytes]] = {
     "array": lambda body: b"[]",
     "no_choices": lambda body: json.dumps(body | {"choices": []}).encode(),
     "null_choices": lambda body: json.dumps(body | {"choices": None}).encode(),
-    "null_content": lambda body: said(body, None),
-    "empty": lambda body: said(body, ""),
-    "list_content": lambda body: said(body, [{"type": "text", "text": "A"}]),
+    "null_content": lambda body: with_text(body, None),
+    "empty": lambda body: with_text(body, ""),
+    "list_content": lambda body: with_text(body, [{"type": "text", "text": "A"}]),
     "wrong_model": lambda body: json.dumps(body | {"model": "another-model"}).encode(),
-    "garbage": lambda body: said(body, "purple monkey dishwasher"),
-    "refusal": lambda body: said(body, None, refusal="I cannot help with that."),
-    "content_filter": lambda body: said(body, None, finish="content_filter"),
-    "length": lambda body: said(body, "Let me think about", finish="length"),
-    "length_empty": lambda body: said(body, "", finish="length"),
-    "surrogate": lambda body: said(body, "A \ud800"),
+    "garbage": lambda body: with_text(body, "purple monkey dishwasher"),
+    "refusal": lambda body: with_text(body, None, refusal="I cannot help with that."),
+    "content_filter": lambda body: with_text(body, None, finish="content_filter"),
+    "length": lambda body: with_text(body, "Let me think about", finish="length"),
+    "length_empty": lambda body: with_text(body, "", finish="length"),
+    "surrogate": lambda body: with_text(body, "A \ud800"),
     "no_usage": lambda body: json.dumps(body | {"usage": None}).encode(),
     "no_logprobs": lambda body: first_choice(body, logprobs=None),
     "nan": lambda body: replaced(body, '"created": 1700000000', '"created": NaN'),
@@ -87,7 +87,7 @@ BODIES: dict[str, Callable[[Body], bytes]] = {
     "deep": lambda body: replaced(body, "1700000000", "[" * 100_000 + "]" * 100_000),
     "bad_utf8": lambda body: json.dumps(body).encode() + b"\xff\xfe",
     "truncated_json": lambda body: json.dumps(body).encode()[:-40],
-    "huge": lambda body: said(body, "x" * 10_000_000),
+    "huge": lambda body: with_text(body, "x" * 10_000_000),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the test server says to a reasoned or rating ask, or one that wants JSON, token by token.
+"""The test server's answers to asks for reasons, a rating or JSON, token by token.
 
 As Qwen and many others do, it spells 10 in two tokens, 1 and 0.
 """
@@ -21,23 +21,23 @@ def rating_of(p: float) -> int:
     return 1 + round(9 * p)
 
 
-def steps(request: dict[str, Any], asked: str, p: float, pair: tuple[str, str]) -> list[Step]:
-    """The answer of this server to what was `asked` last, or [] for the plain kind.
+def steps(request: dict[str, Any], question: str, p: float, pair: tuple[str, str]) -> list[Step]:
+    """The answer of this server to the end of a prompt, or [] for the plain kind.
 
     `p` is how probable the first option is.
     """
     likelier = pair[0] if p >= 0.5 else pair[1]
     schema = request.get("response_format", {}).get("json_schema", {}).get("schema")
-    rating = RATING.search(asked)
+    rating = RATING.search(question)
     verdict = _rating(p) if rating else [(likelier, {pair[0]: 0.9 * p, pair[1]: 0.9 * (1 - p)})]
     if schema:
         names = list(schema["properties"])
-        said = {"reasoning": 'It holds "verdict": "A".'} if "reasoning" in names else {}
-        opening = json.dumps(said | {"verdict": ""}).removesuffix('"}')
+        fields = {"reasoning": 'It holds "verdict": "A".'} if "reasoning" in names else {}
+        opening = json.dumps(fields | {"verdict": ""}).removesuffix('"}')
         return [*_plain(opening), *verdict, *_plain('"}')]
     if rating:
         return verdict
-    if REASONED.search(asked) and request.get("max_tokens", 0) > 16:
+    if REASONED.search(question) and request.get("max_tokens", 0) > 16:
         spaced = [(" " + token, {" " + t: q for t, q in of.items()}) for token, of in verdict]
         return [*_plain("Some reasons, A before B.\nVerdict:"), *spaced]
     return []
@@ -59,23 +59,23 @@ def _rating(p: float) -> list[Step]:
     return [(str(best), first), *after]
 
 
-def logprobs(told: list[Step], listed: int, chat: bool) -> dict[str, Any]:
+def logprobs(steps: list[Step], listed: int, chat: bool) -> dict[str, Any]:
     """The steps in the shape of an endpoint."""
     tops = [
         sorted(((t, math.log(q)) for t, q in of.items()), key=lambda entry: -entry[1])[:listed]
-        for _, of in told
+        for _, of in steps
     ]
-    own = [math.log(of[token]) for token, of in told]
+    own = [math.log(of[token]) for token, of in steps]
     if chat:
         content = [
             {"token": token, "logprob": own[i], "bytes": None}
             | {"top_logprobs": [{"token": t, "logprob": q, "bytes": None} for t, q in tops[i]]}
-            for i, (token, _) in enumerate(told)
+            for i, (token, _) in enumerate(steps)
         ]
         return {"content": content, "refusal": None}
     return {
-        "tokens": [token for token, _ in told],
+        "tokens": [token for token, _ in steps],
         "token_logprobs": own,
         "top_logprobs": [dict(top) for top in tops],
-        "text_offset": [0] * len(told),
+        "text_offset": [0] * len(steps),
     }
