@@ -114,11 +114,11 @@ def score(
 ) -> None:
     """Score pairs with the reward model. Writes scores.jsonl, and says how often the scores agree
     with the choices in the file."""
-    from aif.train.reward.score import score as scored
+    from aif.train.reward.score import score_file
 
     opened = existing_run(run, settings)
     with console.progress() as progress:
-        summary = scored(opened, progress, pairs)
+        summary = score_file(opened, progress, pairs)
     console.show(summary, _score_lines)
 
 

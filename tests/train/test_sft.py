@@ -10,8 +10,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -32,7 +30,8 @@ from aif.progress import Progress
 from aif.store import checkpoint
 from aif.train import trainer
 from aif.train.sft import sft
-from tests.conftest import ROOT, read_jsonl, write_jsonl
+from tests.conftest import read_jsonl, write_jsonl
+from tests.support.child import train_until
 from tests.support.tiny import Said, demonstrations, flip, save_tiny, tiny_model, tiny_run
 
 
@@ -159,45 +158,12 @@ def test_stopped_three_times_it_still_ends_with_the_same_bits(tmp_path, model, d
     same_end(run.path, straight)
 
 
-CHILD = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from tests.support.tiny import tiny_run
-from aif.errors import Interrupted
-from aif.progress import Progress
-from aif.train.sft import sft
-
-class Slow(Progress):
-    def update(self, done, faults=0, note=""):
-        print(done, flush=True)
-
-path, model, data, settings = sys.argv[2], sys.argv[3], *map(json.loads, sys.argv[4:])
-try:
-    sft(tiny_run(Path(path), Path(model), data, **settings), Slow(quiet=True))
-except Interrupted as error:
-    sys.exit(error.exit_code)
-"""
-
-
-def child(run: Path, model: Path, data: dict[str, float]) -> subprocess.Popen[str]:
-    arguments = [ROOT, run, model, json.dumps(data), json.dumps(STRAIGHT)]
-    command = [sys.executable, "-c", CHILD, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130)])
 def test_killed_it_goes_on_to_the_same_bits(tmp_path, model, data, straight, number, code):
-    process = child(tmp_path / "run", model, data)
-    for line in process.stdout:
-        if int(line) == 8:
-            process.send_signal(number)
-            break
-    process.communicate()
-    assert process.returncode == code
+    stage, make_run = "aif.train.sft:sft", "tests.support.tiny:tiny_run"
+    path = tmp_path / "run"
+    assert train_until(8, number, stage, make_run, path, model, data, **STRAIGHT) == code
     run = tiny_run(tmp_path / "run", model, data, **STRAIGHT)
     resumed = sft(run, Said())["resumed_from"]
     assert 6 <= resumed <= 20

@@ -22,7 +22,7 @@ from aif.train.reward.model import load_ensemble
 STAGE = "score"
 
 
-def score(run: Run, progress: Progress, source: str) -> dict[str, Any]:
+def score_file(run: Run, progress: Progress, source: str) -> dict[str, Any]:
     """Score every pair of `source` (shapes as for `aif label --pairs`); returns the summary.
 
     Raises InputError at the first bad row, AifError without a reward model.

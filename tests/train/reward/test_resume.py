@@ -8,8 +8,6 @@ import importlib.util
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,21 +24,14 @@ from aif.store import checkpoint
 from aif.store.records import Comparison
 from aif.train.reward import train as stage
 from aif.train.reward.train import reward
-from tests.conftest import ROOT, read_jsonl
-from tests.support.tiny import Said, flip, preferred, quick, reward_run, save_tiny
+from tests.conftest import read_jsonl
+from tests.support.child import train_until
+from tests.support.tiny import Said, flip, preferred, reward_run
 
 STRAIGHT = {"epochs": 2.0, "eval_every": 3, "save_every": 2}  # eight steps in all
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with quick():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture(scope="module")
@@ -90,35 +81,11 @@ def test_interrupted_it_goes_on_to_the_same_bits(tmp_path, model, straight, stop
     same_end(run.path, straight)
 
 
-CHILD = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from tests.support.tiny import reward_run
-from aif.progress import Progress
-from aif.train.reward.train import reward
-
-class Told(Progress):
-    def update(self, done, faults=0, note=""):
-        print(done, flush=True)
-
-settings = json.loads(sys.argv[4])
-reward(reward_run(Path(sys.argv[2]), Path(sys.argv[3]), **settings), Told(quiet=True))
-"""
-
-
 @pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_bits(tmp_path, model, straight):
-    command = [sys.executable, "-c", CHILD, ROOT, tmp_path / "run", model, json.dumps(STRAIGHT)]
-    process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if int(line) == 5:
-            process.kill()
-            break
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    stage, make_run = "aif.train.reward.train:reward", "tests.support.tiny:reward_run"
+    code = train_until(5, signal.SIGKILL, stage, make_run, tmp_path / "run", model, **STRAIGHT)
+    assert code == -signal.SIGKILL
     resumed = reward(reward_run(tmp_path / "run", model, **STRAIGHT), Said())["resumed_from"]
     assert 4 <= resumed < 8
     same_end(tmp_path / "run", straight)

@@ -32,7 +32,7 @@ from aif.train.reward import train as stage
 from aif.train.reward.model import RewardModel, load_ensemble
 from aif.train.reward.train import reward
 from tests.conftest import read_jsonl, write_jsonl
-from tests.support.tiny import Said, preferred, quick, reward_run, save_tiny, tiny_model
+from tests.support.tiny import Said, preferred, reward_run, tiny_model
 
 ASKED = [([{"role": "user", "content": f"question {n}"}], ["good answer", "bad"]) for n in range(5)]
 
@@ -42,15 +42,7 @@ def cli(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with quick():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture(scope="module")

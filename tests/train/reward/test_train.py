@@ -38,23 +38,13 @@ from tests.conftest import read_jsonl, write_jsonl
 from tests.support.tiny import (
     Said,
     preferred,
-    quick,
     reward_run,
     save_tiny,
     tiny_model,
     write_texts,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with quick():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture(scope="module")
