@@ -108,12 +108,12 @@ def test_from_nothing_to_a_report_and_then_nothing(place):
     compared = read_jsonl(run.path / "comparisons.jsonl")
     assert all({row["first"], row["second"]} <= texts for row in compared)
     assert not texts & {row["text"] for row in read_jsonl(run.path / "responses.jsonl")}
-    told = aif("run", run.path)
-    assert told.returncode == 0, told.stderr
-    assert "nothing has changed" in told.stdout
-    assert "wins are against sft" in told.stdout
-    assert "\nppo " in told.stdout
-    assert told.stdout.rstrip().endswith("report.html")
+    result = aif("run", run.path)
+    assert result.returncode == 0, result.stderr
+    assert "nothing has changed" in result.stdout
+    assert "wins are against sft" in result.stdout
+    assert "\nppo " in result.stdout
+    assert result.stdout.rstrip().endswith("report.html")
     run.write_state("audit", {})  # as a new audit does
     assert do(place) == ["report"]
 
@@ -254,9 +254,9 @@ def test_shipped_runs_are_valid_and_can_be_planned(path, monkeypatch):
     run = Run(path.parent, load_settings(path, {"judge.check_model": False}))
     names = [step.name for step in steps(run)]
     assert "label" in names
-    found = plan(run)
-    assert found["comparisons"] + found["calls_kept"] > 0
-    json.dumps(found)
+    summary = plan(run)
+    assert summary["comparisons"] + summary["calls_kept"] > 0
+    json.dumps(summary)
 
 
 def test_there_are_three_shipped_runs():

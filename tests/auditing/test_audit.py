@@ -93,8 +93,8 @@ class Place:
         return [*files, *named, "--out", self.folder / out, "--max-fault-rate", "1"]
 
     def journals(self, out: str = "audit") -> dict[str, bytes]:
-        found = (self.folder / out).rglob("journal/label.jsonl")
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in found}
+        paths = (self.folder / out).rglob("journal/label.jsonl")
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -103,9 +103,9 @@ def place(tmp_path) -> Place:
 
 
 def test_judges_side_by_side(place):
-    found = audited(*place.arguments("sound", "first"))
-    sound, first = found["judges"]
-    assert (found["rows"], found["people"]) == (N, N)
+    audit = audited(*place.arguments("sound", "first"))
+    sound, first = audit["judges"]
+    assert (audit["rows"], audit["people"]) == (N, N)
     assert sound["name"] == place.judge("sound")
     assert sound["agreement"]["mean"] == 1
     assert sound["null"] == {"refused": 1}
@@ -124,10 +124,10 @@ def test_judges_side_by_side(place):
     assert (first["ties"], first["agreement"]["mean"]) == (N, 0.5)
     assert first["position"]["consistency"]["mean"] == 0
     assert (first["position"]["first"], first["position"]["bias"]) == (1, 1)
-    assert found["weights"][first["name"]] == 0
-    assert found["weights"][sound["name"]] > 2
+    assert audit["weights"][first["name"]] == 0
+    assert audit["weights"][sound["name"]] > 2
     kept = json.loads((place.folder / "audit" / "audit.json").read_text())
-    assert kept.items() <= found.items()
+    assert kept.items() <= audit.items()
 
 
 def test_a_second_audit_pays_for_what_is_new_alone(place):
@@ -155,17 +155,17 @@ def test_a_killed_audit_goes_on(place):
     audited(*place.arguments("first"), "--limit", 5)
     (path,) = (place.folder / "audit").rglob("journal/label.jsonl")
     path.write_bytes(path.read_bytes()[:-20])  # the last record was being written
-    found = audited(*place.arguments("first", "sound"))
+    audit = audited(*place.arguments("first", "sound"))
     ids = [row["id"] for row in read_jsonl(path)]
     assert len(ids) == len(set(ids)) == 4 * N
-    for one, other in zip(found["judges"], whole["judges"], strict=True):
+    for one, other in zip(audit["judges"], whole["judges"], strict=True):
         for key in ("agreement", "kappa", "position", "by_principle", "null"):
             assert one[key] == other[key]
 
 
 def test_canaries_tell_a_gullible_judge(place):
-    found = audited(*place.arguments("sound", "ordered", "empty"), "--canaries", 3)
-    sound, ordered, empty = (card["canaries"] for card in found["judges"])
+    audit = audited(*place.arguments("sound", "ordered", "empty"), "--canaries", 3)
+    sound, ordered, empty = (card["canaries"] for card in audit["judges"])
     flips = [{kind: one["flips"] for kind, one in part.items()} for part in (sound, ordered, empty)]
     assert flips == [
         dict.fromkeys(KINDS, 0),
@@ -187,14 +187,14 @@ def test_canaries_tell_a_gullible_judge(place):
 
 def test_what_a_canary_is():
     row = Comparison.of([{"role": "user", "content": "p"}], "bad", "good")
-    found = {c.kind: c for c in canaries(row, Label(row.id, 0.2, None, 2, None))}
-    assert tuple(found) == KINDS
-    for kind, canary in found.items():
+    by_kind = {c.kind: c for c in canaries(row, Label(row.id, 0.2, None, 2, None))}
+    assert tuple(by_kind) == KINDS
+    for kind, canary in by_kind.items():
         assert canary.side == 1.0  # the first, which lost
         assert canary.comparison.second == "good"
         assert (canary.comparison.first.rstrip() == "good") == (kind == "identical")
-    assert found["order"].comparison.first.startswith("bad\n\nNote")
-    assert found["empty"].comparison.first == ""
+    assert by_kind["order"].comparison.first.startswith("bad\n\nNote")
+    assert by_kind["empty"].comparison.first == ""
     for p in (0.5, None):
         assert not list(canaries(row, Label(row.id, p, None, 2, None)))
 
@@ -203,8 +203,8 @@ def test_what_changes_nothing_is_no_attack():
     prompt = [{"role": "user", "content": "p"}]
     for kind, text in {"empty": "", "solution": "Solution"}.items():
         row = Comparison.of(prompt, text, "good")
-        found = {c.kind for c in canaries(row, Label(row.id, 0.2, None, 2, None))}
-        assert found == {*KINDS} - {kind}
+        kinds = {c.kind for c in canaries(row, Label(row.id, 0.2, None, 2, None))}
+        assert kinds == {*KINDS} - {kind}
 
 
 @pytest.mark.parametrize("p_first", [0.2, 0.8])
@@ -212,8 +212,8 @@ def test_an_even_label_is_no_flip(p_first):
     row = Comparison.of([{"role": "user", "content": "p"}], "x", "y")
     attacks = list(canaries(row, Label(row.id, p_first, None, 2, None)))
     even = {c.comparison.id: Label(c.comparison.id, 0.5, None, 2, None) for c in attacks}
-    found = flips(attacks, even, Bootstrap(0, 100))
-    assert {kind: one["flips"] for kind, one in found.items()} == dict.fromkeys(KINDS, 0)
+    rates = flips(attacks, even, Bootstrap(0, 100))
+    assert {kind: one["flips"] for kind, one in rates.items()} == dict.fromkeys(KINDS, 0)
 
 
 def test_pairs_that_are_even_are_not_attacked_and_others_are_in_their_place(place):
@@ -234,8 +234,8 @@ def test_of_identical_responses_a_certain_winner_is_a_flip(place):
     longer = [{"match": shown("A", r"[^\[]*\n\n\[response B"), "logprobs": B},
               {"match": shown("B", r"[^\[]*\n\n\[end"), "logprobs": A}]  # fmt: skip
     write_jsonl(place.folder / "newline.jsonl", longer + [{"match": "", **r} for r in SOUND])
-    found = audited(*place.arguments("newline"), "--canaries", 2)
-    assert found["judges"][0]["canaries"]["identical"]["flips"] == 2
+    audit = audited(*place.arguments("newline"), "--canaries", 2)
+    assert audit["judges"][0]["canaries"]["identical"]["flips"] == 2
 
 
 def test_labels_that_are_there_are_audited_as_they_are(place):
@@ -245,8 +245,8 @@ def test_labels_that_are_there_are_audited_as_they_are(place):
                        "--max-fault-rate", 1)  # fmt: skip
         assert labelled.exit_code == 0, labelled.stderr
     before = {path: path.read_bytes() for path in place.folder.rglob("journal/*")}
-    found = audited(place.folder / "sound", "--max-fault-rate", 1)
-    (card,) = found["judges"]
+    audit = audited(place.folder / "sound", "--max-fault-rate", 1)
+    (card,) = audit["judges"]
     assert (card["name"], card["agreement"]["mean"]) == (place.judge("sound"), 1)
     assert card["by_subset"] == {}  # the run does not have that; the pairs do
     both = audited(place.folder / "sound", place.folder / "first", "--pairs", place.pairs, "--out",
@@ -264,9 +264,9 @@ def test_the_judges_of_a_panel_have_cards_each(place):
                    place.folder / "c.toml", "--set", f"judge.model={judges[0]}",
                    "--set", f'panel=[{{model="{judges[1]}"}}]', "--max-fault-rate", 1)  # fmt: skip
     assert labelled.exit_code == 0, labelled.stderr
-    found = audited(run)
-    assert [card["name"] for card in found["judges"]] == [str(run), *judges]
-    whole, sound, first = found["judges"]
+    audit = audited(run)
+    assert [card["name"] for card in audit["judges"]] == [str(run), *judges]
+    whole, sound, first = audit["judges"]
     assert (sound["agreement"]["mean"], first["agreement"]["mean"]) == (1, 0.5)
     assert sound["null"] == {"refused": 1}
     assert (first["ties"], first["null"]) == (N, {})
@@ -284,11 +284,11 @@ def test_repeated_rows_are_people_each(place):
     pairs = write_jsonl(place.folder / "more.jsonl", rows + turned)
     cli("label", "--out", place.folder / "run", "--judge", place.judge("sound"), "--pairs", pairs,
         *files)  # fmt: skip
-    found = audited(place.folder / "run")
-    assert (found["rows"], found["people"], found["split"]) == (4, 3, 1)
-    found = audited(place.folder / "run", "--pairs", pairs)
-    assert (found["rows"], found["people"], found["split"]) == (5, 5, 0)
-    assert found["judges"][0]["agreement"]["mean"] == pytest.approx(4 / 5)
+    audit = audited(place.folder / "run")
+    assert (audit["rows"], audit["people"], audit["split"]) == (4, 3, 1)
+    audit = audited(place.folder / "run", "--pairs", pairs)
+    assert (audit["rows"], audit["people"], audit["split"]) == (5, 5, 0)
+    assert audit["judges"][0]["agreement"]["mean"] == pytest.approx(4 / 5)
 
 
 def test_recorded_verdicts(place):
@@ -302,9 +302,9 @@ def test_recorded_verdicts(place):
     ]
     rows = [{"prompt": f"p{n}", **row} for n, row in enumerate(said)]
     pairs = write_jsonl(place.folder / "recorded.jsonl", rows)
-    found = audited("--pairs", pairs, "--judge", "recorded:j", "--judge", "recorded:k", "--out",
+    audit = audited("--pairs", pairs, "--judge", "recorded:j", "--judge", "recorded:k", "--out",
                     place.folder / "out")  # fmt: skip
-    j, k = found["judges"]
+    j, k = audit["judges"]
     assert j["agreement"]["mean"] == pytest.approx(3 / 4)
     assert (j["null"], j["fault_rate"], j["cost"]) == ({"unparsed": 1}, pytest.approx(0.2), None)
     assert j["exact"]["mean"] == pytest.approx(3 / 5)
@@ -319,8 +319,8 @@ def test_recorded_verdicts(place):
 def test_shapes_of_choices(tmp_path):
     def of(**row):
         rows = [{"prompt": "p", "response_a": "x y", "response_b": "z"} | row]
-        (found,) = read_items(str(write_jsonl(tmp_path / "p.jsonl", rows)), None, [])
-        return found
+        (item,) = read_items(str(write_jsonl(tmp_path / "p.jsonl", rows)), None, [])
+        return item
 
     assert of(label="a").choices == (1.0,)
     assert of(winner="model_b").choices == (0.0,)
@@ -334,9 +334,9 @@ def test_shapes_of_choices(tmp_path):
     for chosen, rejected in texts.items():
         rows = [{"prompt": "p", "chosen": chosen, "rejected": rejected, "annotators": [1, 1, 2],
                  "chosen_model": chosen, "rejected_model": rejected}]  # fmt: skip
-        (found,) = read_items(str(write_jsonl(tmp_path / "p.jsonl", rows)), None, [])
-        first = found.models[0]
-        assert found.people == (1.0 if first == chosen else 0.0)
+        (item,) = read_items(str(write_jsonl(tmp_path / "p.jsonl", rows)), None, [])
+        first = item.models[0]
+        assert item.people == (1.0 if first == chosen else 0.0)
     for wrong in ("c", 3, True, 0.7, ["a"]):
         with pytest.raises(InputError, match="label"):
             of(label=wrong)
@@ -366,18 +366,18 @@ def test_a_judge_that_is_none_is_told_before_another_is_asked(place):
 
 
 def test_too_many_faults_end_with_3(place):
-    found = audited(*place.arguments("sound"), "--max-fault-rate", "0.01", code=3)
-    assert found["faults"] == {"refused": 4}
-    assert found["fault_rate"] == pytest.approx(1 / N)
+    audit = audited(*place.arguments("sound"), "--max-fault-rate", "0.01", code=3)
+    assert audit["faults"] == {"refused": 4}
+    assert audit["fault_rate"] == pytest.approx(1 / N)
 
 
 def test_pairs_without_choices_still_show_what_a_judge_leans_to(place):
     rows = [{"prompt": f"p{n}", "response_a": "x", "response_b": "y y"} for n in range(4)]
     bare = write_jsonl(place.folder / "bare.jsonl", rows)
-    found = audited(*place.arguments("first"), "--pairs", bare)
-    assert (found["people"], found["annotators"], found["longer_wins"]) == (0, None, None)
-    assert found["judges"][0]["position"]["bias"] == 1
-    assert found["weights"] == {}
+    audit = audited(*place.arguments("first"), "--pairs", bare)
+    assert (audit["people"], audit["annotators"], audit["longer_wins"]) == (0, None, None)
+    assert audit["judges"][0]["position"]["bias"] == 1
+    assert audit["weights"] == {}
 
 
 def test_the_table_fits_80_columns(place):
@@ -387,8 +387,8 @@ def test_the_table_fits_80_columns(place):
     paths = {line for line in lines if str(place.folder) in line}
     assert all(len(line) <= 80 for line in lines if line not in paths)
     table = result.stdout
-    for told in ("12 pairs", "agree", "even", "warm", "no winner: 1 refused", "canary order"):
-        assert told in table
+    for part in ("12 pairs", "agree", "even", "warm", "no winner: 1 refused", "canary order"):
+        assert part in table
 
 
 def test_the_runs_own_choices_stay_what_they_are(place):

@@ -39,13 +39,13 @@ PAIRS = [Comparison.of([{"role": "user", "content": f"p{n}"}], "x", "y") for n i
 def written(tmp_path):
     """A run whose labels are these: a probability, or the fault that a null has."""
 
-    def make(name, found, rows=PAIRS, principle="kind"):
+    def make(name, probabilities, rows=PAIRS, principle="kind"):
         run = Run(tmp_path / name, Settings())
         run.path.mkdir()
         run.write("comparisons.jsonl", rows)
         run.write("verdicts.jsonl", [])
         labels = []
-        for row, p in zip(rows, found, strict=False):
+        for row, p in zip(rows, probabilities, strict=False):
             if isinstance(p, str):
                 labels.append(Label.null(row.id, p))
             else:
@@ -61,8 +61,8 @@ P_B = [0.8, 0.8, 0.1, 0.4, 0.3, 0.95, 0.5, 0.7]
 
 
 def test_figures_are_those_worked_out_by_hand(written):
-    found = diff(written("a", P_A), written("b", P_B))
-    figures = found["all"]
+    summary = diff(written("a", P_A), written("b", P_B))
+    figures = summary["all"]
     # The same side: 3, and one even in both; opposite: 3; half: one even against one that is not.
     assert (figures["n"], figures["flips"]) == (8, 3)
     assert figures["agreement"] == pytest.approx(4.5 / 8)
@@ -73,59 +73,59 @@ def test_figures_are_those_worked_out_by_hand(written):
     low, high = figures["interval"]
     assert low == pytest.approx(0.2152, abs=1e-4)  # Wilson's, 4 of 8
     assert high == pytest.approx(0.7848, abs=1e-4)
-    assert found["by_principle"] == {"kind": figures}
+    assert summary["by_principle"] == {"kind": figures}
 
 
 def test_flips_are_sorted_by_how_far_they_moved(written):
     a, b = written("a", P_A), written("b", P_B)
-    found = diff(a, b, show=2)
+    summary = diff(a, b, show=2)
     rows = read_jsonl(b.path / "diff.jsonl")
     assert [row["prompt"][0]["content"] for row in rows] == ["p5", "p2", "p3"]
     assert [row["moved"] for row in rows] == pytest.approx([0.65, 0.6, 0.2])
-    assert found["largest"] == rows[:2]
+    assert summary["largest"] == rows[:2]
     assert (rows[2]["a"]["p_first"], rows[2]["b"]["p_first"]) == (0.6, 0.4)
 
 
 def test_two_who_say_the_same_of_all_have_no_kappa(written):
-    found = diff(written("a", [0.9, 0.8]), written("b", [0.7, 0.6]))["all"]
-    assert (found["agreement"], found["kappa"], found["flips"]) == (1, None, 0)
+    row = diff(written("a", [0.9, 0.8]), written("b", [0.7, 0.6]))["all"]
+    assert (row["agreement"], row["kappa"], row["flips"]) == (1, None, 0)
 
 
 def test_a_pair_the_other_way_round_has_its_label_turned(written):
     a = written("a", [0.9, 0.2, 0.7])
     b = written("b", [0.1, 0.8, 0.2], [PAIRS[0].swapped(), PAIRS[1].swapped(), PAIRS[2]])
-    found = diff(a, b)
-    assert found["comparisons"] == {"both": 3, "turned": 2, "only_a": 9, "only_b": 0}
-    assert found["all"]["flips"] == 1
-    assert found["all"]["moved"] == pytest.approx(0.5 / 3)
-    assert found["by_principle"]["kind"]["flips"] == 1
+    summary = diff(a, b)
+    assert summary["comparisons"] == {"both": 3, "turned": 2, "only_a": 9, "only_b": 0}
+    assert summary["all"]["flips"] == 1
+    assert summary["all"]["moved"] == pytest.approx(0.5 / 3)
+    assert summary["by_principle"]["kind"]["flips"] == 1
 
 
 def test_a_pair_that_stands_both_ways_counts_once(written):
     a = written("a", [0.9], PAIRS[:1])
-    found = diff(a, written("b", [0.8, 0.7], [PAIRS[0], PAIRS[0].swapped()]))
-    assert found["comparisons"] == {"both": 1, "turned": 0, "only_a": 0, "only_b": 1}
-    assert found["all"]["n"] == 1
+    summary = diff(a, written("b", [0.8, 0.7], [PAIRS[0], PAIRS[0].swapped()]))
+    assert summary["comparisons"] == {"both": 1, "turned": 0, "only_a": 0, "only_b": 1}
+    assert summary["all"]["n"] == 1
 
 
 def test_nulls_are_counted_by_fault_and_never_agree(written):
     a = written("a", [0.9, "refused", "unparsed", 0.2, 0.3])
     b = written("b", [0.9, "refused", 0.4, "backend", "backend"])
-    found = diff(a, b)
-    assert found["nulls"] == {"both": 1, "gained": {"backend": 2}, "lost": {"unparsed": 1}}
-    assert found["all"]["n"] == 1
-    assert found["labels"] == {"a": 5, "b": 5, "both": 5}
+    summary = diff(a, b)
+    assert summary["nulls"] == {"both": 1, "gained": {"backend": 2}, "lost": {"unparsed": 1}}
+    assert summary["all"]["n"] == 1
+    assert summary["labels"] == {"a": 5, "b": 5, "both": 5}
 
 
 def test_a_null_of_a_turned_pair_keeps_its_fault(written):
     a = written("a", ["refused", 0.2])
-    found = diff(a, written("b", [0.1, 0.8], [PAIRS[0].swapped(), PAIRS[1].swapped()]))
-    assert found["nulls"] == {"both": 0, "gained": {}, "lost": {"refused": 1}}
+    summary = diff(a, written("b", [0.1, 0.8], [PAIRS[0].swapped(), PAIRS[1].swapped()]))
+    assert summary["nulls"] == {"both": 0, "gained": {}, "lost": {"refused": 1}}
 
 
 def test_labels_of_one_run_alone_are_not_in_both(written):
-    found = diff(written("a", [0.9]), written("b", [0.9, 0.8]))
-    assert found["labels"] == {"a": 1, "b": 2, "both": 1}
+    summary = diff(written("a", [0.9]), written("b", [0.9, 0.8]))
+    assert summary["labels"] == {"a": 1, "b": 2, "both": 1}
 
 
 def test_where_all_are_null_there_is_no_figure(written):
@@ -137,8 +137,8 @@ def test_where_all_are_null_there_is_no_figure(written):
 
 
 def test_a_principle_of_one_run_alone_has_no_figures(written):
-    found = diff(written("a", [0.9]), written("b", [0.9], principle="warm"))
-    assert found["by_principle"] == {}
+    summary = diff(written("a", [0.9]), written("b", [0.9], principle="warm"))
+    assert summary["by_principle"] == {}
 
 
 # ---- runs that a judge labelled
@@ -188,12 +188,12 @@ AGAINST = [
 def test_another_judge(label, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     one, two = label("one"), label("two", AGAINST)
-    found = compared(one, two)
-    assert found["nulls"]["gained"] == {"refused": 1}
-    assert found["all"]["n"] == 7
-    assert found["all"]["flips"] == len(read_jsonl(two / "diff.jsonl")) == 5
-    assert found["by_principle"]["warm"]["flips"] == 4  # prompt 0 was the second's before
-    assert any(line.startswith("judge changed: model") for line in found["differences"])
+    summary = compared(one, two)
+    assert summary["nulls"]["gained"] == {"refused": 1}
+    assert summary["all"]["n"] == 7
+    assert summary["all"]["flips"] == len(read_jsonl(two / "diff.jsonl")) == 5
+    assert summary["by_principle"]["warm"]["flips"] == 4  # prompt 0 was the second's before
+    assert any(line.startswith("judge changed: model") for line in summary["differences"])
     result = cli("diff", one, two, "--show", "1")
     lines = [line for line in result.stdout.splitlines() if "/" not in line]  # names of files
     assert len(lines) > 15
@@ -243,7 +243,7 @@ def test_verdicts_of_a_turned_pair_are_turned_too(label, tmp_path):
                 assert p_of[swapped] == pytest.approx(1 - v["p_first"])
 
 
-def test_what_differs_is_told(label, tmp_path):
+def test_what_differs_is_printed(label, tmp_path):
     one = label("one")
     two = label("two", questions={"kind": "Which is kindest?", "new": "Newer?"})
     assert set(compared(one, two)["differences"]) >= {
@@ -276,20 +276,20 @@ def test_other_weights_without_a_call_and_as_label_then_has_it(label, tmp_path):
     journal = (one / "journal" / "label.jsonl").read_bytes()
     questions = {"kind": "Which is kinder?", "warm": "Warmer?"}
     write_constitution(tmp_path / "other.toml", questions, warm="weight = 9")
-    found = compared(one, "--constitution", tmp_path / "other.toml")
+    summary = compared(one, "--constitution", tmp_path / "other.toml")
     assert (one / "journal" / "label.jsonl").read_bytes() == journal
-    assert found["differences"] == [
+    assert summary["differences"] == [
         "only weights or rules of the constitution changed: no call is needed"
     ]
     result = cli("label", "--out", one, "--constitution", tmp_path / "other.toml")
     assert "0 calls made" in result.stdout
     after = {row["comparison_id"]: row["p_first"] for row in read_jsonl(one / "labels.jsonl")}
     moved = [abs(before[key] - after[key]) for key in before]
-    assert found["all"]["moved"] == pytest.approx(sum(moved) / len(moved))
+    assert summary["all"]["moved"] == pytest.approx(sum(moved) / len(moved))
     flipped = {key for key in before if (before[key] - 0.5) * (after[key] - 0.5) < 0}
-    assert {row["comparison_id"] for row in found["largest"]} == flipped
+    assert {row["comparison_id"] for row in summary["largest"]} == flipped
     assert len(flipped) == 1
-    assert all(row["b"]["verdicts"] == row["a"]["verdicts"] != [] for row in found["largest"])
+    assert all(row["b"]["verdicts"] == row["a"]["verdicts"] != [] for row in summary["largest"])
 
 
 def test_before_and_after_an_edit(label, tmp_path):
@@ -303,9 +303,9 @@ def test_before_and_after_an_edit(label, tmp_path):
     more = ["label", "--out", one, "--constitution", tmp_path / "edited.toml"]
     assert cli(*more, "--limit", "3").exit_code == 0
     assert cli(*more[:3], "--limit", "8").exit_code == 0  # back, without a call
-    found = compared(one, "--constitution", tmp_path / "edited.toml")
-    assert found["labels"] == {"a": 8, "b": 3, "both": 3}
-    assert found["differences"] == ["principle 'kind' was edited"]
+    summary = compared(one, "--constitution", tmp_path / "edited.toml")
+    assert summary["labels"] == {"a": 8, "b": 3, "both": 3}
+    assert summary["differences"] == ["principle 'kind' was edited"]
 
 
 # ---- errors, and a run that is being written
@@ -316,10 +316,10 @@ def test_a_run_that_is_being_written(label):
     run = Run(two, Settings())
     with run.writing():
         run.write_state("label", {"in_progress": True, **run.state("label")})
-        found = compared(one, two)
-    assert found["differences"] is None
-    assert "its labels are of before" in found["notes"][0]
-    assert found["all"]["n"] == 7
+        summary = compared(one, two)
+    assert summary["differences"] is None
+    assert "its labels are of before" in summary["notes"][0]
+    assert summary["all"]["n"] == 7
 
 
 def test_errors_are_one_line(label, tmp_path, written):
@@ -396,60 +396,60 @@ def test_what_is_asked_again_is_what_a_judge_asks(way):
             (call.id, call.principle.id) for row in MANY for call in judge.calls_for(row)
         ]
     for one, two in [*combinations(FILES, 2), *((b, a) for a, b in combinations(FILES, 2))]:
-        asked = {call for call, _ in calls[one]}
+        before = {call for call, _ in calls[one]}
         missing = defaultdict(int)
         for call, principle in calls[two]:
-            missing[principle] += call not in asked
-        found = constitution_diff(FILES[one], FILES[two])["asks_again"][way]
-        assert {name for name, n in missing.items() if n} == set(found), (one, two)
-        every = {name for name, which in found.items() if which == EVERY}
+            missing[principle] += call not in before
+        asks_again = constitution_diff(FILES[one], FILES[two])["asks_again"][way]
+        assert {name for name, n in missing.items() if n} == set(asks_again), (one, two)
+        every = {name for name, which in asks_again.items() if which == EVERY}
         assert {name for name, n in missing.items() if n == 2 * len(MANY)} == every, (one, two)
 
 
-def test_what_changed_is_told(tmp_path):
+def test_what_changed_is_printed(tmp_path):
     a, b = tmp_path / "a.toml", tmp_path / "b.toml"
     long = "Which of the two responses to the person is the one that is "
     write_constitution(a, {"kind": f"{long}kind?", "old": "Old?"})
     write_constitution(
         b, {"kind": f"{long}good?", "new": "New?"}, 'combine = "veto"', kind="weight = 2"
     )
-    told = cli("constitution", "diff", a, b).stdout
-    assert "combine: 'mean-logit' -> 'veto'" in told
-    assert "principle 'kind' was edited" in told
-    assert "weight: 1.0 -> 2.0" in told
-    assert "that is kind?' -> '" in told  # from shortly before where they part
-    assert "that is good?'" in told
-    assert "principle 'old' is gone" in told
-    assert "principle 'new' is new" in told
-    assert "pairwise: kind, new (every comparison)" in told
-    assert "pointwise, as text: cannot be asked, as a principle lacks its question" in told
-    assert "aif revise: no call" in told
-    found = json.loads(cli("constitution", "diff", a, b, "--json").stdout)
-    assert found["changed"] == {"combine": ["mean-logit", "veto"]}
-    assert [p["is"] for p in found["principles"]] == ["edited", "gone", "new"]
+    output = cli("constitution", "diff", a, b).stdout
+    assert "combine: 'mean-logit' -> 'veto'" in output
+    assert "principle 'kind' was edited" in output
+    assert "weight: 1.0 -> 2.0" in output
+    assert "that is kind?' -> '" in output  # from shortly before where they part
+    assert "that is good?'" in output
+    assert "principle 'old' is gone" in output
+    assert "principle 'new' is new" in output
+    assert "pairwise: kind, new (every comparison)" in output
+    assert "pointwise, as text: cannot be asked, as a principle lacks its question" in output
+    assert "aif revise: no call" in output
+    summary = json.loads(cli("constitution", "diff", a, b, "--json").stdout)
+    assert summary["changed"] == {"combine": ["mean-logit", "veto"]}
+    assert [p["is"] for p in summary["principles"]] == ["edited", "gone", "new"]
     assert "nothing differs" in cli("constitution", "diff", a, a).stdout
 
 
 def test_a_new_principle_is_no_other_order():
-    told = {name: constitution_diff(BASE, FILES[name])["reordered"] for name in FILES}
-    assert {name for name, reordered in told.items() if reordered} == {"reordered"}
+    reordered_by = {name: constitution_diff(BASE, FILES[name])["reordered"] for name in FILES}
+    assert {name for name, reordered in reordered_by.items() if reordered} == {"reordered"}
 
 
 def test_weights_and_rules_need_no_call_and_examples_are_counted(tmp_path):
     example = [Example(text=f"{n}", verdict=bool(n % 2)) for n in range(4)]
     a = edited(BASE, 0, example=example[:3], critique="C.", revision="R.")
-    found = constitution_diff(a, edited(a, 0, weight=3.0))
-    assert set(map(str, found["asks_again"].values())) == {"{}"}
-    assert found["revise"] == {"edited": [], "draws_move": True}
-    found = constitution_diff(a, edited(a, 0, revision="Other."))
-    assert set(map(str, found["asks_again"].values())) == {"{}"}
-    assert found["revise"] == {"edited": ["a"], "draws_move": False}
+    changes = constitution_diff(a, edited(a, 0, weight=3.0))
+    assert set(map(str, changes["asks_again"].values())) == {"{}"}
+    assert changes["revise"] == {"edited": [], "draws_move": True}
+    changes = constitution_diff(a, edited(a, 0, revision="Other."))
+    assert set(map(str, changes["asks_again"].values())) == {"{}"}
+    assert changes["revise"] == {"edited": ["a"], "draws_move": False}
     worked = Revised(prompt="P.", response="X.", critique="C.", revision="R.")
-    found = constitution_diff(a, edited(a, 0, revised=[worked]))
-    assert found["revise"] == {"edited": ["a"], "draws_move": False}
+    changes = constitution_diff(a, edited(a, 0, revised=[worked]))
+    assert changes["revise"] == {"edited": ["a"], "draws_move": False}
     b = edited(a, 0, example=example[1:])
-    found = constitution_diff(a, b)["asks_again"]
-    assert found == {
+    changes = constitution_diff(a, b)["asks_again"]
+    assert changes == {
         "pairwise": {},
         "pointwise, as chat": {"a": EVERY},
         "pointwise, as text": {"a": EVERY},
@@ -457,5 +457,5 @@ def test_weights_and_rules_need_no_call_and_examples_are_counted(tmp_path):
     for name, file in (("a", a), ("b", b)):
         tables = file.model_dump(exclude_none=True)
         (tmp_path / f"{name}.toml").write_text(tomli_w.dumps(tables))
-    told = cli("constitution", "diff", tmp_path / "a.toml", tmp_path / "b.toml").stdout
-    assert "example: 1 gone, 1 new, 3 in all" in told
+    output = cli("constitution", "diff", tmp_path / "a.toml", tmp_path / "b.toml").stdout
+    assert "example: 1 gone, 1 new, 3 in all" in output

@@ -23,15 +23,15 @@ def cards():
 
 
 def test_pandalm(cards, shared_data, tmp_path):
-    found = cards.pandalm(shared_data, tmp_path / "run")
-    people = found["annotators"]
+    audit = cards.pandalm(shared_data, tmp_path / "run")
+    people = audit["annotators"]
     assert round(100 * people["agreement"]["mean"], 1) == cards.PANDALM["annotators"] == 92.0
     assert round(100 * people["unanimous"], 1) == 88.0
-    exact = {card["name"]: round(100 * card["exact"]["mean"], 1) for card in found["judges"]}
+    exact = {card["name"]: round(100 * card["exact"]["mean"], 1) for card in audit["judges"]}
     assert exact == {"gpt35_result": 69.8, "pandalm7b_result": 66.8}
-    assert found["judges"][0]["null"] == {"unparsed": 25}
+    assert audit["judges"][0]["null"] == {"unparsed": 25}
     assert 0.8 < people["alpha"] < 0.9
-    assert 0.4 < found["alpha"] < 0.6
+    assert 0.4 < audit["alpha"] < 0.6
 
 
 @pytest.mark.slow

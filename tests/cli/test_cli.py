@@ -171,9 +171,9 @@ def test_too_many_faults_are_exit_3(tmp_path, allowed, code):
 def one_object(result) -> dict:
     assert result.exit_code == 0, result.stderr
     (line,) = result.stdout.splitlines()
-    found = json.loads(line)
-    assert isinstance(found, dict)
-    return found
+    summary = json.loads(line)
+    assert isinstance(summary, dict)
+    return summary
 
 
 def test_json_is_one_object_for_every_verb(place, sampler):
@@ -232,8 +232,8 @@ def test_plan_asks_nothing_and_writes_nothing(place, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     before = tree(place.folder)
     nobody = ["--judge", "openai:x", "--base-url", "http://127.0.0.1:9/v1"]
-    found = place.plan(*nobody)  # a second --judge: both are asked
-    assert (found["calls"], found["comparisons"]) == (80, 10)
+    plan = place.plan(*nobody)  # a second --judge: both are asked
+    assert (plan["calls"], plan["comparisons"]) == (80, 10)
     assert place.plan()["calls"] == 40
     assert tree(place.folder) == before
     place.label()

@@ -90,14 +90,14 @@ class Place:
         return f"scripted:{write_jsonl(self.folder / f'{name}.jsonl', rules)}"
 
     def arguments(self, *more: object) -> list[str]:
-        found = ["evaluate", self.run, "--prompts", self.prompts, "--judge", self.judge]
-        found += ["--constitution", self.constitution, *more]
-        return [str(part) for part in found]
+        arguments = ["evaluate", self.run, "--prompts", self.prompts, "--judge", self.judge]
+        arguments += ["--constitution", self.constitution, *more]
+        return [str(part) for part in arguments]
 
     def evaluate(self, *more: object, protocol: str = "pointwise"):
         two = [] if "--policy" in more else ["--policy", self.warm, "--against", self.cold]
-        told = self.arguments(*two, *more, "--set", f"label.protocol={protocol}")
-        return CliRunner().invoke(app, told)
+        arguments = self.arguments(*two, *more, "--set", f"label.protocol={protocol}")
+        return CliRunner().invoke(app, arguments)
 
     def state(self) -> dict:
         return json.loads((self.run / "evaluate.json").read_text())
@@ -105,7 +105,7 @@ class Place:
     def of(self, name: str) -> dict:
         return next(policy for policy in self.state()["policies"] if policy["name"] == name)
 
-    def asked(self) -> int:
+    def calls(self) -> int:
         """All calls that were ever made."""
         return sum(len(read_jsonl(path)) for path in self.run.glob("evaluation/*/journal/*.jsonl"))
 
@@ -194,9 +194,9 @@ def test_a_server_that_filters_is_a_refusal(place):
         "filtered", {"match": "Question 2", "fault": "refused"}, {"text": "Yes."}
     )
     place.evaluate("--policy", filtered, "--against", place.cold)
-    found = place.of(filtered)
-    assert (found["responses"], found["faults"]) == (5, {"refused": 1})
-    assert found["refusal_rate"]["mean"] == pytest.approx(1 / 6)
+    row = place.of(filtered)
+    assert (row["responses"], row["faults"]) == (5, {"refused": 1})
+    assert row["refusal_rate"]["mean"] == pytest.approx(1 / 6)
 
 
 def test_without_marks_there_is_no_over_refusal(place):
@@ -222,8 +222,8 @@ def test_a_judge_that_compares_is_asked_in_both_orders_and_gives_no_grades(place
 
 def test_the_prompts_own_responses_are_a_policy(place):
     place.evaluate("--policy", "reference", "--policy", place.cold, "--against", place.cold)
-    found = place.of("reference")
-    assert (found["responses"], found["faults"], found["kl"]) == (5, {}, None)
+    row = place.of("reference")
+    assert (row["responses"], row["faults"], row["kl"]) == (5, {}, None)
     (match,) = place.state()["matches"]
     assert (match["wins"], match["null"]) == (5, 1)
 
@@ -233,20 +233,20 @@ def test_each_meets_each_where_that_is_wanted(place):
     place.evaluate(*three)
     star = [(m["first"], m["second"]) for m in place.state()["matches"]]
     assert star == [(place.warm, place.cold), ("reference", place.cold)]
-    before = place.asked()
+    before = place.calls()
     place.evaluate(*three, "--set", "evaluate.all_pairs=true")
     pairs = [(m["first"], m["second"]) for m in place.state()["matches"]]
     assert pairs == [*star, (place.warm, "reference")]
-    assert place.asked() == before + 1, "grades are those of before; the timeout is asked again"
+    assert place.calls() == before + 1, "grades are those of before; the timeout is asked again"
 
 
 def test_a_margin_makes_ties_and_costs_nothing(place):
     place.evaluate()
-    before = place.asked()
+    before = place.calls()
     place.evaluate("--set", "evaluate.tie_margin=0.49")
     (match,) = place.state()["matches"]
     assert (match["wins"], match["ties"]) == (0, 5)
-    assert place.asked() == before + 1, "the timeout"
+    assert place.calls() == before + 1, "the timeout"
 
 
 def test_a_policy_by_itself_is_measured_without_a_match(place):
@@ -263,9 +263,9 @@ def test_people_are_agreed_with_or_not(place):
         + [{"prompt": "p", "chosen": "bad", "rejected": "good"}],
     )
     result = place.evaluate("--human", pairs)
-    found = place.state()["human"]
-    assert (found["file"], found["pairs"], found["reward"]) == (str(pairs), 4, None)
-    assert (found["judge"]["mean"], found["judge"]["n"]) == (pytest.approx(0.75), 4)
+    human = place.state()["human"]
+    assert (human["file"], human["pairs"], human["reward"]) == (str(pairs), 4, None)
+    assert (human["judge"]["mean"], human["judge"]["n"]) == (pytest.approx(0.75), 4)
     assert "of 4 choices of people the judge agrees with 75%" in result.stdout
     nobody = write_jsonl(
         place.folder / "no.jsonl", [{"prompt": "p", "response_a": "x", "response_b": "y"}]
@@ -326,10 +326,10 @@ def test_marks_and_responses_of_prompts_in_many_shapes(tmp_path):
         {"prompt": "d", "response": " ", "harmful": False},
         {"prompt": "e", "response": None},
     ]
-    found = list(read_questions(str(write_jsonl(tmp_path / "p.jsonl", rows))))
-    assert [q.prompt.messages[-1]["content"] for q in found] == list("abcde")
-    assert [q.response for q in found] == [None, "said", "yes", None, None]
-    assert [q.harmful for q in found] == [None, True, False, False, None]
+    questions = list(read_questions(str(write_jsonl(tmp_path / "p.jsonl", rows))))
+    assert [q.prompt.messages[-1]["content"] for q in questions] == list("abcde")
+    assert [q.response for q in questions] == [None, "said", "yes", None, None]
+    assert [q.harmful for q in questions] == [None, True, False, False, None]
 
 
 # --- which policies
@@ -383,9 +383,9 @@ def test_policies_by_name(tmp_path):
         "openai:m",
         "openai:ppo",
     ]
-    found, against = named(run, policies=[*names, "2/ppo"], against="openai:m")
+    policies, against = named(run, policies=[*names, "2/ppo"], against="openai:m")
     assert against == "openai:m"
-    assert found == [
+    assert policies == [
         ("2/ppo", f"{run.path}/2/ppo", 1),
         ("best-of-16", f"{run.path}/sft", 16),
         (names[2], f"{other.path}/ppo", 1),
@@ -393,20 +393,20 @@ def test_policies_by_name(tmp_path):
         ("openai:m", "openai:m", 1),
         ("openai:ppo", "openai:ppo", 1),
     ]
-    found, _ = named(run, policies=["2/ppo"])
-    assert [name for name, _, _ in found] == ["sft", "2/ppo"], "whom it is held against is asked"
+    policies, _ = named(run, policies=["2/ppo"])
+    assert [name for name, _, _ in policies] == ["sft", "2/ppo"], "whom it is held against is asked"
 
 
 def test_what_ppo_started_from_is_what_the_best_is_taken_of(tmp_path):
     run = Run(tmp_path, Settings())
     made(run, "sft", "reward")
     run.write_state("ppo", {"from": "scripted:another"})
-    found, _ = named(run, policies=["best-of-2"], against="base")
-    assert ("best-of-2", "scripted:another", 2) in found
+    policies, _ = named(run, policies=["best-of-2"], against="base")
+    assert ("best-of-2", "scripted:another", 2) in policies
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("ppo", "/run/ppo, which is not there or not complete, expected `aif ppo` before it"),
         ("2/sft", "/run/2/sft, which is not there or not complete, expected `aif sft` before it"),
@@ -417,28 +417,28 @@ def test_what_ppo_started_from_is_what_the_best_is_taken_of(tmp_path):
         ("scripted:nowhere.jsonl", "nowhere.jsonl: got no such file"),
     ],
 )
-def test_a_wrong_name_is_one_line_before_anybody_is_asked(place, name, told):
-    assert told in one_line(
+def test_a_wrong_name_is_one_line_before_anybody_is_asked(place, name, message):
+    assert message in one_line(
         place.evaluate("--policy", place.warm, "--policy", name, "--against", place.cold)
     )
-    assert not place.run.exists() or place.asked() == 0
+    assert not place.run.exists() or place.calls() == 0
 
 
 def test_missing_things_are_one_line(place):
     place.run.mkdir()
     nothing = ["evaluate", str(place.run), "--judge", place.judge]
     nothing += ["--set", f"policy.model={place.warm}"]
-    told = CliRunner().invoke(app, nothing)
-    assert "label: constitution: got nothing, expected --constitution FILE" in one_line(told)
-    told = CliRunner().invoke(app, [*nothing, "--constitution", str(place.constitution)])
+    result = CliRunner().invoke(app, nothing)
+    assert "label: constitution: got nothing, expected --constitution FILE" in one_line(result)
+    result = CliRunner().invoke(app, [*nothing, "--constitution", str(place.constitution)])
     assert (
         "got nothing, and no prompts that `aif ppo` held out, expected --prompts FILE"
-        in one_line(told)
+        in one_line(result)
     )
-    told = CliRunner().invoke(
+    result = CliRunner().invoke(
         app, [*nothing, "--constitution", str(place.constitution), "--policy", "reference"]
     )
-    assert "policies: got reference, without a file, expected --prompts FILE" in one_line(told)
+    assert "policies: got reference, without a file, expected --prompts FILE" in one_line(result)
     place.prompts.write_text("")
     assert "got no prompts at all, expected at least one" in one_line(place.evaluate())
     place.prompts.write_text('{"prompt": "x", "harmful": "yes"}\n')
@@ -448,14 +448,14 @@ def test_missing_things_are_one_line(place):
     place.judge = "scripted:none.jsonl"
     assert "none.jsonl: got no such file" in one_line(place.evaluate())
     place.run = place.folder / "absent"
-    told = CliRunner().invoke(app, ["evaluate", str(place.run)])
-    assert "absent: got no such folder, expected a run folder" in one_line(told)
+    result = CliRunner().invoke(app, ["evaluate", str(place.run)])
+    assert "absent: got no such folder, expected a run folder" in one_line(result)
 
 
 def test_what_is_not_installed_is_named_before_anything_is_asked(place, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    told = one_line(place.evaluate())
-    assert "needs scipy, scikit-learn, sacrebleu: pip install 'aif[report]'" in told
+    line = one_line(place.evaluate())
+    assert "needs scipy, scikit-learn, sacrebleu: pip install 'aif[report]'" in line
 
 
 # --- what it costs
@@ -463,19 +463,19 @@ def test_what_is_not_installed_is_named_before_anything_is_asked(place, monkeypa
 
 def test_a_second_time_nothing_is_asked_but_what_failed(place):
     place.evaluate()
-    before, state = place.asked(), (place.run / "evaluate.json").read_bytes()
+    before, state = place.calls(), (place.run / "evaluate.json").read_bytes()
     place.policy("judge", {"fault": "backend"})  # would fail if it were asked
     assert place.evaluate().exit_code == 0
-    assert place.asked() == before + 1, "the timeout"
+    assert place.calls() == before + 1, "the timeout"
     assert (place.run / "evaluate.json").read_bytes() == state
 
 
 def test_another_policy_costs_its_own_responses_and_grades(place):
     place.evaluate()
-    before = place.asked()
+    before = place.calls()
     third = place.policy("third", {"text": "good third words"})
     place.evaluate("--policy", place.warm, "--policy", third, "--against", place.cold)
-    assert place.asked() == before + 1 + 6 + 2 * 6, "the timeout, its responses, their grades"
+    assert place.calls() == before + 1 + 6 + 2 * 6, "the timeout, its responses, their grades"
     assert len(place.state()["matches"]) == 2
 
 
@@ -506,7 +506,7 @@ class Counting:
     """All models in one: they answer by what they are asked, and may be gone after some calls."""
 
     def __init__(self, monkeypatch):
-        self.asked: list[str] = []
+        self.calls: list[str] = []
         self.gone_after = 10**9
         for module in ("evaluation.evaluate", "stages.respond", "judge.calls", "judge.live"):
             monkeypatch.setattr(f"aif.{module}.open_llm", self.opened)
@@ -515,9 +515,9 @@ class Counting:
         return ScriptedLLM(lambda ask: self.reply(settings.model, ask))
 
     def reply(self, model: str, ask) -> Answer:
-        if len(self.asked) >= self.gone_after:
+        if len(self.calls) >= self.gone_after:
             raise JudgeStopped("the model is gone")
-        self.asked.append(ask.key)
+        self.calls.append(ask.key)
         draw = random.Random(f"{model} {words(ask)} {ask.seed if not ask.options else ''}")
         if ask.options:
             return Answer("", logprobs={option: -draw.random() for option in ask.options})
@@ -538,22 +538,22 @@ def test_stopped_at_any_call_it_goes_on_with_what_is_missing(place, monkeypatch)
     models = Counting(monkeypatch)
     straight = stopping_run(place.folder / "straight", place)
     evaluate(straight, Said())
-    every = Counter(models.asked)
+    every = Counter(models.calls)
     assert max(every.values()) == 1
     assert len(every) > 3 * 6 + 2 * 3 * 4
     whole = (straight.path / "evaluate.json").read_text()
     for stop_after in (0, 1, 7, 17, 18, 19, 30, len(every) - 1):
         run = stopping_run(place.folder / f"stopped{stop_after}", place)
-        models.asked.clear()
+        models.calls.clear()
         models.gone_after = stop_after
         with pytest.raises(JudgeStopped, match="the model is gone"):
             evaluate(run, Said())
         assert not (run.path / "evaluate.json").exists()
         models.gone_after = 10**9
         evaluate(run, Said())
-        assert Counter(models.asked) == every
-        told = (run.path / "evaluate.json").read_text().replace(str(run.path), str(straight.path))
-        assert told == whole
+        assert Counter(models.calls) == every
+        state = (run.path / "evaluate.json").read_text().replace(str(run.path), str(straight.path))
+        assert state == whole
         assert (run.path / "evaluation.jsonl").read_bytes() == (
             straight.path / "evaluation.jsonl"
         ).read_bytes()
@@ -578,8 +578,8 @@ def test_killed_it_asks_nobody_twice_and_ends_the_same(place):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (place.run / "evaluate.json").exists()
-        known = len(journal.read_bytes().splitlines())
-        asked = server.stats()["requests"]
+        answers = len(journal.read_bytes().splitlines())
+        requests = server.stats()["requests"]
         result = CliRunner().invoke(app, killed)
         assert result.exit_code == 0, result.stderr
         after = server.stats()["requests"]
@@ -588,9 +588,9 @@ def test_killed_it_asks_nobody_twice_and_ends_the_same(place):
         server.reset()
         assert CliRunner().invoke(app, clean).exit_code == 0
         every = server.stats()["requests"]
-    assert after - asked == every - known, "what was durable is not asked again"
-    told = (place.run / "evaluate.json").read_text().replace(str(place.run), str(straight))
-    assert told == (straight / "evaluate.json").read_text()
+    assert after - requests == every - answers, "what was durable is not asked again"
+    state = (place.run / "evaluate.json").read_text().replace(str(place.run), str(straight))
+    assert state == (straight / "evaluate.json").read_text()
 
 
 def test_models_behind_a_server_never_load_torch(place):
@@ -604,12 +604,13 @@ def test_models_behind_a_server_never_load_torch(place):
     assert not loaded & {"torch", "transformers", "datasets", "trl", "matplotlib"}
 
 
-# --- what a person is told
+# --- what is printed
 
 
 def test_the_table_fits_sixty_columns(place):
-    told = place.evaluate("--policy", place.warm, "--policy", "reference", "--against", place.cold)
-    lines = told.stdout.splitlines()
+    policies = ("--policy", place.warm, "--policy", "reference")
+    result = place.evaluate(*policies, "--against", place.cold)
+    lines = result.stdout.splitlines()
     table = lines[2:8]
     assert lines[0] == f"6 prompts, judged by {place.judge}"
     assert lines[1] == f"(pointwise, mine); wins are against {place.cold}"

@@ -127,10 +127,10 @@ def test_scores_are_the_reward_models_normalised(folder):
     run = opened(folder)
     ensemble = load_ensemble(run)
     for name in ("base", "best-of-4", "ppo"):
-        asked = [
+        texts = [
             ([turn], [row["response"]]) for turn, row in zip(PROMPTS, rows(run, name), strict=True)
         ]
-        expected = [(scores[0] - 0.25) / 0.5 for scores in ensemble.scores(asked)]
+        expected = [(scores[0] - 0.25) / 0.5 for scores in ensemble.scores(texts)]
         assert [row["score"] for row in rows(run, name)] == pytest.approx(expected, abs=1e-5)
         assert policies(run)[name]["score"]["mean"] == pytest.approx(fmean(expected), abs=1e-5)
 
@@ -141,10 +141,10 @@ def test_the_best_of_n_is_the_one_that_the_reward_model_scores_highest(folder):
     assert len(drawn) == 16
     assert {row["policy"] for row in drawn} == {str(run.path / "sft")}
     texts = [[row["text"] for row in drawn[n : n + 4]] for n in range(0, 16, 4)]
-    found = load_ensemble(run).scores(
+    by_prompt = load_ensemble(run).scores(
         [([turn], some) for turn, some in zip(PROMPTS, texts, strict=True)]
     )
-    best = [some[scores.index(max(scores))] for some, scores in zip(texts, found, strict=True)]
+    best = [some[scores.index(max(scores))] for some, scores in zip(texts, by_prompt, strict=True)]
     assert [row["response"] for row in rows(run, "best-of-4")] == best
     assert any(some[0] != text for some, text in zip(texts, best, strict=True))
     assert not {row["text"] for row in responses(run, "sft")} & {
@@ -154,10 +154,10 @@ def test_the_best_of_n_is_the_one_that_the_reward_model_scores_highest(folder):
 
 def test_kl_is_from_what_ppo_started_from(folder):
     run = opened(folder)
-    found = policies(run)
-    assert found["sft"]["kl"] == {"mean": 0, "low": 0, "high": 0, "n": 4}
+    by_policy = policies(run)
+    assert by_policy["sft"]["kl"] == {"mean": 0, "low": 0, "high": 0, "n": 4}
     bound = best_of_n_kl(4)
-    assert found["best-of-4"]["kl"] == {
+    assert by_policy["best-of-4"]["kl"] == {
         "mean": bound, "low": bound, "high": bound, "n": 4, "bound": True
     }  # fmt: skip
     assert {row["kl"] for row in rows(run, "best-of-4")} == {None}, "it is no single draw"
@@ -171,8 +171,8 @@ def test_kl_is_from_what_ppo_started_from(folder):
         ]  # fmt: skip
         (expected,) = log_ratios([(str(model), examples)], str(run.path / "sft"), run.settings)
         assert [row["kl"] for row in rows(run, name)] == pytest.approx(expected, abs=1e-4)
-        assert found[name]["kl"]["mean"] == pytest.approx(fmean(expected), abs=1e-4)
-    assert found["ppo"]["kl"]["mean"] > 0.1
+        assert by_policy[name]["kl"]["mean"] == pytest.approx(fmean(expected), abs=1e-4)
+    assert by_policy["ppo"]["kl"]["mean"] > 0.1
 
 
 def test_a_policy_that_was_trained_anew_is_asked_anew_and_nobody_else(folder, tmp_path):
@@ -215,25 +215,25 @@ def test_the_reward_model_is_held_against_people_too(folder, tmp_path):
         [([turn], [f"a {n}", f"no {n}"]) for n, turn in enumerate(PROMPTS)]
     )
     evaluate(run, Said())
-    found = run.state("evaluate")["human"]
-    assert found["judge"]["mean"] == 1.0
-    assert found["reward"]["mean"] == pytest.approx(fmean(float(a > b) for a, b in scores))
-    assert found["reward"]["n"] == 4
+    human = run.state("evaluate")["human"]
+    assert human["judge"]["mean"] == 1.0
+    assert human["reward"]["mean"] == pytest.approx(fmean(float(a > b) for a, b in scores))
+    assert human["reward"]["n"] == 4
 
 
 @pytest.mark.parametrize(
-    ("policy", "named", "told"),
+    ("policy", "named", "message"),
     [
         ({}, ["/no/such/model"], "neither a name nor a model, expected base, sft, ppo, "),
         ({"model": "/no/such/model"}, [], "expected smollm2-135m, or a folder"),
     ],
 )
 def test_what_is_no_model_is_one_line_before_anything_is_asked(
-    folder, tmp_path, policy, named, told
+    folder, tmp_path, policy, named, message
 ):
     settings = opened(folder, policy, against="base", policies=named).settings
     run = Run(tmp_path / "run", settings)
     with pytest.raises(InputError, match=r"got '/no/such/model' \(no such folder\)") as error:
         evaluate(run, Said())
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert not run.path.exists()

@@ -310,8 +310,8 @@ CONTRAST = """() => {
   }, 0);
   const behind = (node) => {
     for (let e = node; e; e = e.parentElement) {
-      const found = rgb(getComputedStyle(e).backgroundColor);
-      if (found[3] === 255) return found;
+      const colour = rgb(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 255) return colour;
     }
     return [255, 255, 255, 255];
   };
@@ -408,8 +408,8 @@ CHANGE = """([name, value]) => {
 
 def cpu_ms(session) -> float:
     """What the page's thread has worked so far; other processes do not count."""
-    found = session.send("Performance.getMetrics")["metrics"]
-    return 1000 * next(row["value"] for row in found if row["name"] == "TaskDuration")
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    return 1000 * next(row["value"] for row in metrics if row["name"] == "TaskDuration")
 
 
 @pytest.mark.slow

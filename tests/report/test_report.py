@@ -41,13 +41,13 @@ class Parsed(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.open: list[str] = []
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.held: list[tuple[str, str]] = []  # (tag, text directly in it)
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -59,7 +59,7 @@ class Parsed(HTMLParser):
             self.held.append((self.open[-1], data))
 
     def ids(self) -> list[str]:
-        return [attrs["id"] for _, attrs in self.found if "id" in attrs]
+        return [attrs["id"] for _, attrs in self.elements if "id" in attrs]
 
     def text(self) -> str:
         return " ".join(
@@ -104,7 +104,7 @@ def test_a_full_run_has_every_part(full):
     parsed = Parsed(page)
     assert set(PARTS) <= set(parsed.ids())
     assert 'class="missing"' not in page
-    links = [attrs["href"] for tag, attrs in parsed.found if tag == "a"]
+    links = [attrs["href"] for tag, attrs in parsed.elements if tag == "a"]
     assert links == ["#main", *(f"#{part}" for part in PARTS)]
     assert summary["parts"] == [
         "funnel", "judging", "reward", "training", "kl", "evaluation", "browser"
@@ -113,10 +113,10 @@ def test_a_full_run_has_every_part(full):
     assert tile_names(page) == ["Win rate", "Gold", "Score (proxy)", "KL", "Words"]
     assert "ppo against base, 61.2 % to 77.2 %; at equal length 61.0 %" in parsed.text()
     assert "0.500 \N{RIGHTWARDS ARROW} 1.10 base to ppo" in parsed.text()
-    for told in ("Longer wins", "Calibration", "Learning curve", "Explained variance of the critic",
+    for text in ("Longer wins", "Calibration", "Learning curve", "Explained variance of the critic",
                  "5 held-out prompts, by step", "Win rates at equal length", "Elo points",
                  "Agreement with what people chose", "at most 0.636", "69.2"):  # fmt: skip
-        assert told in page, told
+        assert text in page, text
 
 
 def test_labels_alone_make_a_report(bare):
@@ -170,13 +170,13 @@ def test_files_that_are_not_as_aif_writes_them(tmp_path):
     for name, damages in cases.items():
         path = run.file(name)
         before = path.read_bytes() if path.exists() else None
-        for text, told in damages:
+        for text, message in damages:
             path.write_text(text + "\n")
-            with pytest.raises(AifError) as found:
+            with pytest.raises(AifError) as error:
                 report(run, Progress(quiet=True))
-            assert str(found.value).startswith(str(path)), text
-            assert told in str(found.value), text
-            assert "\n" not in str(found.value)
+            assert str(error.value).startswith(str(path)), text
+            assert message in str(error.value), text
+            assert "\n" not in str(error.value)
         path.unlink() if before is None else path.write_bytes(before)
     assert not run.file("report.html").exists()
 
@@ -208,7 +208,7 @@ def test_what_is_missing_is_said_in_one_line(full, monkeypatch):
 def test_the_page_refers_to_nothing_outside_of_itself(full):
     _, _, page = full
     parsed = Parsed(page)
-    for tag, attrs in parsed.found:
+    for tag, attrs in parsed.elements:
         for name, value in attrs.items():
             assert name != "style", tag
             assert not name.startswith("on"), (tag, name)
@@ -217,7 +217,8 @@ def test_the_page_refers_to_nothing_outside_of_itself(full):
     style = next(text for tag, text in parsed.held if tag == "style")
     assert "url(" not in style
     assert "@import" not in style
-    assert {tag for tag, _ in parsed.found} & {"link", "iframe", "object", "embed", "base"} == set()
+    tags = {tag for tag, _ in parsed.elements}
+    assert not tags & {"link", "iframe", "object", "embed", "base"}
     addresses = set(re.findall(r"https?://[^\s\"'<)]*", page))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name, which nobody fetches
     assert str(full[0].path) not in page
@@ -227,16 +228,16 @@ def test_the_page_refers_to_nothing_outside_of_itself(full):
 def test_the_policy_allows_this_style_and_this_script_alone(full):
     _, _, page = full
     parsed = Parsed(page)
-    metas = [attrs for tag, attrs in parsed.found if tag == "meta"]
+    metas = [attrs for tag, attrs in parsed.elements if tag == "meta"]
     policy = next(m["content"] for m in metas if m.get("http-equiv") == "Content-Security-Policy")
-    told = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    sources = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     styles = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
     assert len(scripts) == len(styles) == 1
     for kind, text in (("script-src", scripts[0]), ("style-src", styles[0])):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert told[kind] == f"'sha256-{digest}'"
-    assert told["default-src"] == told["base-uri"] == told["form-action"] == "'none'"
+        assert sources[kind] == f"'sha256-{digest}'"
+    assert sources["default-src"] == sources["base-uri"] == sources["form-action"] == "'none'"
     assert page.index("Content-Security-Policy") < page.index("<style>")
     script = scripts[0]
     for word in (
@@ -255,14 +256,14 @@ def test_charts_are_inert_and_named(full):
     parsed = Parsed(page)
     ids = parsed.ids()
     assert len(ids) == len(set(ids))
-    charts = [attrs for tag, attrs in parsed.found if tag == "svg" and "role" in attrs]
+    charts = [attrs for tag, attrs in parsed.elements if tag == "svg" and "role" in attrs]
     assert len(charts) > 20
     for attrs in charts:
         assert attrs["role"] == "img"
         title, desc = attrs["aria-labelledby"].split()
         assert title in ids
         assert desc in ids
-    for tag, attrs in parsed.found:
+    for tag, attrs in parsed.elements:
         if attrs.get("href", "").startswith("#"):
             assert attrs["href"][1:] in ids, (tag, attrs)
         if "clip-path" in attrs:
@@ -284,14 +285,14 @@ def test_a_colour_without_a_role_is_an_error():
 
 def test_tables_and_headings_are_marked_up(full):
     parsed = Parsed(full[2])
-    heads = [attrs for tag, attrs in parsed.found if tag == "th"]
+    heads = [attrs for tag, attrs in parsed.elements if tag == "th"]
     assert heads
     assert all(attrs.get("scope") in ("col", "row") for attrs in heads)
-    levels = [int(tag[1]) for tag, _ in parsed.found if re.fullmatch("h[1-6]", tag)]
+    levels = [int(tag[1]) for tag, _ in parsed.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
-    regions = [attrs for _, attrs in parsed.found if "scroll" in (attrs.get("class") or "")]
+    regions = [attrs for _, attrs in parsed.elements if "scroll" in (attrs.get("class") or "")]
     assert all(attrs["aria-label"] and attrs["tabindex"] == "0" for attrs in regions)
 
 
@@ -315,8 +316,8 @@ def test_the_same_files_make_the_same_page(full):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert written(run) == before
-    told, _, loaded = done.stdout.partition("LOADED")
-    assert json.loads(told)["bytes"] == len(before)
+    summary, _, loaded = done.stdout.partition("LOADED")
+    assert json.loads(summary)["bytes"] == len(before)
     assert not set(loaded.split()) & {"torch", "transformers", "openai", "pandas", "datasets"}
 
 
@@ -333,13 +334,13 @@ def test_nulls_are_counted_and_never_drawn(full):
     assert len(whole["values"]) == 60 - null
     assert whole["null"] == null
     assert dict(whole["faults"]) == {"unparsed": sum(v.fault is not None for v in verdicts)}
-    told = Parsed(page).text()
-    assert f"{60 - null} labels, {null} null" in told
-    assert f"Labels 60 {60 - null} {null} unparsed" in told
-    assert "Responses 61 60 1 empty" in told
-    assert "label 48 2 0 24,000 240" in told  # answers, failed, damaged lines, tokens
-    assert "evaluate 2 1 0 \N{EN DASH} \N{EN DASH}" in told
-    assert "Revisions 24 12 12 truncated" in told
+    text = Parsed(page).text()
+    assert f"{60 - null} labels, {null} null" in text
+    assert f"Labels 60 {60 - null} {null} unparsed" in text
+    assert "Responses 61 60 1 empty" in text
+    assert "label 48 2 0 24,000 240" in text  # answers, failed, damaged lines, tokens
+    assert "evaluate 2 1 0 \N{EN DASH} \N{EN DASH}" in text
+    assert "Revisions 24 12 12 truncated" in text
     table = re.search(r"spread-0.*?<tbody>(.*?)</tbody>", page, re.DOTALL)[1]
     assert sum(map(int, re.findall(r"<td>(\d+)</td>", table))) == 60 - null
     variance = page[page.index("<figcaption>Explained variance") :].partition("</table>")[0]
@@ -394,8 +395,8 @@ def test_the_judges_card_by_hand(tmp_path):
     whole, kind = judge_rows(survey(run))
     for row in (whole, kind):
         keys = ("longer", "swaps", "shown_first", "human", "confident", "first")
-        found = {key: (row[key]["accuracy"], row[key]["n"]) for key in keys}
-        assert found == {
+        shares = {key: (row[key]["accuracy"], row[key]["n"]) for key in keys}
+        assert shares == {
             "longer": (pytest.approx(2 / 3), 3),
             "swaps": (0.5, 4),  # .8 and .4 turn; even and .9 are not one winner either
             "shown_first": (pytest.approx(4 / 7), 7),  # ab: .9 .8, ba: .4 .1; .5 says nothing
@@ -421,11 +422,11 @@ def test_many_principles_are_all_in_the_table_and_not_all_drawn(tmp_path):
     run.write("comparisons.jsonl", [pair])
     run.write("labels.jsonl", [Label(pair.id, 0.9, None, 60, None, by_principle)])
     report(run, Progress(quiet=True))
-    told = Parsed(written(run)).text()
-    assert "p29 1 0 100.0 % 100.0 % 100.0 %" in told
-    assert f"{30 - MOST_PRINCIPLES} more principles stand in the table above." in told
-    assert "Distribution of p_first, p0" in told
-    assert "Distribution of p_first, p29" not in told
+    text = Parsed(written(run)).text()
+    assert "p29 1 0 100.0 % 100.0 % 100.0 %" in text
+    assert f"{30 - MOST_PRINCIPLES} more principles stand in the table above." in text
+    assert "Distribution of p_first, p0" in text
+    assert "Distribution of p_first, p29" not in text
 
 
 def test_a_shared_grade_is_paid_once(tmp_path):
@@ -454,9 +455,9 @@ def test_what_does_not_fit_is_drawn_by_seed_and_said(tmp_path, monkeypatch):
     assert sum(map(len, few["texts"])) < 20_000
     monkeypatch.setattr("aif.report.BUDGET", 20_000)
     report(run, Progress(quiet=True))
-    told = Parsed(written(run)).text()
-    assert f"This page holds {len(kept)} of 60 comparisons, drawn by seed 0" in told
-    assert "Labels 60 51 9 unparsed" in told  # the figures are of all
+    text = Parsed(written(run)).text()
+    assert f"This page holds {len(kept)} of 60 comparisons, drawn by seed 0" in text
+    assert "Labels 60 51 9 unparsed" in text  # the figures are of all
 
 
 def test_one_item_too_large_does_not_keep_the_others_out():
@@ -491,10 +492,10 @@ def test_what_is_hidden_is_shown(text, shown):
 
 @given(st.text(alphabet=st.characters(codec=None)))
 def test_a_visible_text_can_be_written_and_stays_as_it_is(text):
-    found = visible(text)
-    found.encode("utf-8")
-    assert visible(found) == found
-    assert cleaned({text: [text, 1, None]}) == {found: [found, 1, None]}
+    shown = visible(text)
+    shown.encode("utf-8")
+    assert visible(shown) == shown
+    assert cleaned({text: [text, 1, None]}) == {shown: [shown, 1, None]}
 
 
 def test_names_and_texts_from_files_are_text_on_the_page(tmp_path):
@@ -510,8 +511,8 @@ def test_names_and_texts_from_files_are_text_on_the_page(tmp_path):
     report(run, Progress(quiet=True))
     page = written(run)
     parsed = Parsed(page)
-    assert "img" not in {tag for tag, _ in parsed.found}
-    assert [tag for tag, _ in parsed.found].count("script") == 2
+    assert "img" not in {tag for tag, _ in parsed.elements}
+    assert [tag for tag, _ in parsed.elements].count("script") == 2
     assert "onerror=alert(1)> $x^2$ ⟨U+202E⟩{{7*7}} ⟨U+D800⟩" in parsed.text()
     assert "\u202e" not in parsed.text()
     assert ">a $x$ b</text>" in page

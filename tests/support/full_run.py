@@ -49,14 +49,14 @@ def labelled_run(
     draw = random.Random(0)
     prompts = [Prompt.of([{"role": "user", "content": f"Question {n}: {sentence(draw)}?"}])
                for n in range(max(2, comparisons // 3))]  # fmt: skip
-    given = list(texts)
+    left = list(texts)
     responses = [
         Response(content_id("r", p.id, n), p.id, "tiny", n,
-                 given.pop() if given else sentence(draw, words), "stop", None,
+                 left.pop() if left else sentence(draw, words), "stop", None,
                  {"prompt_tokens": 9})
         for p in prompts for n in range(3)
     ]  # fmt: skip
-    assert not given, "too few responses for all the texts"
+    assert not left, "too few responses for all the texts"
     fault = Response(content_id("empty"), prompts[0].id, "tiny", 3, None, None, "empty", {})
     run.write("prompts.jsonl", prompts)
     run.write("responses.jsonl", [*responses, fault])
@@ -138,17 +138,17 @@ def full_run(path: Path, comparisons: int = 60, texts: Iterable[str] = ()) -> Ru
     )
     write_jsonl(path / "metrics.jsonl", _metrics())
     prompts = {row.id: row.messages for row in run.read("prompts.jsonl", Prompt)}
-    asked = list(prompts)[:5]
+    held_out = list(prompts)[:5]
     write_jsonl(path / "ppo-samples.jsonl", (
         {"step": step, "prompt_id": name, "prompt": prompts[name],
          "response": f"an answer at step {step}", "score": step / 10, "gold": None if step else 0.5,
          "kl": 0.2 * step, "tokens": 5, "ended": True}
-        for step in (0, 10, 30) for name in asked
+        for step in (0, 10, 30) for name in held_out
     ))  # fmt: skip
     write_jsonl(path / "evaluation.jsonl", (
-        {"policy": policy, "prompt_id": name, "response": None if name == asked[0] else
+        {"policy": policy, "prompt_id": name, "response": None if name == held_out[0] else
          f"{policy} answers", "score": 0.1, "gold": 0.2, "kl": 1.0, "words": 2, "refusal": False}
-        for policy in ("base", "ppo") for name in asked
+        for policy in ("base", "ppo") for name in held_out
     ))  # fmt: skip
     run.write_state("evaluate", EVALUATION)
     verdicts = list(run.read("verdicts.jsonl", Verdict))
