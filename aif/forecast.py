@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from aif.config.settings import LLMSettings, TrainSettings
 from aif.data.readers import read_prompts
 from aif.errors import TooSlow
-from aif.judge.panel import constitution_path, judge_of
+from aif.judge.panel import judge_of
 from aif.llm import Ask
 from aif.pipeline import Step
 from aif.planning import comparisons_of, prompts_of, samples_of
@@ -146,7 +146,7 @@ def _label(run: Run) -> list[Work]:
 
 
 def _judging(run: Run, rows: Iterable[Comparison], model: LLMSettings | None = None) -> Work:
-    judge = judge_of(run.settings, constitution_path(run.settings), model)
+    judge = judge_of(run.settings, model)
     rows = list(rows)
     calls = {call.digest for row in rows for call in judge.calls_for(row)}
     return Work(judge.model, read=_new_tokens(judge.asks(rows, calls)))

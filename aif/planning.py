@@ -12,7 +12,7 @@ from aif.config.price import Price
 from aif.data.readers import read_pairs, read_prompts, unique
 from aif.judge.calls import PendingCalls, check_models
 from aif.judge.judge import Judge
-from aif.judge.panel import constitution_path, panel_of
+from aif.judge.panel import panel_of
 from aif.judge.provenance import changes, facts
 from aif.llm import LLM, Ask, open_llm
 from aif.llm.budget import LABELS, journals, most_tokens, price_of, spent_in
@@ -63,16 +63,15 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
     calls and tokens are then upper bounds. `rate` is calls per second; None: the rate of the last
     labelling by the same judges. Raises InputError for a budget without a price.
     """
-    path = constitution_path(run.settings)
     check_models(run, STAGE, [run.settings.judge, *run.settings.panel])
-    panel = panel_of(run.settings, path)
+    panel = panel_of(run.settings)
     sampled = _is_to_be_sampled(run)
     path_of_answers = run.file("journal") / f"{STAGE}.jsonl"
     with Reader.reading(path_of_answers, missing_ok=True) as journal:
         pending = PendingCalls.of(panel, comparisons_of(run), journal)
         judges = [_of_judge(run, judge, pending, journal.index) for judge in panel.judges]
     principles = Counter(name for calls in pending.missing.values() for name in calls.values())
-    used = facts(panel, path, {})
+    used = facts(panel, run.settings, {})
     rate = rate or measured_rate(run, used)
     exact = all(judge["prompt_tokens_are"] == "exact" for judge in judges)
     summary = {

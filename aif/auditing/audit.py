@@ -26,7 +26,7 @@ from aif.config.settings import Settings, load_settings
 from aif.data.human import Item, items_of, read_items
 from aif.dependencies import require
 from aif.errors import AifError, InputError
-from aif.judge.panel import constitution_path, judge_of
+from aif.judge.panel import judge_of
 from aif.llm import open_llm
 from aif.llm.dispatch import Faults
 from aif.progress import Progress
@@ -168,7 +168,7 @@ def _check(judges: Sequence[AuditedJudge]) -> None:
     for judge in judges:
         with open_llm(judge.run.settings.judge) as llm:
             _ = llm.control_tokens
-        judge_of(judge.run.settings, constitution_path(judge.run.settings))
+        judge_of(judge.run.settings)
 
 
 def _recorded_judges(run: Run) -> list[AuditedJudge]:

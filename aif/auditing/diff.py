@@ -149,8 +149,8 @@ def _second(run: Run, other: Run | None) -> AbstractContextManager[Labelling]:
 @contextmanager
 def _from_answers(run: Run) -> Iterator[Labelling]:
     """The labelling that the settings make of a run's stored answers."""
-    path = constitution_path(run.settings)
-    panel = panel_of(run.settings, path)
+    panel = panel_of(run.settings)
+    names = ", ".join(judge.name for judge in panel.judges)
     with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:
 
         def rows() -> Iterator[tuple[Comparison, list[Verdict], Label | None]]:
@@ -159,9 +159,9 @@ def _from_answers(run: Run) -> Iterator[Labelling]:
                 yield comparison, [verdict for verdict, _ in pairs], label
 
         yield Labelling(
-            name=f"{path}, by {', '.join(judge.name for judge in panel.judges)}",
+            name=f"{constitution_path(run.settings)}, by {names}",
             run=run,
-            used=facts(panel, path, {}),
+            used=facts(panel, run.settings, {}),
             labels=lambda: (label for _, _, label in rows() if label),
             verdicts=lambda ids: (
                 verdict

@@ -25,7 +25,7 @@ from aif.evaluation.policies import NAMES, REFERENCE, Policy, chosen, start_of
 from aif.evaluation.responses import PolicyResponse, comparison, response_stats
 from aif.judge.judge import Judge
 from aif.judge.live import LiveJudge
-from aif.judge.panel import constitution_path, judge_of
+from aif.judge.panel import judge_of
 from aif.llm import open_llm
 from aif.llm.dispatch import Faults
 from aif.progress import Progress
@@ -58,7 +58,7 @@ def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
     settings = run.settings.evaluate
     with open_llm(run.settings.judge) as llm:  # a bad judge stops it before others work
         _ = llm.control_tokens
-    judge = judge_of(run.settings, constitution_path(run.settings))
+    judge = judge_of(run.settings)
     policies, against = chosen(run)
     _check(run, policies)
     faults, bootstrap = Faults(), Bootstrap(settings.seed, settings.resamples)

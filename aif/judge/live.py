@@ -17,7 +17,7 @@ from typing import Any
 from aif.errors import InputError
 from aif.judge.aggregate import has_quorum
 from aif.judge.judge import JudgeCall, protocol_of
-from aif.judge.panel import constitution_path, judge_of
+from aif.judge.panel import judge_of
 from aif.judge.protocols import PROTOCOLS
 from aif.llm import LLM, Answer, open_llm
 from aif.llm.budget import Meter
@@ -48,7 +48,7 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
         _require_grades(run)
         self.faults = Faults()
         self._run, self._stage = run, stage
-        self._judge = judge_of(run.settings, constitution_path(run.settings))
+        self._judge = judge_of(run.settings)
         self._meter = Meter.of(run, stage, run.settings.judge)
         self._opened = ExitStack()
         trial = Comparison.of([{"role": "user", "content": "?"}], "?", NOBODY)

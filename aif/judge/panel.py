@@ -176,21 +176,19 @@ def constitution_path(settings: Settings) -> Path:
 
 def judge_of(
     settings: Settings,
-    constitution: Path,
     model: LLMSettings | None = None,
     label: LabelSettings | None = None,
     name: str = "",
 ) -> Judge:
     """The judge of the settings, `[judge]` and `[label]` unless others are passed. Raises
-    InputError for a constitution that does not fit its protocol."""
-    judge = Judge(
-        constitutions.load(constitution), model or settings.judge, label or settings.label, name
-    )
-    judge.constitution.require(judge.protocol, constitution)
+    InputError for a constitution that is missing or does not fit the protocol."""
+    path = constitution_path(settings)
+    judge = Judge(constitutions.load(path), model or settings.judge, label or settings.label, name)
+    judge.constitution.require(judge.protocol, path)
     return judge
 
 
-def panel_of(settings: Settings, constitution: Path) -> Panel:
+def panel_of(settings: Settings) -> Panel:
     """The judges of the settings: `[judge]`, then each `[[panel]]`.
 
     A judge's name is its model, with a number from the second of the same model on. Raises
@@ -202,7 +200,7 @@ def panel_of(settings: Settings, constitution: Path) -> Panel:
     for model in (settings.judge, *settings.panel):
         number = 1 + sum(judge.model.model == model.model for judge in judges)
         name = f"{model.model}#{number}" if number > 1 else model.model
-        judge = judge_of(settings, constitution, model, name=name)
+        judge = judge_of(settings, model, name=name)
         if any(judge.question_ids == other.question_ids for other in judges):
             raise InputError(
                 "panel", "model", got=f"{model.model} twice", expected="judges that differ"
@@ -216,7 +214,7 @@ def panel_of(settings: Settings, constitution: Path) -> Panel:
         deeper = label.model_copy(update={"protocol": "reasoned", "template": None})
         for judge in judges:
             name = f"{judge.name}, reasoned"
-            reasoned.append(judge_of(settings, constitution, judge.model, deeper, name))
+            reasoned.append(judge_of(settings, judge.model, deeper, name))
             weights[name] = weights[judge.name]
     return Panel(judges, label, weights, reasoned)
 

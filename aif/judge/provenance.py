@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from aif.config.settings import Settings
 from aif.judge.judge import Judge
-from aif.judge.panel import Panel
+from aif.judge.panel import Panel, constitution_path
 from aif.store.records import content_id
 
 
-def facts(panel: Panel, constitution: Path, data: dict[str, Any]) -> dict[str, Any]:
+def facts(panel: Panel, settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
     """What a labelling used, so that the next one can say what changed."""
     first, *others = panel.judges
     sampled = first.constitution.principles == "sample"
@@ -24,7 +24,7 @@ def facts(panel: Panel, constitution: Path, data: dict[str, Any]) -> dict[str, A
         **({"panel": {judge.name: _other(judge) for judge in others}} if others else {}),
         **panel.rules(),
         "constitution": {
-            "file": str(constitution),
+            "file": str(constitution_path(settings)),
             "name": first.constitution.name,
             "digest": first.constitution.digest(),
             "preamble": content_id(first.constitution.preamble),

@@ -16,7 +16,7 @@ from typing import Any
 
 from aif.errors import InputError
 from aif.judge.calls import PendingCalls, ask_missing, check_models
-from aif.judge.panel import Panel, constitution_path, judge_of
+from aif.judge.panel import Panel, judge_of
 from aif.llm.dispatch import Faults
 from aif.progress import Progress
 from aif.run import Run
@@ -33,10 +33,9 @@ def filter(run: Run, progress: Progress) -> dict[str, Any]:
     far.
     """
     settings = run.settings
-    constitution = constitution_path(settings)
     check_models(run, STAGE, [settings.judge])
     full = settings.label.model_copy(update={"escalate_below": None})
-    panel = Panel([judge_of(settings, constitution)], full, {})
+    panel = Panel([judge_of(settings)], full, {})
     with run.writing():
         pairs = revised_pairs(run)
         run.keep_settings()

@@ -19,7 +19,7 @@ from typing import Any
 from aif.data.readers import read_pairs, unique
 from aif.errors import AifError, BudgetSpent, InputError
 from aif.judge.calls import PendingCalls, ask_missing, check_models
-from aif.judge.panel import EscalationStats, Panel, constitution_path, panel_of
+from aif.judge.panel import EscalationStats, Panel, panel_of
 from aif.judge.provenance import changes, facts
 from aif.llm.dispatch import Faults
 from aif.llm.usage import Paid
@@ -39,14 +39,13 @@ def label(run: Run, progress: Progress) -> dict[str, Any]:
     the answers so far. `dispatch.check_faults` checks the summary's share of faults.
     """
     settings = run.settings
-    constitution = constitution_path(settings)
     check_models(run, STAGE, [settings.judge, *settings.panel])
-    panel = panel_of(settings, constitution)
+    panel = panel_of(settings)
     with run.writing():
         data = take_in(run)
         run.keep_settings()
         with run.journal(STAGE) as journal:
-            used = facts(panel, constitution, data)
+            used = facts(panel, settings, data)
             rows = partial(comparisons, run)
             pending = PendingCalls.of(panel, rows(), journal)
             for line in [*journal.damage(), *changes(run.state(STAGE), used), pending.line()]:

@@ -28,7 +28,7 @@ from aif.config.settings import LabelSettings, LLMSettings
 from aif.constitution.file import Constitution
 from aif.data.readers import pairs_of
 from aif.judge.judge import Judge
-from aif.judge.panel import EscalationStats, Panel, constitution_path, panel_of
+from aif.judge.panel import EscalationStats, Panel, panel_of
 from aif.stages.label import STAGE, comparisons
 from aif.store import jsonl
 from aif.store.journal import Journal, Reader
@@ -88,7 +88,7 @@ def of_run(folder: Path, by: str) -> list[Row]:
     def panel_at(threshold: float | None) -> Panel:
         given = {"label.escalate_below": threshold, "label.escalate": by}
         run = open_run(folder, given)
-        return panel_of(run.settings, constitution_path(run.settings))
+        return panel_of(run.settings)
 
     run = open_run(folder, {})
     with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:

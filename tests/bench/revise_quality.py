@@ -139,7 +139,7 @@ def grades(run: Run, texts: list[Text]) -> dict[str, float]:
     """
     asks, owner = {}, {}
     with open_llm(run.settings.judge) as llm:
-        judge = judge_of(run.settings, Path(run.settings.label.constitution or ""))
+        judge = judge_of(run.settings)
         for text in texts:
             comparison = Comparison.of(text.prompt, text.text, "")
             for call in judge.calls_for(comparison):
