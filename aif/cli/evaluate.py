@@ -70,7 +70,7 @@ def evaluate_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def standing(summary: Mapping[str, Any]) -> list[str]:
-    """The table alone, a policy a line, and what it is of."""
+    """The table alone, with a row for each policy, and its caption."""
     against = summary["against"]
     rates = {m["first"]: m["win_rate"] for m in summary["matches"] if m["second"] == against}
     return [

@@ -288,8 +288,8 @@ def open_run(path: Path, settings: dict[str, Any]) -> Run:
 def existing_run(
     path: Path, settings: dict[str, Any] | None = None, unless: str | None = None
 ) -> Run:
-    """The run at `path`. Raises InputError if there is none, unless `settings` has the key of data
-    from elsewhere, with which a run may begin."""
+    """The run at `path`. Raises InputError if there is none, except if `settings` has the key
+    `unless`: data from elsewhere, with which a new run may begin."""
     from aif.errors import InputError
 
     if not path.is_dir() and unless not in (settings or {}):

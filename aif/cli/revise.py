@@ -1,4 +1,4 @@
-"""`aif revise` and `aif filter`: revised responses, and those of them to keep."""
+"""`aif revise` and `aif filter`: revise responses, and keep the good revisions."""
 
 from __future__ import annotations
 

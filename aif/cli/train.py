@@ -45,7 +45,7 @@ def sft(run: RunFolder, settings: dict[str, Any], console: Console) -> None:
 
 
 def _sft_lines(summary: dict[str, Any]) -> list[str]:
-    """What was learned from, and the loss on what was not."""
+    """The examples that it learned from, and the loss on held-out ones."""
     lines = [f"{summary['examples']:,} examples, {_steps(summary)}"]
     lines += _too_long(summary, "examples")
     if summary["eval_loss"] is not None:
@@ -78,7 +78,7 @@ def reward(run: RunFolder, settings: dict[str, Any], console: Console) -> None:
 
 
 def _reward_lines(summary: dict[str, Any]) -> list[str]:
-    """What was learned from, and the report card in brief."""
+    """The comparisons that it learned from, and the report card in brief."""
     lines = [
         f"{summary['pairs']:,} comparisons of {summary['prompts']:,} prompts, {_steps(summary)}"
     ]

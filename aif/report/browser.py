@@ -182,7 +182,7 @@ def _answers(run: Run, kept: set[Key], texts: Texts) -> list[dict[str, Any]]:
 
 
 def _prompts(run: Run) -> dict[str, list[Message]]:
-    """The run's prompts, and those that its policies were evaluated on, by id."""
+    """The run's prompts and the prompts of its evaluation, by id."""
     evaluated = sorted(run.path.glob("evaluation/*/prompts.jsonl"))[:1]
     files = ["prompts.jsonl", *(str(path.relative_to(run.path)) for path in evaluated)]
     return {row.id: row.messages for file in files for row in rows(run, file, Prompt)}

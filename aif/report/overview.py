@@ -37,18 +37,12 @@ class Count:
     """A line of the funnel: how many there are, and how many of them are lost, by reason."""
 
     name: str
-    file: str
     total: int = 0
     lost: Counter[str] = field(default_factory=Counter)
 
     @property
     def good(self) -> int:
         return self.total - self.lost.total()
-
-    def add(self, lost: str | None) -> None:
-        self.total += 1
-        if lost:
-            self.lost[lost] += 1
 
 
 def what_ran(run: Run, labels: LabelSurvey) -> dict[str, Any]:
@@ -189,7 +183,7 @@ def _tokens(run: Run, stage: str, labels: LabelSurvey) -> dict[str, int]:
 
 
 def funnel(run: Run, labels: LabelSurvey) -> list[Count]:
-    """From prompts to episodes, each with what was lost and why."""
+    """The counts from prompts to episodes, each with its losses by reason."""
     null = Counter(label.fault for label in labels.labels.values() if label.fault)
     verdicts = labels.verdicts.of()
     counts = [
@@ -201,26 +195,25 @@ def funnel(run: Run, labels: LabelSurvey) -> list[Count]:
             run, "Revisions kept", "kept.jsonl", Kept,
             lambda row: row.fault or (None if row.kept else "not preferred"),
         ),
-        Count("Comparisons", "comparisons.jsonl", len(labels.words)),
-        Count("Verdicts", "verdicts.jsonl", verdicts.verdicts, verdicts.faults),
-        Count("Labels", "labels.jsonl", len(labels.labels), null),
+        Count("Comparisons", len(labels.words)),
+        Count("Verdicts", verdicts.verdicts, verdicts.faults),
+        Count("Labels", len(labels.labels), null),
     ]  # fmt: skip
     reward = state(run, "reward", TrainState)
     if reward and reward.pairs is not None:
-        counts.append(Count("Pairs learned from", "reward.json", reward.pairs))
-        counts.append(Count("Pairs held out", "reward.json", reward.eval_pairs or 0))
+        counts.append(Count("Pairs learned from", reward.pairs))
+        counts.append(Count("Pairs held out", reward.eval_pairs or 0))
     episodes = [
         row.value or 0
         for row in rows(run, "metrics.jsonl", Metric)
         if (row.stage, row.name) == ("ppo", "episode")
     ]
     if episodes:
-        counts.append(Count("PPO episodes", "metrics.jsonl", int(max(episodes))))
+        counts.append(Count("PPO episodes", int(max(episodes))))
     return [count for count in counts if count.total]
 
 
 def _counted(run: Run, name: str, file: str, kind: type, lost: Any) -> Count:
-    count = Count(name, file)
-    for row in rows(run, file, kind):
-        count.add(lost(row))
-    return count
+    """The rows of a file; `lost` gives the reason why a row is lost, or None."""
+    reasons = [lost(row) for row in rows(run, file, kind)]
+    return Count(name, len(reasons), Counter(filter(None, reasons)))

@@ -28,12 +28,14 @@ from aif.data.readers import read_questions
 from aif.errors import JudgeStopped
 from aif.evaluation.evaluate import evaluate
 from aif.evaluation.policies import chosen
+from aif.evaluation.schema import Evaluation
 from aif.llm import Answer
 from aif.llm.scripted import ScriptedLLM, words
 from aif.run import Run
 from aif.store import checkpoint
 from aif.store.records import Prompt
 from tests.conftest import AIF, read_jsonl, write_jsonl
+from tests.support.schema import missing
 from tests.support.server import serving
 from tests.support.tiny import Said
 from tests.test_house import LABEL
@@ -602,6 +604,15 @@ def test_models_behind_a_server_never_load_torch(place):
     loaded = set(done.stdout.partition("LOADED")[2].split())
     assert "sklearn" in loaded or "scipy" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "trl", "matplotlib"}
+
+
+# --- what the report reads
+
+
+def test_the_state_has_every_key_that_the_report_reads(place):
+    place.evaluate()
+    # Ratings have no count, and no best-of-n is here, whose KL is a bound.
+    assert set(missing(Evaluation, place.state())) == {"Estimate.n", "Estimate.bound"}
 
 
 # --- what is printed

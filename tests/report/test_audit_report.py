@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import get_args, get_origin
 
 import pytest
-from pydantic import BaseModel
 
 from tests.support.full_run import labelled_run
 
@@ -22,6 +19,7 @@ from aif.progress import Progress
 from aif.report import report
 from aif.run import Run
 from tests.report.test_report import Parsed, written
+from tests.support.schema import missing
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +88,6 @@ def test_an_audit_with_nothing_in_it_is_no_error(tmp_path):
     bare.write_state("audit", {"judges": "nobody"})
     with pytest.raises(InputError, match="judges"):
         report(bare, Progress(quiet=True))
-
-
-def missing(shape: type[BaseModel], state: dict) -> Iterator[str]:
-    """The keys that the schema names and the file lacks."""
-    for name, field in shape.model_fields.items():
-        if name not in state:
-            yield f"{shape.__name__}.{name}"
-            continue
-        for inner in (field.annotation, *get_args(field.annotation)):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                held = state[name]
-                if get_origin(field.annotation) is dict:
-                    held = list(held.values())
-                for value in held if isinstance(held, list) else [held]:
-                    yield from missing(inner, value) if value else ()
 
 
 def test_the_audit_has_every_key_that_the_page_reads(run):
