@@ -16,6 +16,7 @@ from typing import Any
 
 from aif.config.settings import VLLM, Settings
 from aif.config.templates import BUILTIN
+from aif.config.versions import for_digest
 from aif.errors import InputError, shown
 from aif.llm.dispatch import check_faults
 from aif.models.malloc import give_back_memory
@@ -134,7 +135,7 @@ def _iteration(run: Run, number: int, before: Run) -> Run:
     return run.child(
         str(number),
         policy=settings.policy.of_weights(str(before.file("ppo"))),
-        respond=respond.model_copy(update={"samples": respond.resamples or respond.samples}),
+        respond=respond.model_copy(update={"samples": respond.sft_samples or respond.samples}),
         reward=settings.reward.model_copy(update=fresh),
         ppo=settings.ppo.model_copy(update=fresh),
     )
@@ -206,7 +207,7 @@ def _keep_done(step: Step, inputs: str, seconds: float) -> None:
 def _inputs(step: Step) -> str:
     """The digest of everything that a step depends on. A setting that names a file or a model
     counts by its content; a file that the step also writes is one of its outputs."""
-    tables = step.run.settings.model_dump(mode="json")
+    tables = for_digest(step.run.settings, mode="json")
     for table in filter(None, (tables[name] for name in ("policy", "reviser", "judge", "label"))):
         table.pop("price", None)  # the answers do not depend on what calls cost
         table.pop("budget", None)

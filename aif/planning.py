@@ -180,7 +180,7 @@ def samples_of(run: Run) -> int:
     """The number of responses to a prompt that are compared."""
     settings = run.settings.respond
     again = any(step.name == "resample" for step in steps(run))
-    return (again and settings.resamples) or settings.samples
+    return (again and settings.sft_samples) or settings.samples
 
 
 def _sampling(run: Run) -> dict[str, int]:
@@ -210,9 +210,9 @@ def _sampling_dollars(run: Run) -> dict[str, dict[str, float | None]]:
 
 
 def _samples_asked(run: Run) -> Iterator[Ask]:
-    shots = read_few_shot(run.settings.respond.shots)
+    few_shot = read_few_shot(run.settings.respond.few_shot)
     for prompt in prompts_of(run):
-        yield from sample_asks(run.settings, prompt, shots)
+        yield from sample_asks(run.settings, prompt, few_shot)
 
 
 def _revisions_asked(run: Run, llm: LLM) -> Iterator[Ask]:

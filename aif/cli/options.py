@@ -45,6 +45,7 @@ class Flag:
     help: str
     metavar: str | None = None
     parse: Callable[[Any], Any] = lambda value: value
+    hidden: bool = False
 
     @property
     def name(self) -> str:
@@ -53,7 +54,7 @@ class Flag:
 
     def parameter(self) -> inspect.Parameter:
         """The option as typer reads it from a signature."""
-        option = typer.Option(self.option, help=self.help, metavar=self.metavar)
+        option = typer.Option(self.option, help=self.help, metavar=self.metavar, hidden=self.hidden)
         return _keyword(self.name, self.kind | None, option, None)
 
 

@@ -16,7 +16,8 @@ POLICY = "The model to sample from, named as a judge is."
 @verb(
     sample_app,
     Flag("--prompts", "respond.prompts", str, "The prompts: JSONL with `prompt`, or hf:NAME."),
-    Flag("--shots", "respond.shots", str, "Few-shot examples to put before each prompt, in JSONL."),
+    Flag("--few-shot", "respond.few_shot", str, "JSONL of examples to put before each prompt."),
+    Flag("--shots", "respond.shots", str, "The old name of --few-shot.", hidden=True),
     Flag("--policy", "policy.model", str, POLICY),
     Flag("--samples", "respond.samples", int, "The number of responses to each prompt."),
     seed("respond"),

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, field_validator
 
 from aif.config.price import checked_price
 from aif.config.toml import Strict, checked, put, read_toml
+from aif.config.versions import use_new_names
 from aif.store import fingerprint
 
 BUNDLED = "smollm2-135m"
@@ -103,9 +104,9 @@ class RespondSettings(Strict):
     """Sampling responses to prompts."""
 
     prompts: str | None = None
-    shots: str | None = None  # solved examples, put before each prompt and not kept with it
+    few_shot: str | None = None  # solved examples, put before each prompt and not kept with it
     samples: int = Field(2, ge=1, le=1000)
-    resamples: int | None = Field(None, ge=1, le=1000)  # of the fine-tuned policy; None: samples
+    sft_samples: int | None = Field(None, ge=1, le=1000)  # by `aif resample`; None: samples
     seed: int = 0
     limit: int | None = Field(None, ge=1)
 
@@ -117,9 +118,7 @@ class ReviseSettings(Strict):
     rounds: int = Field(4, ge=1, le=64)
     template: str | None = None
     keep_refusals: bool = False  # a revision that declines is a fault, unless this is set
-    max_fault_rate: float = Field(
-        0.05, ge=0, le=1
-    )  # of calls; what was said badly is no fault here
+    max_fault_rate: float = Field(0.05, ge=0, le=1)  # of calls; a bad revision is no fault here
     seed: int = 0
     limit: int | None = Field(None, ge=1)
 
@@ -247,8 +246,7 @@ class PPOSettings(TrainSettings):
     vf_coef: float = Field(0.1, ge=0)
     entropy_coef: float = Field(0.0, ge=0)
     target_kl: float | None = Field(None, gt=0)  # approxkl that ends a step's passes
-    # zero: it begins by expecting the mean; reward: it says of each token what a reward model
-    # would, which was taught nothing but last ones
+    # zero: at first it predicts the mean; reward: the reward model's head, trained on last tokens
     critic_head: Literal["zero", "reward"] = "zero"
     critic_learning_rate: float | None = Field(None, ge=0)  # None: the policy's
     critic_warmup: int = Field(0, ge=0)  # steps in which only the critic learns
@@ -389,12 +387,14 @@ def without_secrets(url: str | None) -> str | None:
 def load_settings(path: Path, overrides: dict[str, Any]) -> Settings:
     """Defaults < `path` (if it exists) < `overrides` (dotted keys, None: not given)."""
     tables = read_toml(path) if path.exists() else {}
+    use_new_names(tables, path)
     checked(Settings, tables, path)  # so that an error names the file, not the command line
     for name in ("judge", "policy", "reviser"):
         model = overrides.get(f"{name}.model")
         if model is not None and model != tables.get(name, {}).get("model"):
             tables.get(name, {}).pop("price", None)  # it was the other model's
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    use_new_names(overrides, "command line")
     for key, value in overrides.items():
-        if value is not None:
-            put(tables, key, value)
+        put(tables, key, value)
     return checked(Settings, tables, "command line")

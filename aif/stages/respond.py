@@ -2,8 +2,8 @@
 
 {"id": "...", "prompt_id": "...", "policy": "smollm2-135m", "sample": 0, "text": "...", ...}
 
-`respond.shots` is a file of solved examples (rows with `prompt` and `response`). They stand before
-every prompt as earlier turns, and are not stored with the prompt: training does not see them.
+`respond.few_shot` is a file of solved examples (rows with `prompt` and `response`). They stand
+before every prompt as earlier turns, and are not stored with it: training does not see them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def resample(run: Run, progress: Progress) -> dict[str, Any]:
     settings = run.settings.respond
     of_tuned = run.using(
         policy=run.settings.policy.of_weights(str(tuned)),
-        respond=settings.model_copy(update={"samples": settings.resamples or settings.samples}),
+        respond=settings.model_copy(update={"samples": settings.sft_samples or settings.samples}),
     )
     return _sample(of_tuned, run, AGAIN, "resampled.jsonl", progress)
 
@@ -57,7 +57,7 @@ def _sample(run: Run, kept: Run, stage: str, file: str, progress: Progress) -> d
     settings = run.settings
     meter = Meter.of(run, stage, settings.policy)
     with open_llm(settings.policy) as llm, run.writing():
-        few_shot = read_few_shot(settings.respond.shots)
+        few_shot = read_few_shot(settings.respond.few_shot)
         prompts = take_in(run)
         kept.keep_settings()
         with run.journal(stage) as journal:
@@ -107,11 +107,14 @@ def read_few_shot(source: str | None) -> list[Message]:
     for place, dialogue in read_dialogues(source):
         if any(message["role"] == "system" for message in dialogue):
             raise InputError(
-                place, "", got="a system message", expected="one in the prompts, not in the shots"
+                place,
+                "",
+                got="a system message",
+                expected="one in the prompts alone",
             )
         turns += dialogue
     if not turns:
-        raise InputError(source, "", got="no shots at all", expected="at least one")
+        raise InputError(source, "", got="no examples at all", expected="at least one")
     return turns
 
 
@@ -120,7 +123,7 @@ def sample_asks(settings: Settings, prompt: Prompt, few_shot: list[Message]) -> 
     examples."""
     policy, respond = settings.policy, settings.respond
     messages = _with_few_shot(prompt.messages, few_shot)
-    examples = [few_shot] if few_shot else []  # none: the id as before there was `respond.shots`
+    examples = [few_shot] if few_shot else []  # none: the id as before there were any
     identity, is_text = policy.identity(), policy.form == "text"
     for sample in range(respond.samples):
         key = content_id(

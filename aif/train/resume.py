@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aif.config.settings import TrainSettings
+from aif.config.versions import for_digest
 from aif.errors import InputError, shown
 from aif.models.load import torch_dtype, usable_device
 from aif.progress import Progress
@@ -61,7 +62,8 @@ def digest_of(stage: str, settings: TrainSettings, name: str, *data: str) -> str
         "dtype": str(torch_dtype(settings.dtype, usable_device(settings.device))),
         "learning_rate": learning_rate(settings),
     }
-    return content_id(stage, settings.model_dump(exclude=FREE) | resolved, *data)
+    counted = {key: one for key, one in for_digest(settings, stage).items() if key not in FREE}
+    return content_id(stage, counted | resolved, *data)
 
 
 def done_before(

@@ -48,7 +48,7 @@ def sample(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shots(tmp_path):
-    return {"respond.shots": str(write_jsonl(tmp_path / "shots.jsonl", SHOTS))}
+    return {"respond.few_shot": str(write_jsonl(tmp_path / "shots.jsonl", SHOTS))}
 
 
 def test_in_a_chat_shots_are_turns_after_the_system_message(sample, shots):
@@ -88,7 +88,7 @@ def test_other_shots_are_other_calls_and_the_same_shots_none(sample, shots, tmp_
     first, _ = sample()
     with_shots, _ = sample(**shots)
     again, _ = sample(**shots)
-    fewer = {"respond.shots": str(write_jsonl(tmp_path / "fewer.jsonl", SHOTS[:1]))}
+    fewer = {"respond.few_shot": str(write_jsonl(tmp_path / "fewer.jsonl", SHOTS[:1]))}
     edited, _ = sample(**fewer)
     back, _ = sample()
     assert (len(again), len(back)) == (0, 0)
@@ -124,7 +124,7 @@ def test_a_turn_of_which_nothing_is_left_is_empty(sample, shots):
 def test_a_bad_shot_is_one_line_and_nothing_is_asked(sample, tmp_path, row, named):
     file = write_jsonl(tmp_path / "shots.jsonl", [SHOTS[0], row])
     with pytest.raises(InputError) as error:
-        sample(**{"respond.shots": str(file)})
+        sample(**{"respond.few_shot": str(file)})
     line = str(error.value)
     assert "\n" not in line
     assert all(part in line for part in [f"{file}:2", "got", "expected", *named]), line
@@ -132,7 +132,7 @@ def test_a_bad_shot_is_one_line_and_nothing_is_asked(sample, tmp_path, row, name
 
 
 def test_a_shots_file_that_is_missing_or_empty_is_an_error(sample, tmp_path):
-    for name, got in (("gone.jsonl", "no such file"), ("empty.jsonl", "no shots")):
+    for name, got in (("gone.jsonl", "no such file"), ("empty.jsonl", "no examples")):
         (tmp_path / "empty.jsonl").touch()
         with pytest.raises(InputError, match=rf"{name}: got {got}"):
-            sample(**{"respond.shots": str(tmp_path / name)})
+            sample(**{"respond.few_shot": str(tmp_path / name)})
