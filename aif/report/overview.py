@@ -18,10 +18,11 @@ from aif.data.visible import cleaned
 from aif.errors import AifError
 from aif.llm.budget import cost_of, journals
 from aif.report.judge_stats import LabelSurvey
-from aif.report.schema import CallState, LabelState, Metric, TrainState, rows, state
+from aif.report.schema import CallState, LabelState, TrainState, rows, state
 from aif.run import Run
 from aif.store.journal import Index
 from aif.store.records import Kept, Prompt, Response, Revision
+from aif.train.metrics import Metric
 
 ASKING = ("respond", "revise", "filter", "resample", "label", "ppo", "evaluate")
 SAMPLED = {"respond": "responses.jsonl", "resample": "resampled.jsonl"}

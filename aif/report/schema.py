@@ -1,7 +1,7 @@
 """What the report reads of a run folder: rows and states, checked and with visible text.
 
-The shape of a file stands beside its writer (store/records.py, auditing/schema.py,
-evaluation/schema.py); here are the files of labelling and training.
+The shape of a file stands beside its writer: store/records.py, train/metrics.py and the schema.py
+of auditing, evaluation and train/reward. Here are the states that say how far a stage is.
 """
 
 from __future__ import annotations
@@ -16,22 +16,12 @@ from aif.config.toml import checked
 from aif.data.visible import cleaned
 from aif.errors import InputError, shown
 from aif.run import Run
-from aif.stats.schema import Calibration, Loose, Rate
+from aif.stats.schema import Loose
 from aif.store import jsonl
 from aif.store.records import Message
 
 Row = TypeVar("Row")
 State = TypeVar("State", bound=BaseModel)
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A row of metrics.jsonl."""
-
-    stage: str
-    step: int
-    name: str
-    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,54 +35,6 @@ class Sample:
     score: float | None = None
     gold: float | None = None
     kl: float | None = None
-
-
-class LengthRate(Rate):
-    """A share where the better response is longer by so many words."""
-
-    words_more: tuple[float | None, float | None] = (None, None)
-
-
-class ConfidenceRate(Rate):
-    """A share where the label's winner has at least this probability."""
-
-    least: float = Field(0.5, alias="from")
-
-
-class CardPart(Rate):
-    """A reward model held against one kind of label."""
-
-    longer_wins: float | None = None
-    calibration: Calibration = Calibration()
-    by_length: list[LengthRate] = Field([])
-    confident: Rate | None = None
-    by_confidence: list[ConfidenceRate] = Field([])
-
-
-class Spread(Loose):
-    """Moments and quantiles (5, 25, 50, 75, 95 %) of scores."""
-
-    n: int
-    mean: float
-    std: float
-    quantiles: tuple[float, float, float, float, float]
-
-
-class CurvePoint(Rate):
-    """Accuracy after learning from so many comparisons."""
-
-    pairs: int
-
-
-class RewardCard(Loose):
-    """reward-card.json"""
-
-    pairs: int | None = None
-    ai: CardPart | None = None
-    human: CardPart | None = None
-    by_principle: dict[str, Rate] = Field({})
-    scores: dict[str, Spread] = Field({})
-    curve: list[CurvePoint] = Field([])
 
 
 class JudgeId(Loose):

@@ -24,9 +24,11 @@ from aif.report.charts import (
 )
 from aif.report.judge_stats import LabelSurvey, human_longer, judge_rows
 from aif.report.overview import named
-from aif.report.schema import Metric, RewardCard, TrainState, rows, state
+from aif.report.schema import TrainState, rows, state
 from aif.run import Run
 from aif.stats.schema import Estimate, Rate
+from aif.train.metrics import Metric
+from aif.train.reward.schema import RewardCard
 
 MOST_PRINCIPLES = 12  # that are drawn; the tables have all
 

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from aif.run import Run
 from aif.store import jsonl
+from aif.store.records import as_row
 
 FILE = "metrics.jsonl"
 EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A row of metrics.jsonl."""
+
+    stage: str
+    step: int
+    name: str
+    value: float | None = None
 
 
 class Metrics:
@@ -36,7 +48,7 @@ class Metrics:
         if not self._run.leads or (not now and time.monotonic() < self._due):
             return
         rows = (
-            {"stage": self._stage, "step": entry["step"], "name": name, "value": value}
+            as_row(Metric(self._stage, entry["step"], name, value))
             for entry in log
             for name, value in entry.items()
             if name != "step"
