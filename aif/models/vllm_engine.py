@@ -1,4 +1,4 @@
-"""Starting a vLLM engine in this process, for a judge, a policy or PPO's rollouts."""
+"""Starting a vLLM engine in this process: for a judge, a policy or PPO's rollouts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from aif.dependencies import require
 from aif.errors import AifError
 from aif.models.load import bundled_folder
 
-GPU_SHARE, CPU_SHARE = 0.9, 0.3  # of the memory there is, where none is said
-AUTO = -1  # vLLM's own word for the longest context that its memory can hold
+GPU_SHARE, CPU_SHARE = 0.9, 0.3  # of the device's memory, by default
+AUTO = -1  # vLLM's value for the longest context that fits into memory
 
 
 def start(
@@ -22,20 +22,19 @@ def start(
 ) -> Any:
     """A `vllm.LLM` on model `name`: a folder, a hub id or the bundled model.
 
-    `context` is in tokens; `memory` is the share of the device's memory that weights and cache may
-    take; `more` are engine arguments of vLLM's. Raises AifError, one line that begins with
-    `needed_by`, where vLLM is not installed or does not start.
+    `context` is in tokens; `memory` is the share of the device's memory for weights and cache;
+    `more` are vLLM's engine arguments. Raises AifError, one line that begins with `needed_by`, if
+    vLLM is not installed or does not start.
 
-    The engine's core runs in this process, not in one of its own: it ends when we are killed, and
-    weights are handed over as tensors.
+    The engine's core runs in this process: it ends when we are killed and takes weights as tensors.
     """
     require(needed_by, "vllm", extra="vllm")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # results go to stdout
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what vLLM's own modules import
+            warnings.simplefilter("ignore")  # from the modules that vLLM imports
             from vllm import LLM
 
             return LLM(
@@ -50,15 +49,15 @@ def start(
                 **more,
             )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise AifError(f"{needed_by}: vLLM does not start: {said}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise AifError(f"{needed_by}: vLLM does not start: {reason}") from error
 
 
 def default_share() -> float:
-    """Of the device's memory, for an engine that has it to itself."""
+    """The share of the device's memory for an engine that has the device to itself."""
     return GPU_SHARE if torch.cuda.is_available() else CPU_SHARE
 
 
 def shut_down(engine: Any) -> None:
-    """End the engine and free its memory; it is of no use afterwards."""
+    """Stop the engine and free its memory; it cannot be used again."""
     engine.llm_engine.engine_core.shutdown()

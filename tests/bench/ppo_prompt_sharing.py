@@ -24,7 +24,14 @@ from aif.models.load import torch_dtype, usable_device
 from aif.train.batch import Layout
 from aif.train.model import inner, load_for_training, micro_batch, without_dropout
 from aif.train.ppo.actor_critic import ActorCritic, Reference
-from aif.train.ppo.experience import experience, read, tokens_of
+from aif.train.ppo.experience import (
+    Experience,
+    compute_advantages,
+    compute_logprobs,
+    compute_rewards,
+    response_mask,
+    tokens_of,
+)
 from aif.train.ppo.update import Learner
 from aif.train.prefix_groups import SharingLayout
 from aif.train.tokens import TokenRow
@@ -97,12 +104,21 @@ def step(learner: Learner, rows: list[TokenRow], samples: int) -> tuple[float, f
     """Seconds to read a step's responses, and to learn from them."""
     device = learner.accelerator.device
     began = clock(device)
-    told = read(rows, learner.model, Reference(learner.model), learner.layout, device)
+    reference = Reference(learner.model)
+    outputs = compute_logprobs(rows, learner.model, reference, learner.layout, device)
     was_read = clock(device)
     prompts = [str(n // samples) for n in range(len(rows))]
     scores_B = torch.linspace(-1, 1, len(rows), device=device)
-    found = experience(rows, prompts, scores_B, told, learner.settings, 0.1, lambda x: x)
-    learner.update(found, 0)
+    mask_BT = response_mask(rows).to(device)
+    rewards_BT = compute_rewards(scores_B, outputs, mask_BT, 0.1, learner.settings)
+    advantages_BT, returns_BT = compute_advantages(
+        rewards_BT, outputs.values_BT, mask_BT, prompts, learner.settings
+    )
+    experience = Experience(
+        **vars(outputs), rows=rows, prompt_ids=prompts, response_mask_BT=mask_BT,
+        rewards_BT=rewards_BT, advantages_BT=advantages_BT, returns_BT=returns_BT,
+    )  # fmt: skip
+    learner.update(experience, 0)
     return was_read - began, clock(device) - was_read
 
 

@@ -82,7 +82,7 @@ def own(job: dict[str, Any]) -> None:
     from aif.config.settings import Settings
     from aif.config.toml import checked
     from aif.run import Run
-    from aif.train.ppo.setup import Prepared, check_settings, made
+    from aif.train.ppo.setup import Inputs, build, check_settings
 
     same = ("response_tokens", "temperature", "kl_coef", "missing_eos_penalty", "learning_rate")
     table = {name: job[name] for name in same} | {
@@ -99,12 +99,12 @@ def own(job: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(Path(scratch) / "run", checked(Settings, {"ppo": table}, "bench"))
         run.path.mkdir()
-        algorithm = made(run, Prepared(run, check_settings(run), {}))
+        algorithm = build(Inputs(run, check_settings(run), {}), run.path)
         policy = algorithm.accelerator.unwrap_model(algorithm.learner.model).policy
         for step in range(1, job["steps"] + 1):
             began = time.perf_counter()
-            told = algorithm.step()
-            print(json.dumps({"seconds": time.perf_counter() - began, **told}), flush=True)
+            metrics = algorithm.step()
+            print(json.dumps({"seconds": time.perf_counter() - began, **metrics}), flush=True)
             if step in job.get("keep_at", ()):
                 policy.save_pretrained(Path(job["keep"]) / str(step))
 

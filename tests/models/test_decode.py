@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 import numpy as np
 from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from aif.models.decode import GROUP, NOT_A_NUMBER, SampledTokens, decode, drawn
+from aif.models.decode import GROUP, NOT_A_NUMBER, SampledTokens, decode, sample_tokens
 from tests.support.tiny import tiny_model
 
 VOCAB = 64
@@ -23,9 +23,9 @@ SHAPE = {
 }  # fmt: skip
 
 
-def seeded(made):
+def seeded(make):
     torch.manual_seed(0)
-    return made()
+    return make()
 
 
 KINDS = {
@@ -56,8 +56,8 @@ def noise(n: int, seed: int = 0):
     return [np.random.default_rng(seed)] * n
 
 
-def told(*numbers: float):
-    """A generator that says these numbers, again and again."""
+def repeated(*numbers: float):
+    """A generator that repeats these numbers."""
 
     class Generator:
         def standard_exponential(self, size, dtype):
@@ -75,7 +75,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(vocabulary, temperature):
         logits_V = torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
         logits_V[:: max(1, vocabulary // 9)] += 7
         logits_V[seed % 9] = -torch.inf
-        found_N = drawn(logits_V.expand(n, -1), column(n, temperature), noise(n, seed))
+        found_N = sample_tokens(logits_V.expand(n, -1), column(n, temperature), noise(n, seed))
         counts_V = found_N.bincount(minlength=vocabulary)
         p_V = (logits_V.double() / temperature).softmax(-1)
         common_V = n * p_V > 100
@@ -88,23 +88,23 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(vocabulary, temperature):
 def test_each_row_is_drawn_by_its_own_noise():
     logits_BV = torch.zeros(64, 2 * GROUP)
     rows = [np.random.default_rng(seed) for seed in [*range(32)] * 2]
-    found_B = drawn(logits_BV, column(64, 1.0), rows)
+    found_B = sample_tokens(logits_BV, column(64, 1.0), rows)
     assert found_B[:32].tolist() == found_B[32:].tolist()
     assert len(set(found_B.tolist())) > 28
-    again_B = drawn(logits_BV, column(64, 1.0), rows)
+    again_B = sample_tokens(logits_BV, column(64, 1.0), rows)
     assert (again_B != found_B).sum() > 56
     one_each_BV = torch.full((4, 4), -torch.inf).fill_diagonal_(0.0).flip(0)
-    assert drawn(one_each_BV, column(4, 1.0), noise(4)).tolist() == [3, 2, 1, 0]
+    assert sample_tokens(one_each_BV, column(4, 1.0), noise(4)).tolist() == [3, 2, 1, 0]
 
 
 def test_a_change_of_rounding_is_almost_never_another_token():
     n = 20_000
     logits_V = torch.randn(4096, generator=torch.Generator().manual_seed(0))
-    found = [
-        drawn(scaled.expand(n, -1), column(n, 1.0), noise(n))
+    draws = [
+        sample_tokens(scaled.expand(n, -1), column(n, 1.0), noise(n))
         for scaled in (logits_V, logits_V * (1 + 1e-5))
     ]
-    assert (found[0] != found[1]).sum() <= 3
+    assert (draws[0] != draws[1]).sum() <= 3
 
 
 def test_what_has_no_probability_is_never_drawn():
@@ -114,8 +114,13 @@ def test_what_has_no_probability_is_never_drawn():
     possible_BV = torch.rand(300, vocabulary, generator=draw) < torch.rand(300, 1, generator=draw)
     possible_BV[:, 11] = True
     logits_BV[~possible_BV] = -torch.inf
-    for rows in (noise(300), [told(0.0)] * 300, [told(0.0, 1.0)] * 300, [told(80.0)] * 300):
-        found_B = drawn(logits_BV, column(300, 0.7), rows)
+    for rows in (
+        noise(300),
+        [repeated(0.0)] * 300,
+        [repeated(0.0, 1.0)] * 300,
+        [repeated(80.0)] * 300,
+    ):
+        found_B = sample_tokens(logits_BV, column(300, 0.7), rows)
         assert possible_BV.gather(1, found_B[:, None]).all()
 
 
@@ -125,38 +130,43 @@ def test_what_has_no_probability_is_never_drawn():
 def test_logits_that_are_no_numbers_draw_no_token(wrong):
     logits_BV = torch.tensor([[1.0, 2.0, 3.0], wrong])
     for temperature in (1.0, 0.0):
-        found = drawn(logits_BV, column(2, temperature), noise(2))
-        assert (found == NOT_A_NUMBER).tolist() == [False, True]
+        next_B = sample_tokens(logits_BV, column(2, temperature), noise(2))
+        assert (next_B == NOT_A_NUMBER).tolist() == [False, True]
 
 
 def test_each_row_is_drawn_at_its_own_temperature_and_the_likeliest_at_0():
     logits_V = torch.tensor([2.0, 1.0, 0.0, 3.0])
     n = 1 << 14
     mixed_B1 = torch.tensor([0.0, 0.5, 2.0]).repeat_interleave(n)[:, None]
-    found = drawn(logits_V.expand(3 * n, -1), mixed_B1, noise(3 * n)).view(3, n)
-    assert set(found[0].tolist()) == {3}
+    draws = sample_tokens(logits_V.expand(3 * n, -1), mixed_B1, noise(3 * n)).view(3, n)
+    assert set(draws[0].tolist()) == {3}
     for row, temperature in ((1, 0.5), (2, 2.0)):
-        share_V = found[row].bincount(minlength=4) / n
+        share_V = draws[row].bincount(minlength=4) / n
         assert (share_V - (logits_V / temperature).softmax(-1)).abs().max() < 0.02
 
 
-def asked(n: int) -> list[list[int]]:
+def prompts_twice(n: int) -> list[list[int]]:
     """Prompts of 2 to 6 tokens, each of them twice."""
     draw = np.random.default_rng(0)
-    found = [draw.integers(0, VOCAB, draw.integers(2, 7)).tolist() for _ in range(n // 2)]
-    return found * 2
+    distinct = [draw.integers(0, VOCAB, draw.integers(2, 7)).tolist() for _ in range(n // 2)]
+    return distinct * 2
 
 
 def decoded(model, prompts, **options):
     n = len(prompts)
-    given = {"seeds": range(n), "temperatures": [0.9] * n, "max_tokens": 12, "ends": {1, 2, 3, 4}}
-    return decode(model, prompts, **given | {"pad": 0} | options)
+    defaults = {
+        "seeds": range(n),
+        "temperatures": [0.9] * n,
+        "max_tokens": 12,
+        "ends": {1, 2, 3, 4},
+    }
+    return decode(model, prompts, **defaults | {"pad": 0} | options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_is_run_once_and_rows_that_end_leave_whatever_the_model_caches(kind):
     """Linear attention keeps a state and no keys: its rows are taken and dropped all the same."""
-    model, prompts = KINDS[kind]().eval(), asked(12)
+    model, prompts = KINDS[kind]().eval(), prompts_twice(12)
     shapes = []
     model.register_forward_pre_hook(
         lambda model, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
@@ -177,7 +187,7 @@ def test_a_prompt_is_run_once_and_rows_that_end_leave_whatever_the_model_caches(
 
 
 def test_the_batch_has_always_a_multiple_of_the_step():
-    model, prompts, rows = KINDS["llama"]().eval(), asked(10), []
+    model, prompts, rows = KINDS["llama"]().eval(), prompts_twice(10), []
     model.register_forward_pre_hook(
         lambda model, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
@@ -190,7 +200,7 @@ def test_the_batch_has_always_a_multiple_of_the_step():
 
 
 def test_a_caller_may_end_a_text_and_a_row_of_broken_logits_is_none():
-    model, prompts = KINDS["llama"]().eval(), asked(4)
+    model, prompts = KINDS["llama"]().eval(), prompts_twice(4)
     free = decoded(model, prompts, ends=set())
     cut = decoded(model, prompts, ends=set(), stop_when=lambda n, new: n == 2 and len(new) == 3)
     assert cut[2] == SampledTokens(free[2].ids[:3], ended=True)
@@ -201,7 +211,7 @@ def test_a_caller_may_end_a_text_and_a_row_of_broken_logits_is_none():
             out[1] = torch.nan
 
     hook = model.lm_head.register_forward_hook(broken_after_a_while)
-    found = decoded(model, prompts, ends=set())
+    broken = decoded(model, prompts, ends=set())
     hook.remove()
-    assert found[1] is None
-    assert [found[n] for n in (0, 2, 3)] == [free[n] for n in (0, 2, 3)]
+    assert broken[1] is None
+    assert [broken[n] for n in (0, 2, 3)] == [free[n] for n in (0, 2, 3)]

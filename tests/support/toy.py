@@ -40,10 +40,10 @@ def toy_tokenizer(words: list[str] = WORDS) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    found = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=found, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
 
 
@@ -67,8 +67,8 @@ def save_toy(folder: Path, kind: str = "LlamaForCausalLM", **changes: Any) -> Pa
         "attention_dropout": 0.1,  # to be turned off
     }
     torch.manual_seed(0)
-    made = getattr(transformers, kind)(transformers.LlamaConfig(**config | changes))
-    made.save_pretrained(folder)
+    model = getattr(transformers, kind)(transformers.LlamaConfig(**config | changes))
+    model.save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     return folder
 
@@ -78,7 +78,7 @@ def toy_run(path: Path, model: Path, reward: str | dict = "share", **ppo: Any) -
     path.mkdir(exist_ok=True)
     (path / "rewards.py").write_text(REWARDS)
     pairs = ["a b", "c d", "e f", "g h", "i j", "k l", "m a", "b c"]
-    prompts = write_jsonl(path / "asked.jsonl", [{"prompt": pair} for pair in pairs])
+    prompts = write_jsonl(path / "toy-prompts.jsonl", [{"prompt": pair} for pair in pairs])
     table = {
         "prompts": str(prompts),
         "reward": reward if isinstance(reward, dict) else {f"{path}/rewards.py:{reward}": 1.0},

@@ -1,10 +1,10 @@
-"""Policy and critic in one module, and what they say of responses token by token."""
+"""Policy and critic in one module, and their outputs for each token of the responses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,14 +12,22 @@ from aif.train.logprobs import head_is_all, learned, token_logprobs
 from aif.train.model import inner
 from aif.train.prefix_mask import before, body_inputs
 
-Read = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+Inputs = torch.Tensor | None  # one of the fields of `Batch.inputs`
+
+
+class TokenOutputs(NamedTuple):
+    """Of the N tokens that the loss mask keeps, row by row as in the batch."""
+
+    logprobs_N: torch.Tensor
+    values_N: torch.Tensor | None  # of the state before the token; None without a critic
+    entropy_N: torch.Tensor | None  # in nats; None unless `entropy` is True
 
 
 class ActorCritic(torch.nn.Module):
-    """A policy and, unless it is None, a critic: one module to wrap, shard, save and step.
+    """A policy and a critic (or None) in one module to wrap, shard, save and step.
 
-    A value is `scale` times the critic's score less `shift`, so that a critic that begins as the
-    reward model begins on the scale of the rewards.
+    A value is `scale * (critic's score - shift)`: a critic that starts as the reward model then
+    starts on the scale of the rewards.
     """
 
     def __init__(
@@ -31,110 +39,86 @@ class ActorCritic(torch.nn.Module):
         self.head_is_all = head_is_all(inner(policy))
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        loss_mask: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        branch: torch.Tensor | None = None,
-        entropy: bool = False,
-        texts: bool = False,
-    ) -> Read | torch.Tensor:
-        """(log-probabilities, values, entropies) of the tokens under `loss_mask`, [N] each, row by
-        row (see `batch.Batch`); the value is of the state before the token. None where there is no
-        critic, or no entropy is wanted.
+        self, entropy: bool = False, texts: bool = False, **batch: Inputs
+    ) -> TokenOutputs | torch.Tensor:
+        """The outputs of the response tokens of a batch (`Batch.inputs`).
 
-        Of `texts`, which nobody sampled, the summed -log p at temperature 1, a scalar.
+        With `texts` (of ptx, not sampled): the sum of -log p at temperature 1, a scalar.
         """
-        batch = (input_ids, loss_mask, position_ids, branch)
-        if texts:
-            return -logprobs_of(
-                inner(self.policy), *batch, 1.0, False, self.head_is_all
-            )[0].sum()  # fmt: skip
+        policy, temperature = inner(self.policy), 1.0 if texts else self.temperature
         logprobs_N, entropy_N = logprobs_of(
-            inner(self.policy), *batch, self.temperature, entropy, self.head_is_all
+            policy, temperature, self.head_is_all, entropy=entropy, **batch
         )
-        return logprobs_N, self._values(*batch) if self.critic else None, entropy_N
+        if texts:
+            return -logprobs_N.sum()
+        return TokenOutputs(logprobs_N, self._values(**batch) if self.critic else None, entropy_N)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """Without what is frozen: under adapters, that is as it was read."""
-        found = super().state_dict(*args, prefix=prefix, **kwargs)
+        """Without frozen weights: under adapters they are as they were loaded."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
         for name, weight in self.named_parameters(remove_duplicate=False):
             if not weight.requires_grad:
-                found.pop(prefix + name, None)
-        return found
+                state.pop(prefix + name, None)
+        return state
 
-    def _values(
-        self,
-        input_ids: torch.Tensor,
-        loss_mask: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        branch: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _values(self, **batch: Inputs) -> torch.Tensor:
         critic = inner(self.critic)
-        inputs = body_inputs(input_ids, position_ids, branch)
-        hidden_BTD = critic.base_model(**inputs).last_hidden_state
-        hidden_ND, _ = _learned(hidden_BTD, input_ids, loss_mask, branch)
+        hidden_BTD = critic.base_model(**_body_inputs(**batch)).last_hidden_state
+        hidden_ND, _ = _predicting(hidden_BTD, **batch)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             return self.scale * (critic.score(hidden_ND.float()).squeeze(-1) - self.shift)
 
 
 class Reference:
-    """The policy before any training: itself with its adapters off, or a frozen second model."""
+    """The policy before training: itself with its adapters off, or a frozen second model."""
 
     def __init__(self, actor: ActorCritic, frozen: Any = None):
         self._actor, self.frozen = actor, frozen
 
     @torch.no_grad()
-    def logprobs(
-        self,
-        input_ids: torch.Tensor,
-        loss_mask: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        branch: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As `ActorCritic.forward` gives them, at the same temperature (summarize_from_feedback_
-        details: a ratio or a KL of two temperatures is of two other distributions)."""
+    def logprobs(self, **batch: Inputs) -> torch.Tensor:
+        """Log-probabilities [N] of the response tokens at the policy's temperature: a ratio or a
+        KL at two temperatures would compare other distributions (detail 3)."""
         actor = self._actor
         model = inner(self.frozen or actor.policy)
         kind = _head(model).weight.dtype
-        # What the accelerator does for the policy's forward, it does not do for this.
+        # The accelerator wraps the policy's forward in autocast, but not this one.
         mixed = nullcontext() if kind == torch.float32 else torch.autocast(model.device.type, kind)
         with mixed, nullcontext() if self.frozen else actor.policy.disable_adapter():
-            return logprobs_of(
-                model, input_ids, loss_mask, position_ids, branch, actor.temperature, False,
-                actor.head_is_all,
-            )[0]  # fmt: skip
+            return logprobs_of(model, actor.temperature, actor.head_is_all, **batch)[0]
 
 
 def logprobs_of(
-    model: Any,
-    input_ids: torch.Tensor,
-    loss_mask: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    branch: torch.Tensor | None,
-    temperature: float,
-    entropy: bool,
-    head_is_all: bool,
+    model: Any, temperature: float, head_is_all: bool, *, entropy: bool = False, **batch: Inputs
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities [N] (and entropies) of the tokens under `loss_mask`; the head runs for
-    these alone, in chunks, so that [B, T, V] never exists."""
-    inputs = body_inputs(input_ids, position_ids, branch)
+    """Log-probabilities [N] of the response tokens of a batch, and entropies [N] if `entropy`.
+
+    The head runs in chunks and only for these tokens, so [B, T, V] never exists.
+    """
+    inputs = _body_inputs(**batch)
     if head_is_all:
         hidden_BTD, head = model.base_model(**inputs).last_hidden_state, _head(model)
-    else:  # a soft cap or a scale on the logits: the model's own forward has to make them
+    else:  # the logits have a soft cap or a scale: the model's own forward makes them
         hidden_BTD, head = model(**inputs).logits, torch.nn.Identity()
         head.out_features = hidden_BTD.shape[-1]
-    hidden_ND, targets_N = _learned(hidden_BTD, input_ids, loss_mask, branch)
+    hidden_ND, targets_N = _predicting(hidden_BTD, **batch)
     return token_logprobs(head, hidden_ND, targets_N, temperature, entropy)
 
 
-def _learned(
+def _body_inputs(
+    input_ids: torch.Tensor, position_ids: Inputs = None, branch: Inputs = None, **_: Inputs
+) -> dict[str, Any]:
+    return body_inputs(input_ids, position_ids, branch)
+
+
+def _predicting(
     hidden_BTD: torch.Tensor,
     input_ids: torch.Tensor,
     loss_mask: torch.Tensor,
-    branch: torch.Tensor | None,
+    branch: Inputs = None,
+    **_: Inputs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`losses.learned`, of rows in branches too."""
+    """(the hidden states [N, D] that predict the response tokens, these tokens [N])."""
     if branch is None:
         return learned(hidden_BTD, input_ids, loss_mask)
     return before(hidden_BTD, branch)[loss_mask], input_ids[loss_mask]
@@ -145,19 +129,21 @@ def _head(model: Any) -> Any:
 
 
 def freeze(model: Any, dtype: torch.dtype) -> Any:
-    """`model` for inference alone, its linear layers rounded to what autocast would round them to
-    at each call: the same numbers to the bit, in half the memory."""
+    """`model` for inference only, its linear layers rounded to `dtype`.
+
+    Autocast rounds them to the same numbers at each call; this needs half the memory.
+    """
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not getattr(model, "score", None):
-            # A weight of its own: an embedding that is tied to the head stays in float32.
+            # A new weight: an embedding that is tied to the head stays in float32.
             module.weight = torch.nn.Parameter(module.weight.to(dtype), requires_grad=False)
     return model.eval()
 
 
 @torch.no_grad()
 def merged_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The policy's weights under the names of the plain transformers model, adapters added in."""
+    """The policy's weights, named as in the plain transformers model, with adapters merged."""
     for name, weight in inner(policy).named_parameters():
         if ".lora_" in name:
             continue

@@ -1,8 +1,8 @@
-"""The watch for over-optimisation: held-out prompts, answered every so often and scored twice.
+"""Evaluation while PPO trains: held-out prompts, answered every so often and scored twice.
 
-A policy that learns to please its reward goes on rising in it after it has begun to get worse
-(Gao et al. 2023, 2210.10760). So beside the reward that is learned from stands a gold one that is
-not, and both against the KL from the reference. The answers are in ppo-samples.jsonl:
+A policy that learns to please its reward goes on rising in it after it gets worse (Gao et al. 2023,
+2210.10760). So a gold reward, which nothing learns from, stands beside the score, and both beside
+the KL from the reference. The responses are in ppo-samples.jsonl:
 
 {"step": 20, "prompt_id": "...", "prompt": [...], "response": "...", "score": 1.2, "gold": 0.7,
  "kl": 4.1, "tokens": 31, "ended": true}
@@ -12,103 +12,97 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from aif.run import Run
 from aif.store import jsonl
 from aif.train.distributed import gather_rows
-from aif.train.ppo.experience import read, tokens_of
+from aif.train.ppo.experience import compute_logprobs, tokens_of
 from aif.train.ppo.loop import PPO, seed_of, texts_of
 from aif.train.ppo.prompts import PolicyPrompt
-from aif.train.ppo.rewards import Reward, checked
+from aif.train.ppo.rewards import RewardFunction, checked
 
-FILE = "ppo-samples.jsonl"
+SAMPLES = "ppo-samples.jsonl"
+COLUMNS = {  # metric -> column of the file
+    "scores": "score", "gold": "gold", "kl": "kl", "response_length": "tokens", "eos_rate": "ended"
+}  # fmt: skip
+Log = Sequence[dict[str, float]]
 
 
 @dataclass
-class Watch:
-    """Looks at a PPO from outside: it draws with seeds of its own and changes nothing."""
+class Evaluator:
+    """Evaluates a PPO; it samples with its own seeds and changes nothing but the log."""
 
-    run: Run
     ppo: PPO
-    prompts: Sequence[PolicyPrompt]
-    gold: Reward | None
+    prompts: Sequence[PolicyPrompt]  # held out
+    gold_reward: RewardFunction | None
+    path: Path
 
-    def look(self) -> dict[str, float]:
-        """Sample, score, keep the answers; returns the means under `eval/`."""
-        accelerator = self.ppo.accelerator
+    def evaluate(self) -> dict[str, float]:
+        """Sample, score and keep the responses; returns the means as `eval/...`."""
+        accelerator, state = self.ppo.accelerator, self.ppo.state
         share = self.prompts[accelerator.process_index :: accelerator.num_processes]
-        # Who has no share does another's, to take part in what all do together.
+        # A process without a share samples another's, since all take part in the sampling.
         rows = gather_rows(self._rows(share or self.prompts[:1])[: len(share)])
-        if self.run.leads:
-            self._keep(rows)
-        told = {
-            f"eval/{name}": means
-            for name in ("scores", "gold", "kl", "response_length", "eos_rate")
-            if (means := _mean(row[_COLUMN[name]] for row in rows)) is not None
-        }
-        self.ppo.position.log.append({"step": self.ppo.position.step, **told})
-        return told
+        if accelerator.is_main_process:
+            earlier = jsonl.read(self.path) if self.path.exists() and state.step else ()
+            kept = [row for _, row in earlier if row["step"] < state.step]
+            jsonl.write(self.path, [*kept, *rows])
+        means = {}
+        for metric, column in COLUMNS.items():
+            values = [float(row[column]) for row in rows if row[column] is not None]
+            if values:
+                means[f"eval/{metric}"] = sum(values) / len(values)
+        state.log.append({"step": state.step, **means})
+        return means
 
-    def _rows(self, asked: Sequence[PolicyPrompt]) -> list[dict[str, Any]]:
+    def _rows(self, prompts: Sequence[PolicyPrompt]) -> list[dict[str, Any]]:
         ppo = self.ppo
-        # The same draws at every look, so that two looks differ by what was learned alone.
-        seeds = [seed_of(ppo.settings.seed, "watch", prompt.id) for prompt in asked]
-        rollouts = ppo.sample(asked, seeds)
-        texts, messages = texts_of(rollouts, ppo.tokenizer), [prompt.messages for prompt in asked]
-        scores = ppo.rewards(messages, texts)
-        golds: list[float | None] = [None] * len(asked)
-        if self.gold is not None:
-            golds = checked("gold", self.gold(messages, texts), len(asked))
-        rows = [tokens_of(p.ids_T, r) for p, r in zip(asked, rollouts, strict=True)]
-        told = read(rows, ppo.learner.model, ppo.reference, ppo.layout, ppo.accelerator.device)
-        kl_B = (told["logprobs"] - told["ref_logprobs"]).sum(1).tolist()
+        # The same seeds at every evaluation: only the policy differs between two of them.
+        seeds = [seed_of(ppo.settings.seed, "watch", prompt.id) for prompt in prompts]
+        responses = ppo.sample(prompts, seeds)
+        messages = [prompt.messages for prompt in prompts]
+        texts = texts_of(responses, ppo.tokenizer)
+        scores = ppo.score(messages, texts)
+        gold_scores: list[float | None] = [None] * len(prompts)
+        if self.gold_reward is not None:
+            gold_scores = checked("gold", self.gold_reward(messages, texts), len(prompts))
+        rows = [
+            tokens_of(p.ids_T, response) for p, response in zip(prompts, responses, strict=True)
+        ]
+        outputs = compute_logprobs(
+            rows, ppo.learner.model, ppo.reference, ppo.layout, ppo.accelerator.device
+        )
         return [
             {
-                "step": ppo.position.step,
+                "step": ppo.state.step,
                 "prompt_id": prompt.id,
                 "prompt": prompt.messages,
                 "response": text,
                 "score": score,
                 "gold": gold,
                 "kl": kl,
-                "tokens": len(rollout.ids),
-                "ended": rollout.ended,
+                "tokens": len(response.ids),
+                "ended": response.ended,
             }
-            for prompt, rollout, text, score, gold, kl in zip(
-                asked, rollouts, texts, scores, golds, kl_B, strict=True
+            for prompt, response, text, score, gold, kl in zip(
+                prompts, responses, texts, scores, gold_scores, outputs.kl_B.tolist(), strict=True
             )
         ]
 
-    def _keep(self, rows: list[dict[str, Any]]) -> None:
-        """After what earlier looks left; of a later step than this there is nothing true."""
-        path, step = self.run.file(FILE), self.ppo.position.step
-        earlier = [row for _, row in jsonl.read(path)] if path.exists() and step else []
-        jsonl.write(path, [*(row for row in earlier if row["step"] < step), *rows])
 
-
-_COLUMN = {
-    "scores": "score", "gold": "gold", "kl": "kl", "response_length": "tokens", "eos_rate": "ended"
-}  # fmt: skip
-
-
-def looks(log: Sequence[dict[str, float]]) -> dict[int, dict[str, float]]:
-    """What each look found, by its step."""
+def evals(log: Log) -> dict[int, dict[str, float]]:
+    """The metrics of each evaluation in the log, by its step."""
     return {int(entry["step"]): entry for entry in log if "eval/kl" in entry}
 
 
-def best_step(log: Sequence[dict[str, float]]) -> int | None:
-    """The step of the look with the highest gold, the first of several; None before any."""
-    gold = {n: entry["eval/gold"] for n, entry in looks(log).items() if "eval/gold" in entry}
+def best_step(log: Log) -> int | None:
+    """The step with the highest gold reward, the first of equals; None without an evaluation."""
+    gold = {n: entry["eval/gold"] for n, entry in evals(log).items() if "eval/gold" in entry}
     return max(gold, key=gold.get) if gold else None
 
 
-def falls(log: Sequence[dict[str, float]]) -> int:
-    """How many looks there have been since the best one."""
-    steps = [n for n, entry in looks(log).items() if "eval/gold" in entry]
+def evals_since_best(log: Log) -> int:
+    """The number of evaluations after the best one."""
+    steps = [n for n, entry in evals(log).items() if "eval/gold" in entry]
     return len(steps) - 1 - steps.index(best_step(log)) if steps else 0
-
-
-def _mean(values: Any) -> float | None:
-    known = [float(value) for value in values if value is not None]
-    return sum(known) / len(known) if known else None

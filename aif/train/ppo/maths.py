@@ -1,10 +1,9 @@
 """The arithmetic of PPO (1707.06347) on language models: rewards, advantages and losses of tokens.
 
-B sequences of T response tokens (actions). `response_mask_BT` and every other mask is True at real
-tokens; padding is to the right, but places that are False may lie between real tokens too. What
-stands at a place that is False, nan even, reaches neither a result nor a gradient.
-`values_BT[:, t]` is the critic's value of the state before action t. Log-probabilities, rewards
-and values are float32, KL is in nats.
+B sequences of T response tokens (actions). A mask is True at real tokens. Padding is on the right,
+but there may be gaps between real tokens too. Numbers where the mask is False, even nan, reach no
+result and no gradient. `values_BT[:, t]` is the critic's value of the state before action t.
+Log-probabilities, rewards and values are float32; KL is in nats.
 """
 
 from __future__ import annotations
@@ -21,15 +20,10 @@ KL_STEP_LIMIT = 0.2  # detail 10 (lm-human-preferences, verl)
 KLKind = Literal["k1", "k2", "k3"]
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean of the values where `mask` is True, a scalar; nan where it is True nowhere."""
-    return values.masked_fill(~mask, 0).sum() / mask.sum()
-
-
 def moments_of(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(count, sum, sum of squares) [3] of the values where `mask` is True, for `whiten`.
 
-    Those of two processes add up to those of both. In float64, because the variance is a small
+    The moments of several processes add up. They are float64, because the variance is a small
     difference of large sums.
     """
     kept = values.detach().masked_fill(~mask, 0).double()
@@ -42,46 +36,46 @@ def whiten(
     shift_mean: bool = True,
     moments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Values [B, T] of mean 0 and standard deviation 1 where `mask_BT` is True, and 0 elsewhere.
+    """Values [B, T] with mean 0 and standard deviation 1 where `mask_BT` is True, and 0 elsewhere.
 
-    `shift_mean=False` keeps the mean, as is done to rewards. `moments` are `moments_of` all
-    processes, summed; without them, of these values. The variance has Bessel's correction, as in
-    summarize_from_feedback_details and TRL; a single value becomes 0 (or stays, with its mean).
+    `shift_mean=False` keeps the mean (for rewards). `moments` are the sum of `moments_of` over
+    processes; by default, of these values. The variance has Bessel's correction, as in
+    summarize_from_feedback_details and TRL; a single value becomes 0, or stays with its mean.
     """
-    # detail 12 (OpenRLHF): each process whitens by the statistics of all of them.
+    # detail 12 (OpenRLHF): each process whitens with the statistics of all.
     count, total, squares = moments_of(values_BT, mask_BT) if moments is None else moments
     mean = total / count
     variance = ((squares - total * mean) / (count - 1).clamp(min=1)).clamp(min=0)
     whitened_BT = (values_BT - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         whitened_BT = whitened_BT + mean
-    # detail 12 (summarize_from_feedback_details): less the mean, padding is no longer zero.
+    # detail 12 (summarize_from_feedback_details): subtracting the mean made padding nonzero.
     return whitened_BT.masked_fill(~mask_BT, 0)
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: KLKind) -> torch.Tensor:
-    """Estimates in nats, of the inputs' shape, of KL(policy || reference) from tokens the policy
-    sampled (Schulman, "Approximating KL Divergence").
+    """Estimates of KL(policy || reference) in nats, with the inputs' shape, from tokens that the
+    policy sampled (Schulman, "Approximating KL Divergence").
 
-    k1 and k3 are unbiased; k1 may be negative, k2 and k3 never are. The log-ratio is clamped.
+    k1 and k3 are unbiased; k1 may be negative, k2 and k3 may not. The log-ratio is clamped.
     """
-    # detail 9 (verl): k1 goes into the reward. In a loss the mean gradient of k2 is that of the
-    # KL; that of k1 is zero, and that of k3 is the gradient of KL(reference || policy).
+    # detail 9 (verl): k1 goes into the reward. In a loss, k2's mean gradient is the gradient of the
+    # KL, k1's is zero, and k3's is the gradient of KL(reference || policy).
     log_ratio = (logprobs - ref_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if kind == "k1":
         return log_ratio
     if kind == "k2":
         return 0.5 * log_ratio.square()
-    # In float32 exp() - 1 would be below zero for half of all small log-ratios.
+    # In float32, exp() - 1 would be negative for half of all small log-ratios.
     return torch.expm1(-log_ratio) + log_ratio
 
 
 def token_rewards(
     scores_B: torch.Tensor, kl_BT: torch.Tensor, response_mask_BT: torch.Tensor, kl_coef: float
 ) -> torch.Tensor:
-    """Rewards [B, T]: -kl_coef * KL at each real token, and the score at the last of them too.
+    """Rewards [B, T]: -kl_coef * KL at each real token, plus the score at the last one.
 
-    Raises ValueError for a row without a real token, whose score would be lost.
+    Raises ValueError for a row without a real token: its score would be lost.
     """
     empty_B = ~response_mask_BT.any(1)
     if empty_B.any():
@@ -89,8 +83,8 @@ def token_rewards(
     places_T = torch.arange(response_mask_BT.shape[1], device=response_mask_BT.device)
     last_B1 = torch.where(response_mask_BT, places_T, -1).amax(1, keepdim=True)
     rewards_BT = (-kl_coef * kl_BT).masked_fill(~response_mask_BT, 0)
-    # detail 8 (summarize_from_feedback_details): the score comes at the last action, which is the
-    # EOS where there is one; not at the place after it, whose value would need a mask of its own.
+    # detail 8 (summarize_from_feedback_details): the score is at the last action, the EOS if there
+    # is one. The place after it would need a value mask of its own.
     return torch.where(places_T == last_B1, rewards_BT + scores_B[:, None], rewards_BT)
 
 
@@ -103,31 +97,31 @@ def gae(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages [B, T], returns [B, T]) by generalised advantage estimation (1506.02438).
 
-    Advantages are not whitened. Both are 0 where `response_mask_BT` is False; real tokens on
-    either side of such a gap are next to each other.
+    Advantages are not whitened. Both are 0 where `response_mask_BT` is False; the real tokens
+    around a gap are neighbours.
     """
-    # detail 11 (summarize_from_feedback_details): nothing comes after the last action.
+    # detail 11 (summarize_from_feedback_details): the value after the last action is 0.
     next_value_B = torch.zeros_like(values_BT[:, 0])
     advantage_B = torch.zeros_like(next_value_B)
-    found = []
+    reversed_advantages = []
     for t in reversed(range(rewards_BT.shape[1])):
         real_B = response_mask_BT[:, t]
         delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
-        # detail 11 (NeMo-RL, verl): a gap carries on what comes after it.
+        # detail 11 (NeMo-RL, verl): a gap keeps the advantage and the value of what follows.
         advantage_B = torch.where(real_B, delta_B + gamma * lam * advantage_B, advantage_B)
         next_value_B = torch.where(real_B, values_BT[:, t], next_value_B)
-        found.append(advantage_B)
-    advantages_BT = torch.stack(found[::-1], 1).masked_fill(~response_mask_BT, 0)
-    # detail 12 (summarize_from_feedback_details): returns are in the rewards' units, so they are
-    # made of advantages that nobody has whitened yet.
+        reversed_advantages.append(advantage_B)
+    advantages_BT = torch.stack(reversed_advantages[::-1], 1).masked_fill(~response_mask_BT, 0)
+    # detail 12 (summarize_from_feedback_details): returns come from unwhitened advantages, so they
+    # keep the units of the rewards.
     return advantages_BT, (advantages_BT + values_BT).masked_fill(~response_mask_BT, 0)
 
 
 def leave_one_out(rewards_N: torch.Tensor, group_N: torch.Tensor) -> torch.Tensor:
-    """Advantages [N] of sequences: the reward less the mean of the others of the same prompt
+    """Advantages [N] of sequences: the reward minus the mean reward of the prompt's other sequences
     (RLOO, 2402.14740); `group_N` is the prompt's number.
 
-    A sequence that is alone has no baseline: its advantage is 0, so that it teaches nothing.
+    A sequence that is alone has no baseline: its advantage is 0.
     """
     alone_NN = torch.eye(len(group_N), dtype=torch.bool, device=group_N.device)
     others_NN = (group_N[:, None] == group_N) & ~alone_NN
@@ -138,13 +132,13 @@ def leave_one_out(rewards_N: torch.Tensor, group_N: torch.Tensor) -> torch.Tenso
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Scalars. `loss` has a gradient; the others are detached sums over the mask, so that those of
-    the micro-batches of a minibatch add up, to be divided by its number of tokens.
+    """Scalars. `loss` has a gradient; the others are detached sums over the mask. They add up over
+    the micro-batches of a minibatch; divide by its tokens for the mean.
     """
 
     loss: torch.Tensor
-    clipped: torch.Tensor  # tokens whose ratio the clip held back
-    approxkl: torch.Tensor  # of 0.5 * log-ratio^2, nats, as in TRL
+    clipped: torch.Tensor  # number of tokens whose ratio was clipped
+    approxkl: torch.Tensor  # sum of 0.5 * log-ratio^2, nats, as in TRL
     ratio: torch.Tensor
 
 
@@ -159,19 +153,19 @@ def policy_loss(
     """PPO's clipped objective (1707.06347, eq. 7), negated: the sum over the mask of
     max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)), divided by `total`.
 
-    All tensors are of one shape.
+    All tensors have one shape.
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0)
     log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     advantages = advantages.masked_fill(~mask, 0)
     ratio = log_ratio.exp()
-    free = -advantages * ratio
+    unclipped = -advantages * ratio
     # detail 13 (summarize_from_feedback_details)
-    held = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return PolicyLoss(
-        # detail 14 (OpenRLHF): `total` is the tokens of the whole minibatch, whatever its split.
-        loss=torch.maximum(free, held).sum() / total,
-        clipped=(held > free).float().sum(),
+        # detail 14 (OpenRLHF): `total` counts the tokens of the whole minibatch, however it is cut.
+        loss=torch.maximum(unclipped, clipped).sum() / total,
+        clipped=(clipped > unclipped).float().sum(),
         approxkl=0.5 * log_ratio.detach().square().sum(),
         ratio=ratio.detach().masked_fill(~mask, 0).sum(),
     )
@@ -179,12 +173,10 @@ def policy_loss(
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """Scalars. `loss` has a gradient; `clipped` is the number of tokens whose value the clip
-    changed the loss of, detached. Both add up over micro-batches.
-    """
+    """Scalars, which add up over micro-batches; `loss` has a gradient."""
 
     loss: torch.Tensor
-    clipped: torch.Tensor
+    clipped: torch.Tensor  # number of tokens whose loss the clip changed
 
 
 def value_loss(
@@ -195,29 +187,29 @@ def value_loss(
     cliprange_value: float | None,
     total: float,
 ) -> ValueLoss:
-    """Half the squared error of values that may move by `cliprange_value` (None: freely) from the
-    old ones, or of the values if that is larger; summed over the mask, divided by `total`.
+    """Half the larger of two squared errors: of the values, and of the values within
+    `cliprange_value` (None: no clip) of the old ones; the sum over the mask, divided by `total`.
 
-    All tensors are of one shape.
+    All tensors have one shape.
     """
     values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
-    free = held = (values - returns).square()
+    unclipped = clipped = (values - returns).square()
     if cliprange_value is not None:
         near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
-        held = (near - returns).square()
+        clipped = (near - returns).square()
     return ValueLoss(
         # detail 13 (summarize_from_feedback_details): the larger one, halved.
-        loss=0.5 * torch.maximum(free, held).sum() / total,
-        clipped=(held > free).float().sum(),
+        loss=0.5 * torch.maximum(unclipped, clipped).sum() / total,
+        clipped=(clipped > unclipped).float().sum(),
     )
 
 
 @dataclass
 class AdaptiveKL:
-    """A KL coefficient `value` that steers the KL of a sequence, in nats, to `target` (1909.08593).
+    """A KL coefficient `value` that moves the KL of a sequence, in nats, to `target` (1909.08593).
 
-    `horizon` is in sequences; a step of more than 5 horizons could turn the sign. The state is the
-    value alone: target and horizon are settings.
+    `horizon` is in sequences; a step of more than 5 horizons could change the sign. Its state is
+    `value`; target and horizon are settings.
     """
 
     value: float
@@ -225,7 +217,7 @@ class AdaptiveKL:
     horizon: float
 
     def update(self, kl: float, n: int) -> None:
-        """After `n` sequences whose mean KL was `kl`."""
+        """Adapt the coefficient to the mean KL `kl` of `n` sequences."""
         # detail 10 (lm-human-preferences, verl)
         error = min(max(kl / self.target - 1, -KL_STEP_LIMIT), KL_STEP_LIMIT)
         self.value *= 1 + error * n / self.horizon
@@ -239,7 +231,7 @@ class AdaptiveKL:
 
 @dataclass
 class RunningMoments:
-    """Mean and standard deviation of all scores so far, to scale rewards by (2307.04964).
+    """Mean and standard deviation of all scores so far, to scale scores (2307.04964).
 
     `squares` is the sum of squared distances from the mean.
     """
@@ -250,14 +242,14 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """With Bessel's correction; 1 before there are two scores, and 0 if all are equal."""
+        """With Bessel's correction; 1 with fewer than two scores, 0 if all are equal."""
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 1.0
 
     def update(self, scores_N: torch.Tensor) -> None:
-        """Adds scores [N], N >= 0; of several processes, all of theirs in each."""
+        """Add the scores [N] of all processes, N >= 0."""
         if not len(scores_N):
             return
-        # detail 18 ("Secrets of RLHF"), by the sums of Chan et al. 1979: no score is kept.
+        # detail 18 ("Secrets of RLHF"), with the sums of Chan et al. 1979, which keep no score.
         scores_N = scores_N.detach().double()
         mean, n = float(scores_N.mean()), len(scores_N)
         apart, count = mean - self.mean, self.count + n

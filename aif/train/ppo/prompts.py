@@ -1,6 +1,6 @@
-"""What the policy is asked in training: prompts in tokens, some held out to watch.
+"""The prompts that PPO trains on, in tokens; some are held out for evaluation.
 
-From `ppo.prompts`, or the run's own prompts.jsonl, or `respond.prompts`.
+They come from `ppo.prompts`, else from the run's prompts.jsonl, else from `respond.prompts`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from aif.train.tokens import Tokeniser
 
 @dataclass(frozen=True, slots=True)
 class PolicyPrompt:
-    """A prompt as it is read, and as the policy is given it."""
+    """A prompt as text and as the tokens that the policy gets."""
 
     id: str
     messages: list[Message]
-    ids_T: np.ndarray  # int32
+    ids_T: np.ndarray  # int32; the oldest turns may be missing
 
 
 class PromptStream:
-    """Which prompts each step asks: item k is step k, a function of the seed and k alone.
+    """The prompts of each step: item k depends on the seed and on k only.
 
-    Every prompt comes up once an epoch, each in an order of its own; a step may begin in one epoch
-    and end in the next, so that all steps are of one size.
+    Every epoch has each prompt once, in an order of its own. A step may begin in one epoch and end
+    in the next, so all steps have `batch_size` prompts.
     """
 
     def __init__(self, prompts: Sequence[PolicyPrompt], settings: PPOSettings):
@@ -60,39 +60,41 @@ class PromptStream:
         return order
 
 
-def prompts_of(
-    run: Run, tokeniser: Tokeniser, room: int
-) -> tuple[list[PolicyPrompt], list[PolicyPrompt]]:
-    """(to learn on, held out to watch), of those that fit with `room` tokens for a response.
-
-    Raises InputError or AifError where none is left.
-    """
-    settings: PPOSettings = run.settings.ppo
-    found = list({prompt.id: prompt for prompt in _read(run)}.values())
-    if not found:
+def training_prompts(run: Run) -> list[Prompt]:
+    """The distinct prompts for PPO. Raises InputError without any."""
+    source = run.settings.ppo.prompts
+    if source is None and run.file("prompts.jsonl").exists():
+        prompts = run.read("prompts.jsonl", Prompt)
+    else:
+        source = source or run.settings.respond.prompts
+        if source is None:
+            raise InputError("ppo", "prompts", got="nothing", expected="--prompts FILE")
+        prompts = read_prompts(source)
+    distinct = list({prompt.id: prompt for prompt in prompts}.values())
+    if not distinct:
         raise InputError("ppo", "prompts", got="no prompts at all", expected="at least one")
-    ids = tokeniser.prompts([prompt.messages for prompt in found], room)
+    return distinct
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], tokeniser: Tokeniser, settings: PPOSettings, response_tokens: int
+) -> tuple[list[PolicyPrompt], list[PolicyPrompt]]:
+    """(to train on, held out), of the prompts that fit with `response_tokens` for a response.
+
+    Raises AifError if none fits.
+    """
+    ids = tokeniser.prompts([prompt.messages for prompt in prompts], response_tokens)
     fit = [
         PolicyPrompt(prompt.id, prompt.messages, ids_T)
-        for prompt, ids_T in zip(found, ids, strict=True)
+        for prompt, ids_T in zip(prompts, ids, strict=True)
         if ids_T is not None
     ]
     if not fit:
         raise AifError(
-            f"ppo: none of {len(found):,} prompts leaves room for {room:,} tokens of a response "
-            f"within {tokeniser.max_tokens:,} (ppo.max_tokens)"
+            f"ppo: none of {len(prompts):,} prompts leaves room for {response_tokens:,} tokens of "
+            f"a response within {tokeniser.max_tokens:,} (ppo.max_tokens)"
         )
     keys = {prompt.id: split_key(prompt.messages) for prompt in fit}
     out = held_out(keys.values(), settings.eval_fraction, settings.seed)
-    learn = [prompt for prompt in fit if keys[prompt.id] not in out]
-    return learn, [prompt for prompt in fit if keys[prompt.id] in out]
-
-
-def _read(run: Run) -> list[Prompt]:
-    named = run.settings.ppo.prompts
-    if named is None and run.file("prompts.jsonl").exists():
-        return list(run.read("prompts.jsonl", Prompt))
-    source = named or run.settings.respond.prompts
-    if source is None:
-        raise InputError("ppo", "prompts", got="nothing", expected="--prompts FILE")
-    return list(read_prompts(source))
+    train = [prompt for prompt in fit if keys[prompt.id] not in out]
+    return train, [prompt for prompt in fit if keys[prompt.id] in out]

@@ -1,12 +1,12 @@
-"""What a response is worth: the reward model, a judge, any function, or a weighted sum of them.
+"""The scores of responses: the reward model, a judge, any function, or a weighted sum of them.
 
     [ppo.reward]
     model = 1.0                    # the run's reward model, or its ensemble
-    judge = 0.2                    # the run's judge under its constitution, asked as we go
+    judge = 0.2                    # the run's judge under its constitution, asked during training
     "rewards.py:brevity" = 0.1     # rewards.brevity(prompts, responses)
 
-A function takes prompts (lists of messages) and responses (texts) and gives a number for each, or
-None where it has none; such a response is not learned from.
+A function takes prompts (lists of messages) and responses (texts). It returns a number for each, or
+None: PPO does not learn from such a response.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from aif.store.records import Message, content_id
 from aif.train.distributed import all_gather, on_main_process
 from aif.train.reward.model import Ensemble
 
-Reward = Callable[[Sequence[list[Message]], Sequence[str]], Sequence[float | None]]
+RewardFunction = Callable[[Sequence[list[Message]], Sequence[str]], Sequence[float | None]]
 PROBE = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 class ModelReward:
-    """A reward model or an ensemble of them; of a single one the score, `normalise`d or as it is.
+    """A reward model or an ensemble of reward models.
 
-    An ensemble's scores are normalised before they are combined.
+    The score of a single model is as it is, or normalised with `normalise`. An ensemble's scores
+    are normalised before they are combined.
     """
 
     def __init__(self, ensemble: Ensemble, normalise: bool):
@@ -44,120 +45,118 @@ class ModelReward:
     def __call__(
         self, prompts: Sequence[list[Message]], responses: Sequence[str]
     ) -> list[float | None]:
-        """A score a response; None for one that does not fit with its prompt."""
-        asked = [(prompt, [text]) for prompt, text in zip(prompts, responses, strict=True)]
-        scores = [row[0] for row in self.ensemble.scores(asked)]
+        """A score for each response; None if it does not fit with its prompt."""
+        groups = [(prompt, [text]) for prompt, text in zip(prompts, responses, strict=True)]
+        scores = [row[0] for row in self.ensemble.scores(groups)]
         if not self.normalise:
             return scores
         (member,) = self.ensemble.members
         return [None if score is None else member.normalised(score) for score in scores]
 
 
-class Rewards:
-    """Named rewards, weighed and summed.
+class WeightedRewards:
+    """The weighted sum of named rewards: PPO's score of a response.
 
-    `means` has each one's mean over the responses of the last call that it had a number for.
+    `means` are the means of each reward over the responses of the last call with a number.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[Reward, float]]):
+    def __init__(self, parts: Mapping[str, tuple[RewardFunction, float]]):
         self.parts = parts
         self.means: dict[str, float] = {}
 
     @property
     def models(self) -> list[Any]:
-        """The models that take memory in this process."""
-        found = [reward for reward, _ in self.parts.values() if isinstance(reward, ModelReward)]
-        return [member.model for reward in found for member in reward.ensemble.members]
+        """The reward models, which use memory in this process."""
+        rewards = [reward for reward, _ in self.parts.values() if isinstance(reward, ModelReward)]
+        return [member.model for reward in rewards for member in reward.ensemble.members]
 
     def __call__(
         self, prompts: Sequence[list[Message]], responses: Sequence[str]
     ) -> list[float | None]:
-        """The weighted sum for each response; None where one of the rewards has none."""
-        totals: list[float | None] = [0.0] * len(responses)
+        """The score of each response; None if one of the rewards has no number."""
+        scores: list[float | None] = [0.0] * len(responses)
         self.means = {}
         for name, (reward, weight) in self.parts.items():
             values = checked(name, reward(prompts, responses), len(responses))
-            known = [value for value in values if value is not None]
-            if known:
-                self.means[name] = sum(known) / len(known)
-            totals = [
-                None if total is None or value is None else total + weight * value
-                for total, value in zip(totals, values, strict=True)
+            numbers = [value for value in values if value is not None]
+            if numbers:
+                self.means[name] = sum(numbers) / len(numbers)
+            scores = [
+                None if score is None or value is None else score + weight * value
+                for score, value in zip(scores, values, strict=True)
             ]
-        return totals
+        return scores
 
 
-def asked_by_the_first(reward: Reward) -> Reward:
-    """A reward whose answers are journalled: of several processes the first asks it for all, since
-    a journal has one writer."""
+def called_on_main_process(reward: RewardFunction) -> RewardFunction:
+    """A reward with a journal, which has one writer: the main process calls it for all."""
 
-    def asked(prompts: Sequence[list[Message]], responses: Sequence[str]) -> Any:
+    def call(prompts: Sequence[list[Message]], responses: Sequence[str]) -> Any:
         shares = all_gather((list(prompts), list(responses)))
-        answers = on_main_process(lambda: [reward(*share) for share in shares])
-        return answers[PartialState().process_index]
+        values = on_main_process(lambda: [reward(*share) for share in shares])
+        return values[PartialState().process_index]
 
-    asked.identity = getattr(reward, "identity", None)
-    return asked
+    call.identity = getattr(reward, "identity", None)
+    return call
 
 
 def checked(name: str, values: Any, count: int) -> list[float | None]:
-    """What a reward gave as a list of floats and Nones; AifError where it is anything else."""
-    found = values.tolist() if hasattr(values, "tolist") else values
+    """The values of the reward `name` as floats and Nones. Raises AifError for anything but
+    `count` finite numbers or Nones."""
+    items = values.tolist() if hasattr(values, "tolist") else values
     expected = f"expected {count} numbers or None, one a response"
-    if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping | Set):
+    if not isinstance(items, Iterable) or isinstance(items, str | bytes | Mapping | Set):
         raise AifError(f"reward {name}: got {shown(values)}, {expected}")
-    # Numbers of numpy and torch, which need not be Python's.
-    found = [value.tolist() if hasattr(value, "tolist") else value for value in found]
-    if len(found) != count:
-        raise AifError(f"reward {name}: got {len(found)} values, {expected}")
-    for value in found:
-        if value is not None and not isinstance(value, int | float):
+    # Numbers of numpy and torch need not be Python's.
+    items = [item.tolist() if hasattr(item, "tolist") else item for item in items]
+    if len(items) != count:
+        raise AifError(f"reward {name}: got {len(items)} values, {expected}")
+    for item in items:
+        if item is not None and not isinstance(item, int | float):
             shape = getattr(values, "shape", None)
-            got = f"shape {tuple(shape)}" if shape is not None else shown(value)
+            got = f"shape {tuple(shape)}" if shape is not None else shown(item)
             raise AifError(f"reward {name}: got {got}, {expected}")
-        if value is not None and not math.isfinite(value):
-            raise AifError(f"reward {name}: got {value}, {expected}")
-    return [None if value is None else float(value) for value in found]
+        if item is not None and not math.isfinite(item):
+            raise AifError(f"reward {name}: got {item}, {expected}")
+    return [None if item is None else float(item) for item in items]
 
 
-def source_of(spec: str, key: str, sources: Mapping[str, Reward]) -> Reward:
-    """The source of that name, or the function that it names; `key` is the setting's."""
-    return sources[spec] if spec in sources else function_of(spec, key)
+def load_reward(spec: str, key: str, sources: Mapping[str, RewardFunction]) -> RewardFunction:
+    """The reward of `sources` with the name `spec`, or the function MODULE:FUNCTION of an
+    importable module or a .py file; `key` is the setting's.
 
-
-def function_of(spec: str, key: str) -> Reward:
-    """The function that MODULE:FUNCTION names, MODULE being importable or a .py file; asked once,
-    so that a wrong one is found before any work. Raises InputError.
-
-    What it raises when it is asked comes as AifError: it is no fault of ours.
+    The function is called once, so a wrong one fails before any work. Raises InputError without
+    such a function; its own errors become AifError, since they are not ours.
     """
+    if spec in sources:
+        return sources[spec]
     module_name, _, name = spec.rpartition(":")
     if not module_name or not name.isidentifier():
-        known = "model, judge" if key == "reward" else "judge"
-        raise InputError("ppo", key, got=shown(spec), expected=f"{known} or MODULE:FUNCTION")
+        names = "model, judge" if key == "reward" else "judge"
+        raise InputError("ppo", key, got=shown(spec), expected=f"{names} or MODULE:FUNCTION")
     try:
-        found = getattr(_module(module_name), name)
+        function = getattr(_module(module_name), name)
     except Exception as error:  # a module may do anything when it is loaded
         got = f"{shown(spec)} ({type(error).__name__}: {error})"
         raise InputError("ppo", key, got=got, expected="a function") from error
-    if not callable(found):
-        got = f"{shown(spec)}, {type(found).__name__}"
+    if not callable(function):
+        got = f"{shown(spec)}, {type(function).__name__}"
         raise InputError("ppo", key, got=got, expected="a function")
 
-    @functools.wraps(found)
-    def asked(prompts: Sequence[list[Message]], responses: Sequence[str]) -> Any:
+    @functools.wraps(function)
+    def call(prompts: Sequence[list[Message]], responses: Sequence[str]) -> Any:
         try:
-            return found(prompts, responses)
+            return function(prompts, responses)
         except Exception as error:
             raise AifError(f"reward {spec}: raised {type(error).__name__}: {error}") from error
 
-    asked.identity = _source_digest(found)
-    checked(spec, asked([PROBE, PROBE], ["Paris.", "I do not know."]), 2)
-    return asked
+    call.identity = _source_digest(function)
+    checked(spec, call([PROBE, PROBE], ["Paris.", "I do not know."]), 2)
+    return call
 
 
 def _source_digest(function: Any) -> str | None:
-    """Of the file that a function is written in: an edit makes it another reward."""
+    """The digest of the function's file: an edited function is another reward."""
     try:
         return content_id("source", Path(inspect.getsourcefile(function)).read_text("utf-8"))
     except (OSError, TypeError):
@@ -172,6 +171,6 @@ def _module(name: str) -> Any:
     path = Path(name).expanduser()
     spec = importlib.util.spec_from_file_location(f"aif_ppo_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass looks for what its annotations name
+    sys.modules[spec.name] = module  # dataclasses look up the module of their annotations
     spec.loader.exec_module(module)
     return module

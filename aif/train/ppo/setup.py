@@ -1,10 +1,16 @@
-"""What PPO starts from: models, rewards and prompts, checked before any of it is expensive."""
+"""What PPO is built from: settings, prompts, rewards and models. The cheap checks come first.
+
+name = check_settings(run)
+inputs = Inputs(run, name, sources)     # all but models
+ppo = build(inputs, run.path)           # with models, at step 0
+"""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +43,16 @@ from aif.train.model import (
     without_dropout,
 )
 from aif.train.ppo.actor_critic import ActorCritic, Reference, freeze
-from aif.train.ppo.loop import PPO, Position
+from aif.train.ppo.loop import PPO, TrainState
 from aif.train.ppo.maths import AdaptiveKL
-from aif.train.ppo.prompts import PromptStream, prompts_of
-from aif.train.ppo.rewards import ModelReward, Reward, Rewards, asked_by_the_first, source_of
+from aif.train.ppo.prompts import PromptStream, split_prompts, training_prompts
+from aif.train.ppo.rewards import (
+    ModelReward,
+    RewardFunction,
+    WeightedRewards,
+    called_on_main_process,
+    load_reward,
+)
 from aif.train.ppo.rollouts import Rollouts, TransformersRollouts
 from aif.train.ppo.update import Learner
 from aif.train.ppo.vllm_rollouts import VLLMRollouts
@@ -51,7 +63,6 @@ from aif.train.reward.model import Ensemble, RewardModel, member_folders
 from aif.train.tokens import Tokeniser, TokenRow, token_digest
 
 STAGE = "ppo"
-LOOKS = 10  # in all, where ppo.eval_every does not say how often
 
 
 def check_settings(run: Run) -> str:
@@ -62,140 +73,99 @@ def check_settings(run: Run) -> str:
     if not settings.reward:
         raise _wrong("reward", settings.reward, "model, judge or MODULE:FUNCTION with a weight")
     if (settings.load_best or settings.stop_when_gold_falls) and not settings.gold:
-        raise _wrong("gold", None, "judge or MODULE:FUNCTION, to know what is best by")
-    known = [tracker.value for tracker in get_available_trackers()]
+        raise _wrong("gold", None, "judge or MODULE:FUNCTION, to know which step is best")
+    installed = [tracker.value for tracker in get_available_trackers()]
     for tracker in settings.trackers:
-        if tracker not in known:
-            raise _wrong(
-                "trackers", tracker, f"one that is installed: {', '.join(known) or 'none'}"
-            )
-    if temperature(run) <= 0:
-        raise _wrong("temperature", 0, "more than 0: a policy has to try things out")
+        if tracker not in installed:
+            expected = f"one that is installed: {', '.join(installed) or 'none'}"
+            raise _wrong("trackers", tracker, expected)
+    if _temperature(run) <= 0:
+        raise _wrong("temperature", 0, "more than 0: a policy has to explore")
     return start_model(run, settings.model)
 
 
-def temperature(run: Run) -> float:
-    """Of sampling, and so of every log-probability."""
-    given = run.settings.ppo.temperature
-    return run.settings.policy.temperature if given is None else given
+def _temperature(run: Run) -> float:
+    own = run.settings.ppo.temperature
+    return run.settings.policy.temperature if own is None else own
 
 
-def look_every(settings: PPOSettings, steps: int) -> int:
-    """Steps from one look at the held-out prompts to the next."""
-    return settings.eval_every or max(1, steps // LOOKS)
+class Inputs:
+    """All inputs of PPO but the models. Raises InputError or AifError for a wrong name, file or
+    setting."""
 
-
-class Prepared:
-    """Everything but models; what is wrong with a name, a file or a setting is found here."""
-
-    def __init__(self, run: Run, name: str, sources: Mapping[str, Reward]):
-        self.run, self.name, self.settings = run, name, run.settings.ppo
+    def __init__(self, run: Run, name: str, sources: Mapping[str, RewardFunction]):
+        policy, settings = run.settings.policy, run.settings.ppo
+        self.name, self.settings, self.reward_settings = name, settings, run.settings.reward
+        self.temperature = _temperature(run)  # of sampling, and of every log-probability
+        self.response_tokens = settings.response_tokens or policy.response_tokens
         self.tokenizer, context = load_tokenizer(name)
-        limit = min(self.settings.max_tokens, context)
-        self.room = self.settings.response_tokens or run.settings.policy.response_tokens
-        self.tokeniser = Tokeniser(self.tokenizer, limit, chat=run.settings.policy.form != "text")
-        self.learn, self.held_out = prompts_of(run, self.tokeniser, self.room)
-        self.ptx = self._ptx()
-        sources = {name: asked_by_the_first(source) for name, source in sources.items()}
-        gold, named = self.settings.gold, self.settings.reward
-        self.gold = source_of(gold, "gold", sources) if gold else None
-        self.functions = {s: source_of(s, "reward", sources) for s in named if s != "model"}
-        self.reward_folders = self._reward_folders() if "model" in named else []
-        self.critic = self._critic()
+        limit = min(settings.max_tokens, context)
+        self.tokeniser = Tokeniser(self.tokenizer, limit, chat=policy.form != "text")
+        self.train, self.held_out = split_prompts(
+            training_prompts(run), self.tokeniser, settings, self.response_tokens
+        )
+        self.ptx = self._ptx_rows(run) if settings.ptx else []
+        sources = {name: called_on_main_process(source) for name, source in sources.items()}
+        self.gold_reward = load_reward(settings.gold, "gold", sources) if settings.gold else None
+        self.functions = {
+            spec: load_reward(spec, "reward", sources)
+            for spec in settings.reward
+            if spec != "model"
+        }
+        self.reward_folders: list[Path] = []
+        if "model" in settings.reward:
+            named = settings.reward_model
+            self.reward_folders = [Path(named)] if named else member_folders(run)
+        self.critic = self._critic_name() if settings.algorithm == "ppo" else None
 
     def digest(self) -> str:
-        """Of all that the weights at the end depend on."""
+        """The digest of all that the final weights depend on."""
         models = [model_identity(str(folder)) for folder in self.reward_folders]
-        sources = [*self.functions.values(), self.gold]
-        others = [getattr(source, "identity", None) for source in sources]
-        reward = self.run.settings.reward
+        functions = [*self.functions.values(), self.gold_reward]
+        others = [getattr(function, "identity", None) for function in functions]
+        reward = self.reward_settings
         scored = (reward.combine, reward.max_tokens) if models else None
         critic = model_identity(self.critic) if self.critic else None
-        prompts = [(prompt.id, prompt.ids_T.tolist()) for prompt in self.learn]
+        prompts = [(prompt.id, prompt.ids_T.tolist()) for prompt in self.train]
         return digest_of(
             STAGE, self.settings, self.name,
-            content_id(prompts, self.room, temperature(self.run), models, scored, others, critic),
+            content_id(
+                prompts, self.response_tokens, self.temperature, models, scored, others, critic
+            ),
             content_id([prompt.id for prompt in self.held_out]), token_digest(self.ptx),
         )  # fmt: skip
 
-    def rewards(self, ensemble: Ensemble | None) -> Rewards:
-        """All sources with their weights."""
-        found: dict[str, Reward] = dict(self.functions)
-        if ensemble is not None:
-            found["model"] = ModelReward(ensemble, self.settings.normalise)
-        return Rewards({name: (found[name], w) for name, w in self.settings.reward.items()})
-
-    def load_ensemble(self) -> Ensemble | None:
-        """The reward model or models, on PPO's device, frozen."""
-        settings = self.settings
-        place = {"device": settings.device, "dtype": settings.dtype}
-        reward = self.run.settings.reward.model_copy(update=place)
-        members = [
-            RewardModel.load(folder, reward, self.tokeniser.chat) for folder in self.reward_folders
-        ]
-        for member in members:
-            freeze(member.model, torch_dtype(settings.dtype, member.model.device))
-        return Ensemble(members, reward.combine) if members else None
-
-    def value_scale(self, ensemble: Ensemble | None) -> tuple[float, float]:
-        """(shift, scale) that put a critic which begins as the reward model on the rewards' scale
-        (detail 6)."""
-        settings = self.settings
-        theirs = ensemble is not None and self.critic == str(self.reward_folders[0])
-        if not theirs or settings.critic_head == "zero":
-            return 0.0, 1.0
-        weight, first = settings.reward["model"], ensemble.members[0]
-        as_is = not settings.normalise and len(ensemble.members) == 1
-        return (0.0, weight) if as_is else (first.mean, weight / first.std)
-
-    def _reward_folders(self) -> list[Path]:
-        named = self.settings.reward_model
-        return [Path(named)] if named else member_folders(self.run)
-
-    def _critic(self) -> str | None:
-        """What the critic begins as: a name, or None where the algorithm has none."""
-        if self.settings.algorithm != "ppo":
-            return None
-        named = self.settings.critic or str([*self.reward_folders, self.name][0])
-        other, _ = load_tokenizer(named)
-        if other.get_vocab() != self.tokenizer.get_vocab():
+    def _critic_name(self) -> str:
+        """The model that the critic starts from."""
+        name = self.settings.critic or str([*self.reward_folders, self.name][0])
+        tokenizer, _ = load_tokenizer(name)
+        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise InputError(
-                "ppo", "critic", got=f"{shown(named)}, whose tokenizer is not the policy's",
+                "ppo", "critic", got=f"{shown(name)}, whose tokenizer is not the policy's",
                 expected=f"one with the tokens of {shown(self.name)}, since it reads the same ids",
             )  # fmt: skip
-        return named
+        return name
 
-    def _ptx(self) -> list[TokenRow]:
-        if not self.settings.ptx:
-            return []
-        # Revisions are picked as for `aif sft`.
-        kept = {"data": self.settings.ptx, "objective": "response"}
-        sft = self.run.settings.sft.model_copy(update=kept)
-        return list(self.tokeniser.dialogues(read_examples(self.run.using(sft=sft)).rows))
+    def _ptx_rows(self, run: Run) -> list[TokenRow]:
+        # Revisions are chosen as for `aif sft`.
+        changes = {"data": self.settings.ptx, "objective": "response"}
+        sft = run.settings.sft.model_copy(update=changes)
+        return list(self.tokeniser.dialogues(read_examples(run.using(sft=sft)).rows))
 
 
-def load_critic(name: str, dtype: str, device: str, settings: PPOSettings) -> Any:
-    """A model with a value at every token, its head as `critic_head` has it (detail 6)."""
-    model = load_reward_model(name, dtype, device, new_head=settings.seed)
-    if settings.critic_head == "zero":
-        torch.nn.init.zeros_(model.score.weight)
-    return model
-
-
-def made(run: Run, prepared: Prepared) -> PPO:
-    """The algorithm with all its models, at its first step."""
-    settings = prepared.settings
-    place = usable_device(settings.device)
-    kind = torch_dtype(settings.dtype, place)
-    accelerator = _accelerator(run, settings, place, kind)
-    _check_share(settings, accelerator.num_processes)
+def build(inputs: Inputs, project_dir: Path) -> PPO:
+    """PPO with all its models, at step 0; trackers write below `project_dir`."""
+    settings = inputs.settings
+    dtype = torch_dtype(settings.dtype, usable_device(settings.device))
+    accelerator = _accelerator(settings, dtype, project_dir)
     transformers.set_seed(settings.seed)
-    ensemble = prepared.load_ensemble()
-    actor = _actor(run, prepared, prepared.value_scale(ensemble))
-    frozen = None if settings.lora else _frozen(prepared, kind)
-    ends = ends_of(inner(actor.policy), prepared.tokenizer)
-    layout = _layout(actor, prepared, share=_shares_prompts(actor, settings))
-    prompts = PromptStream(prepared.learn, settings)
+    ensemble = _ensemble(inputs, dtype)
+    actor = _actor(inputs, ensemble)
+    frozen = None
+    if not settings.lora:  # adapters that are off make the policy its own reference
+        frozen = freeze(load_model(inputs.name, "float32", settings.device), dtype)
+    layout = _layout(actor, inputs, share=settings.samples > 1)
+    prompts = PromptStream(inputs.train, settings)
     optimizer = _optimizer(actor, settings)
     scheduler = transformers.get_scheduler(
         SCHEDULES[settings.schedule],
@@ -203,91 +173,117 @@ def made(run: Run, prepared: Prepared) -> PPO:
         num_warmup_steps=math.ceil(settings.warmup_ratio * len(prompts)),
         num_training_steps=len(prompts),
     )
-    target = settings.kl_target or math.inf  # without one nothing is adapted
-    position = Position(AdaptiveKL(settings.kl_coef, target, settings.kl_horizon))
+    target = settings.kl_target or math.inf  # without a target the coefficient stays
+    state = TrainState(AdaptiveKL(settings.kl_coef, target, settings.kl_horizon))
     wrapped, optimizer = accelerator.prepare(actor, optimizer)
-    accelerator.register_for_checkpointing(scheduler, position)
+    accelerator.register_for_checkpointing(scheduler, state)
+    ptx = _ptx_steps(actor, inputs) if inputs.ptx else None
     return PPO(
         settings=settings,
         accelerator=accelerator,
-        learner=Learner(
-            accelerator, wrapped, optimizer, layout, settings, _ptx_steps(actor, prepared)
-        ),
+        learner=Learner(accelerator, wrapped, optimizer, layout, settings, ptx),
         reference=Reference(actor, frozen),
-        rollouts=_rollouts(prepared, kind, actor.temperature, ends),
-        rewards=prepared.rewards(ensemble),
+        rollouts=_rollouts(inputs, dtype, ends_of(inner(actor.policy), inputs.tokenizer)),
+        score=_score(inputs, ensemble),
         prompts=prompts,
         layout=layout,
-        tokenizer=prepared.tokenizer,
+        tokenizer=inputs.tokenizer,
         scheduler=scheduler,
-        position=position,
+        state=state,
     )
 
 
-def _accelerator(
-    run: Run, settings: PPOSettings, place: torch.device, kind: torch.dtype
-) -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier stage's, as Trainer does
+def _accelerator(settings: PPOSettings, dtype: torch.dtype, project_dir: Path) -> Accelerator:
+    # Forget an earlier stage's state, as transformers' Trainer does.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
-        mixed_precision="bf16" if kind == torch.bfloat16 else "no",
-        cpu=place.type == "cpu",
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        cpu=usable_device(settings.device).type == "cpu",
         log_with=settings.trackers or None,
-        project_dir=str(run.path),
+        project_dir=str(project_dir),
         step_scheduler_with_optimizer=False,
     )
+    world = accelerator.num_processes
     if settings.trackers:
-        accelerator.init_trackers(run.path.name)
-    return accelerator
-
-
-def _check_share(settings: PPOSettings, world: int) -> None:
-    """Whether so many processes can share a step evenly."""
+        accelerator.init_trackers(project_dir.name)
     if settings.batch_size % world:
         raise _wrong("batch_size", settings.batch_size, f"a multiple of {world}, the processes")
     if world > 1 and settings.rollouts == "vllm":
         raise _wrong("rollouts", "vllm", "transformers: the processes are several")
+    return accelerator
 
 
-def _frozen(prepared: Prepared, kind: torch.dtype) -> Any:
-    return freeze(load_model(prepared.name, "float32", prepared.settings.device), kind)
+def _ensemble(inputs: Inputs, dtype: torch.dtype) -> Ensemble | None:
+    """The frozen reward models on PPO's device."""
+    settings = inputs.settings
+    place = {"device": settings.device, "dtype": settings.dtype}
+    reward = inputs.reward_settings.model_copy(update=place)
+    chat = inputs.tokeniser.chat
+    members = [RewardModel.load(folder, reward, chat) for folder in inputs.reward_folders]
+    for member in members:
+        freeze(member.model, dtype)
+    return Ensemble(members, reward.combine) if members else None
 
 
-def _rollouts(
-    prepared: Prepared, kind: torch.dtype, temperature: float, ends: set[int]
-) -> Rollouts:
-    dtype, settings = str(kind).removeprefix("torch."), prepared.settings
-    sampling = {"max_tokens": prepared.room, "temperature": temperature, "ends": ends}
-    if settings.rollouts == "vllm":
-        context = prepared.tokeniser.max_tokens
-        return VLLMRollouts(
-            prepared.name, dtype=dtype, context=context, memory=settings.vllm_memory, **sampling
-        )
-    model = load_model(prepared.name, dtype, settings.device)
-    return TransformersRollouts(model, pad_id=prepared.tokenizer.pad_token_id, **sampling)
+def _score(inputs: Inputs, ensemble: Ensemble | None) -> WeightedRewards:
+    rewards = dict(inputs.functions)
+    if ensemble is not None:
+        rewards["model"] = ModelReward(ensemble, inputs.settings.normalise)
+    return WeightedRewards({name: (rewards[name], w) for name, w in inputs.settings.reward.items()})
 
 
-def _actor(run: Run, prepared: Prepared, scale: tuple[float, float]) -> ActorCritic:
-    settings = prepared.settings
-    policy = load_for_training(prepared.name, settings)
-    critic = None
-    if prepared.critic is not None:
-        critic = load_for_training(
-            prepared.critic, settings, lambda *place: load_critic(*place, settings)
-        )
-        inner(critic).config.pad_token_id = prepared.tokenizer.pad_token_id
-    actor = ActorCritic(policy, critic, temperature(run), *scale)
-    without_dropout(actor)  # detail 1; that of adapters too
+def _actor(inputs: Inputs, ensemble: Ensemble | None) -> ActorCritic:
+    settings, critic = inputs.settings, None
+    policy = load_for_training(inputs.name, settings)
+    if inputs.critic is not None:
+        critic = load_for_training(inputs.critic, settings, partial(load_critic, settings=settings))
+        inner(critic).config.pad_token_id = inputs.tokenizer.pad_token_id
+    actor = ActorCritic(policy, critic, inputs.temperature, *_value_scale(inputs, ensemble))
+    without_dropout(actor)  # detail 1; of the adapters too
     return actor
 
 
+def load_critic(name: str, dtype: str, device: str, settings: PPOSettings) -> Any:
+    """A model with a value at every token; `critic_head` decides its head (detail 6)."""
+    model = load_reward_model(name, dtype, device, new_head=settings.seed)
+    if settings.critic_head == "zero":
+        torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
+def _value_scale(inputs: Inputs, ensemble: Ensemble | None) -> tuple[float, float]:
+    """(shift, scale) for a critic that starts as the reward model: its values are then on the scale
+    of the rewards (detail 6)."""
+    settings = inputs.settings
+    is_reward_model = ensemble is not None and inputs.critic == str(inputs.reward_folders[0])
+    if not is_reward_model or settings.critic_head == "zero":
+        return 0.0, 1.0
+    weight, first = settings.reward["model"], ensemble.members[0]
+    normalised = settings.normalise or len(ensemble.members) > 1
+    return (first.mean, weight / first.std) if normalised else (0.0, weight)
+
+
+def _rollouts(inputs: Inputs, dtype: torch.dtype, ends: set[int]) -> Rollouts:
+    name, settings = str(dtype).removeprefix("torch."), inputs.settings
+    sampling = {
+        "max_tokens": inputs.response_tokens, "temperature": inputs.temperature, "ends": ends
+    }  # fmt: skip
+    if settings.rollouts == "vllm":
+        context = inputs.tokeniser.max_tokens
+        return VLLMRollouts(
+            inputs.name, dtype=name, context=context, memory=settings.vllm_memory, **sampling
+        )
+    model = load_model(inputs.name, name, settings.device)
+    return TransformersRollouts(model, pad_id=inputs.tokenizer.pad_token_id, **sampling)
+
+
 def _optimizer(actor: ActorCritic, settings: PPOSettings) -> torch.optim.Optimizer:
-    """Adam (detail 15); the critic's parameters are a group of their own."""
-    rate = learning_rate(settings)
-    critic_rate = settings.critic_learning_rate
-    rates = {"policy": rate, "critic": rate if critic_rate is None else critic_rate}
+    """Adam (detail 15) with a group of parameters for the policy and one for the critic."""
+    rate, critic_rate = learning_rate(settings), settings.critic_learning_rate
+    rates = [(actor.policy, rate), (actor.critic, rate if critic_rate is None else critic_rate)]
     groups = [
-        {"params": [w for w in part.parameters() if w.requires_grad], "lr": rates[name]}
-        for name, part in (("policy", actor.policy), ("critic", actor.critic))
+        {"params": [w for w in part.parameters() if w.requires_grad], "lr": lr}
+        for part, lr in rates
         if part is not None
     ]
     return torch.optim.AdamW(
@@ -299,50 +295,43 @@ def _optimizer(actor: ActorCritic, settings: PPOSettings) -> torch.optim.Optimiz
     )
 
 
-def _shares_prompts(actor: ActorCritic, settings: PPOSettings) -> bool:
+def _layout(actor: ActorCritic, inputs: Inputs, share: bool) -> Layout:
+    """`share`: run a prompt once for all its responses, if the models can."""
+    micro_tokens, call_tokens = micro_batch(actor.policy, inputs.settings)
+    options = (micro_tokens, False, inputs.tokenizer.pad_token_id, call_tokens)
     parts = [part for part in (actor.policy, actor.critic) if part is not None]
-    can = [shares(part, settings.share_prompt, STAGE) for part in parts]
-    return all(can) and settings.samples > 1
-
-
-def _layout(actor: ActorCritic, prepared: Prepared, share: bool) -> Layout:
-    most, call = micro_batch(actor.policy, prepared.settings)
-    options = (most, False, prepared.tokenizer.pad_token_id, call)
-    if not share:
+    wanted = inputs.settings.share_prompt
+    if not all(shares(part, wanted, STAGE) for part in parts) or not share:
         return Layout(*options)
     # Products are about 24 hidden^2 operations a token, attention 4 hidden a pair of tokens.
     hidden = inner(actor.policy).config.get_text_config().hidden_size
     return SharingLayout(*options, attention_tokens=6 * hidden)
 
 
-def _ptx_steps(actor: ActorCritic, prepared: Prepared) -> Steps | None:
-    settings = prepared.settings
-    if not prepared.ptx:
-        return None
-    layout = _layout(actor, prepared, share=False)
+def _ptx_steps(actor: ActorCritic, inputs: Inputs) -> Steps:
+    settings = inputs.settings
     rows = max(1, settings.batch_size * settings.samples // settings.minibatches)
     return Steps(
-        prepared.ptx, settings.ptx, layout, batch_size=rows, epochs=1.0, max_steps=None,
-        seed=settings.seed,
+        inputs.ptx, settings.ptx, _layout(actor, inputs, share=False), batch_size=rows, epochs=1.0,
+        max_steps=None, seed=settings.seed,
     )  # fmt: skip
 
 
-def memory_line(algorithm: PPO) -> str:
-    """What weights, gradients and Adam take on the device, against what it has."""
-    device = algorithm.accelerator.device
-    models = [algorithm.learner.model, algorithm.reference.frozen, *algorithm.rollouts.models]
-    models += algorithm.rewards.models
+def memory_line(ppo: PPO) -> str:
+    """The memory for weights, gradients and Adam, and the memory of the device."""
+    device = ppo.accelerator.device
+    models = [ppo.learner.model, ppo.reference.frozen, *ppo.rollouts.models, *ppo.score.models]
     weights = [w for model in models if model is not None for w in model.parameters()]
     learned = sum(w.numel() * w.element_size() for w in weights if w.requires_grad)
-    held = sum(w.numel() * w.element_size() for w in weights)
+    need = sum(w.numel() * w.element_size() for w in weights)
+    need += 3 * learned  # a gradient and Adam's two moments
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need = held + 3 * learned  # a gradient and Adam's two moments
     return (
-        f"ppo: {need / 1e9:.1f} GB for weights, gradients and Adam of {total / 1e9:.0f} GB on "
-        f"{device}; activations come on top, less of them with a smaller ppo.micro_tokens"
+        f"ppo: {need / 1e9:.1f} GB of {total / 1e9:.0f} GB on {device} for weights, gradients and "
+        "Adam; activations need more, and less of it with a smaller ppo.micro_tokens"
     )
 
 

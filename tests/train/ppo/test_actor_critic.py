@@ -98,12 +98,12 @@ def rows(n: int = 6) -> list[TokenRow]:
     ]
 
 
-def inputs(found: list[TokenRow], layout: Layout = WHOLE):
+def inputs(some: list[TokenRow], layout: Layout = WHOLE):
     """All rows as one batch, in their order."""
-    return layout.batch(found).inputs(torch.device("cpu"))
+    return layout.batch(some).inputs(torch.device("cpu"))
 
 
-def told_plainly(actor: ActorCritic, row: TokenRow) -> tuple:
+def outputs_alone(actor: ActorCritic, row: TokenRow) -> tuple:
     """(log-probabilities, values, entropies) of one row, by the models' own forwards."""
     ids_1T = torch.tensor(row.ids_T[None].astype(int))
     at_N = torch.tensor(row.loss_mask_T.nonzero()[0])
@@ -120,11 +120,11 @@ def told_plainly(actor: ActorCritic, row: TokenRow) -> tuple:
     )
 
 
-def told(actor: ActorCritic, found: list[TokenRow], layout: Layout) -> list[list]:
+def outputs_of(actor: ActorCritic, every: list[TokenRow], layout: Layout) -> list[list]:
     """The same of all rows by `ActorCritic`, in the rows' order, as PPO asks for them."""
-    parts: list = [None] * len(found)
-    for numbers, batch in micro_batches(found, layout):
-        lengths = [int(found[n].loss_mask_T.sum()) for n in numbers]
+    parts: list = [None] * len(every)
+    for numbers, batch in micro_batches(every, layout):
+        lengths = [int(every[n].loss_mask_T.sum()) for n in numbers]
         split = [x.split(lengths) for x in actor(**batch.inputs(torch.device("cpu")), entropy=True)]
         for n, *part in zip(numbers, *split, strict=True):
             parts[n] = part
@@ -141,30 +141,30 @@ def with_gradients(actor: ActorCritic, parts) -> tuple[list, list]:
     return [x.detach() for x in vectors], [w.grad.clone() for w in learning]
 
 
-def close(found: tuple[list, list], want: tuple[list, list]) -> None:
-    for ours, theirs in zip(found[0], want[0], strict=True):
+def close(got: tuple[list, list], want: tuple[list, list]) -> None:
+    for ours, theirs in zip(got[0], want[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(found[1], want[1], strict=True):
+    for ours, theirs in zip(got[1], want[1], strict=True):
         assert theirs.norm() > 0
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_that_is_told_and_its_gradients_are_those_of_the_models_themselves(kind, temperature):
+def test_outputs_and_gradients_are_those_of_the_models_themselves(kind, temperature):
     actor = ActorCritic(policy_of(kind), critic_of(), temperature, SHIFT, SCALE)
     assert actor.head_is_all == (kind in PLAIN)
-    found = rows()
-    want = with_gradients(actor, [told_plainly(actor, row) for row in found])
-    close(with_gradients(actor, told(actor, found, WHOLE)), want)
+    every = rows()
+    want = with_gradients(actor, [outputs_alone(actor, row) for row in every])
+    close(with_gradients(actor, outputs_of(actor, every, WHOLE)), want)
 
 
-def test_adapters_of_policy_and_critic_are_asked_and_learn():
+def test_adapters_of_policy_and_critic_are_used_and_learn():
     critic = adapted(critic_of(), "SEQ_CLS")
     actor = ActorCritic(adapted(policy_of()), critic, 0.7, SHIFT, SCALE)
-    found = rows()
-    want = with_gradients(actor, [told_plainly(actor, row) for row in found])
-    close(with_gradients(actor, told(actor, found, WHOLE)), want)
+    every = rows()
+    want = with_gradients(actor, [outputs_alone(actor, row) for row in every])
+    close(with_gradients(actor, outputs_of(actor, every, WHOLE)), want)
 
 
 LAYOUTS = {
@@ -180,31 +180,31 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", ["llama", "soft cap"])
 def test_neither_neighbours_nor_chunks_change_values_or_gradients(kind, chunk, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * VOCAB * chunk)
-    actor, found = ActorCritic(policy_of(kind), critic_of(), 0.7, SHIFT, SCALE), rows()
-    want = with_gradients(actor, [told_plainly(actor, row) for row in found])
+    actor, every = ActorCritic(policy_of(kind), critic_of(), 0.7, SHIFT, SCALE), rows()
+    want = with_gradients(actor, [outputs_alone(actor, row) for row in every])
     for layout in LAYOUTS.values():
-        close(with_gradients(actor, told(actor, found, layout)), want)
+        close(with_gradients(actor, outputs_of(actor, every, layout)), want)
 
 
 def test_the_head_runs_in_chunks_for_the_tokens_of_responses_alone(monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * VOCAB * 4)
-    actor, found, sizes = ActorCritic(policy_of(), None, 1.0), rows(), []
+    actor, every, sizes = ActorCritic(policy_of(), None, 1.0), rows(), []
     actor.policy.lm_head.register_forward_hook(lambda *call: sizes.append(call[2].shape[0]))
-    actor(**inputs(found), entropy=True)
+    actor(**inputs(every), entropy=True)
     assert max(sizes) == 4
-    assert sum(sizes) == sum(row.loss_mask_T.sum() for row in found)
+    assert sum(sizes) == sum(row.loss_mask_T.sum() for row in every)
 
 
-def test_what_is_told_comes_row_by_row_in_the_order_of_the_batch():
-    actor, found = ActorCritic(policy_of(), critic_of(), 0.7), rows()
-    assert sorted(map(len, found)) != list(map(len, found)) != sorted(map(len, found))[::-1]
-    for some in (found, found[::-1]):
-        want = zip(*[told_plainly(actor, row) for row in some], strict=True)
+def test_outputs_come_row_by_row_in_the_order_of_the_batch():
+    actor, every = ActorCritic(policy_of(), critic_of(), 0.7), rows()
+    assert sorted(map(len, every)) != list(map(len, every)) != sorted(map(len, every))[::-1]
+    for some in (every, every[::-1]):
+        want = zip(*[outputs_alone(actor, row) for row in some], strict=True)
         for ours, theirs in zip(actor(**inputs(some), entropy=True), want, strict=True):
             torch.testing.assert_close(ours, torch.cat(theirs), rtol=1e-5, atol=1e-5)
 
 
-def test_without_a_critic_there_are_no_values_and_unasked_no_entropies():
+def test_without_a_critic_there_are_no_values_and_no_entropies_by_default():
     logprobs_N, values_N, entropy_N = ActorCritic(policy_of(), None, 1.0)(**inputs(rows()))
     assert values_N is None
     assert entropy_N is None
@@ -214,15 +214,15 @@ def test_without_a_critic_there_are_no_values_and_unasked_no_entropies():
 
 
 @pytest.mark.parametrize("kind", ["llama", "scale"])
-def test_texts_are_told_by_their_nll_at_temperature_one(kind):
-    actor, found = ActorCritic(policy_of(kind), critic_of(), 0.7), rows()
+def test_texts_give_their_nll_at_temperature_one(kind):
+    actor, every = ActorCritic(policy_of(kind), critic_of(), 0.7), rows()
     want = 0
-    for row in found:
+    for row in every:
         ids_1T = torch.tensor(row.ids_T[None].astype(int))
         labels_1T = ids_1T.masked_fill(~torch.tensor(row.loss_mask_T[None]), -100)
         nll = actor.policy(input_ids=ids_1T, labels=labels_1T).loss
         want += nll * int(row.loss_mask_T.sum())
-    torch.testing.assert_close(actor(**inputs(found), texts=True), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actor(**inputs(every), texts=True), want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_value_under_autocast_is_not_rounded():
@@ -331,7 +331,7 @@ def test_adapters_are_merged_as_peft_merges_them(kind, targets, dtype):
 
 @pytest.mark.parametrize("kind", ["llama", "untied", "biases", "soft cap"])
 @torch.no_grad()
-def test_a_sampler_that_is_given_them_is_the_policy_with_its_adapters(kind):
+def test_a_sampler_with_these_weights_is_the_policy_with_its_adapters(kind):
     policy, ids_BT = adapted(policy_of(kind)), torch.arange(12).reshape(2, 6)
     rollouts = TransformersRollouts(
         policy_of(kind), max_tokens=4, temperature=1.0, ends=set(), pad_id=0

@@ -4,52 +4,39 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 from itertools import chain, permutations
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 import numpy as np
-from transformers import LlamaForSequenceClassification
 
 from aif.config.settings import PPOSettings
 from aif.models.decode import SampledTokens
 from aif.train.batch import Layout
+from aif.train.ppo import experience as experience_module
 from aif.train.ppo.actor_critic import ActorCritic, Reference
 from aif.train.ppo.experience import (
     Experience,
-    experience,
+    ModelOutputs,
+    compute_logprobs,
     micro_batches,
-    read,
     response_mask,
     tokens_of,
 )
 from aif.train.ppo.maths import gae, kl_estimate, leave_one_out, moments_of, whiten
 from aif.train.tokens import TokenRow
+from tests.support.ppo import T, experience_of, response_row, tiny_actor
 from tests.support.tiny import tiny_model
 
 CPU = torch.device("cpu")
 SHAPES = [(3, 4), (9, 1), (1, 7), (5, 2), (2, 7), (6, 3), (4, 1)]  # tokens of prompt and response
-T = 0.7
+NAMES = ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def actor(critic: bool = True, lora: bool = False) -> ActorCritic:
-    """A policy whose distributions are far from even, in training with dropout on."""
-    policy = tiny_model(vocab_size=64, initializer_range=0.3)
-    scorer = None
-    if critic:
-        config = copy.deepcopy(policy.config)
-        config.num_labels = 1
-        scorer = LlamaForSequenceClassification(config)
-    if lora:
-        peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-        policy = peft.get_peft_model(policy, config)
-    return ActorCritic(policy, scorer, T, shift=0.3, scale=2.0).train()
 
 
 def frozen():
@@ -63,8 +50,8 @@ def frozen():
 
 def row(prompt: int, response: int, seed: int = 0) -> TokenRow:
     draw = np.random.default_rng([seed, prompt, response])
-    made = SampledTokens(tuple(draw.integers(3, 64, response).tolist()), True)
-    return tokens_of(draw.integers(3, 64, prompt).astype(np.int32), made)
+    ids = draw.integers(3, 64, response)
+    return response_row(draw.integers(3, 64, prompt), ids)
 
 
 def rows() -> list[TokenRow]:
@@ -91,49 +78,52 @@ def values_alone(tokens: TokenRow, model: ActorCritic) -> torch.Tensor:
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("micro_tokens", [1, 16, 25, 10_000])
-def test_what_is_read_stands_at_its_row_and_column_however_it_lay_in_memory(micro_tokens, packing):
-    model, other, asked = actor(), frozen(), rows()
+def test_outputs_stand_at_their_row_and_column_however_they_lay_in_memory(micro_tokens, packing):
+    model, other = tiny_actor().train(), frozen()
     layout = Layout(micro_tokens, packing, pad_id=5, call_tokens=1)
-    found = read(asked, model, Reference(model, other), layout, CPU)
+    outputs = compute_logprobs(rows(), model, Reference(model, other), layout, CPU)
     model.eval()
     with torch.no_grad():
-        for n, (tokens, (_, length)) in enumerate(zip(asked, SHAPES, strict=True)):
+        for n, (tokens, (_, length)) in enumerate(zip(rows(), SHAPES, strict=True)):
             logprobs, entropy = alone(tokens, model.policy)
-            want = {"logprobs": logprobs, "entropy": entropy}
-            want |= {"values": values_alone(tokens, model)}
-            want |= {"ref_logprobs": alone(tokens, other)[0]}
-            assert set(want) == set(found)
+            want = {"logprobs_BT": logprobs, "entropy_BT": entropy}
+            want |= {"values_BT": values_alone(tokens, model)}
+            want |= {"ref_logprobs_BT": alone(tokens, other)[0]}
+            assert set(want) == set(vars(outputs))
             for name, values in want.items():
-                torch.testing.assert_close(found[name][n, :length], values, **CLOSE)
-                assert (found[name][n, length:] == 0).all()
-                assert found[name].shape == (len(SHAPES), 7)
+                output_BT = getattr(outputs, name)
+                torch.testing.assert_close(output_BT[n, :length], values, **CLOSE)
+                assert (output_BT[n, length:] == 0).all()
+                assert output_BT.shape == (len(SHAPES), 7)
 
 
 def test_those_layouts_do_split_and_permute_the_rows():
     for micro_tokens, batches in ((1, 7), (16, 4), (25, 3), (10_000, 1)):
         layout = Layout(micro_tokens, False, pad_id=5, call_tokens=1 if micro_tokens < 99 else 64)
-        found = [numbers for numbers, _ in micro_batches(rows(), layout)]
-        assert len(found) >= batches
-        order = list(chain(*found))
+        numbers = [some for some, _ in micro_batches(rows(), layout)]
+        assert len(numbers) >= batches
+        order = list(chain(*numbers))
         assert sorted(order) == list(range(7)) != order
 
 
 def test_without_a_critic_there_are_no_values():
-    model = actor(critic=False)
-    found = read(rows(), model, Reference(model, frozen()), Layout(20, False, 5), CPU)
-    assert found.pop("values") is None
-    assert all(values.abs().sum() > 0 for values in found.values())
+    model = tiny_actor(critic=False).train()
+    reference = Reference(model, frozen())
+    outputs = compute_logprobs(rows(), model, reference, Layout(20, False, 5), CPU)
+    assert outputs.values_BT is None
+    others = [values_BT for name, values_BT in vars(outputs).items() if name != "values_BT"]
+    assert all(values_BT.abs().sum() > 0 for values_BT in others)
 
 
 def test_without_its_adapters_the_policy_is_its_own_reference():
-    model = actor(lora=True)
-    found = read(rows(), model, Reference(model), Layout(20, False, 5), CPU)
+    model = tiny_actor(lora=True).train()
+    outputs = compute_logprobs(rows(), model, Reference(model), Layout(20, False, 5), CPU)
     model.eval()
     with torch.no_grad(), model.policy.disable_adapter():
         for n, tokens in enumerate(rows()):
             want, _ = alone(tokens, model.policy)
-            torch.testing.assert_close(found["ref_logprobs"][n, : len(want)], want, **CLOSE)
-    assert (found["ref_logprobs"] - found["logprobs"]).abs().max() > 0.1
+            torch.testing.assert_close(outputs.ref_logprobs_BT[n, : len(want)], want, **CLOSE)
+    assert (outputs.ref_logprobs_BT - outputs.logprobs_BT).abs().max() > 0.1
 
 
 # --- rewards and advantages
@@ -142,147 +132,154 @@ def test_without_its_adapters_the_policy_is_its_own_reference():
 PROMPTS = ["b", "a", "b", "c", "a", "b", "a"]
 
 
-def told(seed: int = 0, asked: list[TokenRow] | None = None) -> dict[str, torch.Tensor]:
-    """As `read` might have found it: normal numbers, zero at padding."""
-    mask_BT = response_mask(rows() if asked is None else asked)
+def outputs_of(seed: int = 0) -> ModelOutputs:
+    """Normal numbers, zero at padding."""
+    mask_BT = response_mask(rows())
     draw = torch.Generator().manual_seed(seed)
-    names = ("logprobs", "ref_logprobs", "entropy", "values")
-    return {name: torch.randn(mask_BT.shape, generator=draw) * mask_BT for name in names}
+    return ModelOutputs(
+        **{name: torch.randn(mask_BT.shape, generator=draw) * mask_BT for name in NAMES}
+    )
 
 
 def scores(seed: int = 1) -> torch.Tensor:
     return 2 * torch.randn(len(SHAPES), generator=torch.Generator().manual_seed(seed)) + 3
 
 
-def made(algorithm: str = "ppo", kl_coef: float = 0.3, reduce=lambda x: x, **more) -> Experience:
-    found = told()
+def step(algorithm: str = "ppo", kl_coef: float = 0.3, **more) -> Experience:
+    outputs = outputs_of()
     if algorithm != "ppo":
-        found["values"] = None
+        outputs = replace(outputs, values_BT=None)
     settings = PPOSettings(algorithm=algorithm, gamma=0.9, lam=0.8, **more)
-    return experience(rows(), PROMPTS, scores(), found, settings, kl_coef, reduce)
+    return experience_of(rows(), PROMPTS, scores(), outputs, settings, kl_coef)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_each_token_pays_for_its_kl_and_the_last_one_earns_the_score(kind):
-    found, known = made(kl_estimator=kind), told()
+    experience, outputs = step(kl_estimator=kind), outputs_of()
     for n, (_, length) in enumerate(SHAPES):
-        for t in range(found.mask_BT.shape[1]):
-            kl = float(kl_estimate(known["logprobs"][n, t], known["ref_logprobs"][n, t], kind))
+        for t in range(experience.response_mask_BT.shape[1]):
+            kl = float(kl_estimate(outputs.logprobs_BT[n, t], outputs.ref_logprobs_BT[n, t], kind))
             want = -0.3 * kl if t < length else 0.0
             want += float(scores()[n]) if t == length - 1 else 0.0
-            assert float(found.rewards_BT[n, t]) == pytest.approx(want, abs=1e-6)
+            assert float(experience.rewards_BT[n, t]) == pytest.approx(want, abs=1e-6)
 
 
 def test_the_kl_of_a_response_is_the_sum_of_its_log_ratios():
-    found, known = made(), told()
+    experience, outputs = step(), outputs_of()
     for n, (_, length) in enumerate(SHAPES):
-        want = sum(float(known["logprobs"][n, t] - known["ref_logprobs"][n, t])
+        want = sum(float(outputs.logprobs_BT[n, t] - outputs.ref_logprobs_BT[n, t])
                    for t in range(length))  # fmt: skip
-        assert float(found.kl_B[n]) == pytest.approx(want, abs=1e-5)
-    torch.testing.assert_close(found.rewards_BT.sum(1), scores() - 0.3 * found.kl_B)
+        assert float(experience.kl_B[n]) == pytest.approx(want, abs=1e-5)
+    torch.testing.assert_close(experience.rewards_BT.sum(1), scores() - 0.3 * experience.kl_B)
 
 
 def test_ppo_has_whitened_advantages_and_returns_of_unwhitened_ones():
-    found, known = made(), told()
-    advantages, returns = gae(found.rewards_BT, known["values"], found.mask_BT, 0.9, 0.8)
-    torch.testing.assert_close(found.advantages_BT, whiten(advantages, found.mask_BT))
-    torch.testing.assert_close(found.returns_BT, returns)
-    for name in ("logprobs", "ref_logprobs", "entropy", "values"):
-        assert getattr(found, f"{name}_BT") is not None
-        torch.testing.assert_close(getattr(found, f"{name}_BT"), known[name])
+    experience, outputs = step(), outputs_of()
+    advantages, returns = gae(
+        experience.rewards_BT, outputs.values_BT, experience.response_mask_BT, 0.9, 0.8
+    )
+    torch.testing.assert_close(
+        experience.advantages_BT, whiten(advantages, experience.response_mask_BT)
+    )
+    torch.testing.assert_close(experience.returns_BT, returns)
+    for name in NAMES:
+        assert torch.equal(getattr(experience, name), getattr(outputs, name))
 
 
 def test_a_small_case_of_ppo_by_hand():
-    asked = [row(2, 1), row(2, 2)]
-    known = {
-        "logprobs": torch.tensor([[-1.0, 0.0], [-2.0, -3.0]]),
-        "ref_logprobs": torch.tensor([[-2.0, 0.0], [-1.0, -5.0]]),
-        "values": torch.tensor([[0.5, 0.0], [1.0, 2.0]]),
-        "entropy": torch.ones(2, 2),
-    }
+    outputs = ModelOutputs(
+        logprobs_BT=torch.tensor([[-1.0, 0.0], [-2.0, -3.0]]),
+        ref_logprobs_BT=torch.tensor([[-2.0, 0.0], [-1.0, -5.0]]),
+        values_BT=torch.tensor([[0.5, 0.0], [1.0, 2.0]]),
+        entropy_BT=torch.ones(2, 2),
+    )
     settings = PPOSettings(gamma=0.5, lam=0.5)
     scores_B = torch.tensor([3.0, -1.0])
-    found = experience(asked, ["a", "b"], scores_B, known, settings, 0.1, lambda x: x)
-    assert found.rewards_BT.tolist() == [[pytest.approx(2.9), 0], pytest.approx([0.1, -1.2])]
+    experience = experience_of([row(2, 1), row(2, 2)], ["a", "b"], scores_B, outputs, settings)
+    rewards_BT = [[pytest.approx(2.9), 0], pytest.approx([0.1, -1.2])]
+    assert experience.rewards_BT.tolist() == rewards_BT
     # deltas: 2.9 - 0.5; then -1.2 - 2.0, and 0.1 + 0.5 * 2.0 - 1.0 with a quarter of that
     advantages = torch.tensor([2.4, 0.1 - 0.25 * 3.2, -3.2])
     want = (advantages - advantages.mean()) / advantages.std()
-    torch.testing.assert_close(found.advantages_BT[found.mask_BT], want)
-    assert found.returns_BT[found.mask_BT].tolist() == pytest.approx([2.9, 0.3, -1.2])
-    assert found.advantages_BT[0, 1] == found.returns_BT[0, 1] == 0
+    mask_BT = experience.response_mask_BT
+    torch.testing.assert_close(experience.advantages_BT[mask_BT], want)
+    assert experience.returns_BT[mask_BT].tolist() == pytest.approx([2.9, 0.3, -1.2])
+    assert experience.advantages_BT[0, 1] == experience.returns_BT[0, 1] == 0
 
 
 @pytest.mark.parametrize("order", list(permutations(range(7)))[::1000])
 def test_rloo_gives_all_tokens_their_response_less_the_others_of_its_prompt(order):
-    asked, known = rows(), told()
-    known["values"] = None
-    places = list(order)
-    found = experience(
-        [asked[n] for n in places], [PROMPTS[n] for n in places], scores()[places],
-        {k: v if v is None else v[places] for k, v in known.items()},
-        PPOSettings(algorithm="rloo", samples=2), 0.3, lambda x: x,
+    outputs, places = replace(outputs_of(), values_BT=None), list(order)
+    experience = experience_of(
+        [rows()[n] for n in places], [PROMPTS[n] for n in places], scores()[places],
+        ModelOutputs(**{k: v if v is None else v[places] for k, v in vars(outputs).items()}),
+        PPOSettings(algorithm="rloo", samples=2), 0.3,
     )  # fmt: skip
-    worth = scores() - 0.3 * (known["logprobs"] - known["ref_logprobs"]).sum(1)
+    worth = scores() - 0.3 * outputs.kl_B
     for place, n in enumerate(places):
         others = [float(worth[m]) for m in range(7) if m != n and PROMPTS[m] == PROMPTS[n]]
         want = float(worth[n]) - sum(others) / len(others) if others else 0.0
         length = SHAPES[n][1]
-        got = found.advantages_BT[place].tolist()
+        got = experience.advantages_BT[place].tolist()
         assert got == pytest.approx([want] * length + [0] * (7 - length), abs=1e-5)
-    assert found.values_BT is None
-    assert found.returns_BT is None
+    assert experience.values_BT is None
+    assert experience.returns_BT is None
 
 
 def test_reinforce_gives_all_tokens_the_reward_of_their_response():
-    found = made("reinforce")
-    worth = scores() - 0.3 * found.kl_B
-    torch.testing.assert_close(found.advantages_BT, worth[:, None] * found.mask_BT)
-    assert found.returns_BT is None
+    experience = step("reinforce")
+    worth = scores() - 0.3 * experience.kl_B
+    torch.testing.assert_close(
+        experience.advantages_BT, worth[:, None] * experience.response_mask_BT
+    )
+    assert experience.returns_BT is None
 
 
 def test_whitened_rewards_have_deviation_1_and_the_mean_that_they_had():
-    plain, found = made(), made(whiten_rewards=True)
-    before, after = (x.rewards_BT[x.mask_BT] for x in (plain, found))
+    plain, experience = step(), step(whiten_rewards=True)
+    before, after = (x.rewards_BT[x.response_mask_BT] for x in (plain, experience))
     torch.testing.assert_close(after.mean(), before.mean())
     assert float(before.std()) != pytest.approx(1, abs=0.1)
     assert float(after.std()) == pytest.approx(1, abs=1e-5)
-    assert (found.rewards_BT[~found.mask_BT] == 0).all()
-    _, returns = gae(found.rewards_BT, found.values_BT, found.mask_BT, 0.9, 0.8)
-    torch.testing.assert_close(found.returns_BT, returns)
-    rloo = made("rloo", samples=2, whiten_rewards=True)
+    assert (experience.rewards_BT[~experience.response_mask_BT] == 0).all()
+    _, returns = gae(
+        experience.rewards_BT, experience.values_BT, experience.response_mask_BT, 0.9, 0.8
+    )
+    torch.testing.assert_close(experience.returns_BT, returns)
+    rloo = step("rloo", samples=2, whiten_rewards=True)
     group_B = torch.tensor([ord(prompt) for prompt in PROMPTS])
     want = leave_one_out(rloo.rewards_BT.sum(1), group_B)
-    torch.testing.assert_close(rloo.advantages_BT, want[:, None] * rloo.mask_BT)
+    torch.testing.assert_close(rloo.advantages_BT, want[:, None] * rloo.response_mask_BT)
 
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])
-def test_moments_are_of_all_processes(whiten_rewards):
+def test_moments_are_of_all_processes(whiten_rewards, monkeypatch):
     """A second process with the same responses counts as the same responses twice."""
-    asked = []
+    settings = PPOSettings(gamma=0.9, lam=0.8, whiten_rewards=whiten_rewards)
+    twice = ModelOutputs(**{k: v.repeat(2, 1) for k, v in vars(outputs_of()).items()})
+    two = experience_of(rows() * 2, PROMPTS * 2, scores().repeat(2), twice, settings, 0.3)
+    by_itself = step(whiten_rewards=whiten_rewards)
+    reduced = []
 
-    def both(moments: torch.Tensor) -> torch.Tensor:
-        asked.append(moments)
+    def both(moments: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        reduced.append(moments)
         return 2 * moments
 
-    one = made(reduce=both, whiten_rewards=whiten_rewards)
-    settings = PPOSettings(gamma=0.9, lam=0.8, whiten_rewards=whiten_rewards)
-    twice = {name: values.repeat(2, 1) for name, values in told().items()}
-    two = experience(
-        rows() + rows(), PROMPTS * 2, scores().repeat(2), twice, settings, 0.3, lambda x: x
-    )
+    monkeypatch.setattr(experience_module, "reduce", both)
+    one = step(whiten_rewards=whiten_rewards)
     for name in ("rewards_BT", "advantages_BT", "returns_BT"):
         got, want = getattr(one, name), getattr(two, name)
         torch.testing.assert_close(torch.cat([got, got]), want)
-    assert len(asked) == 1 + whiten_rewards
-    by_itself = made(whiten_rewards=whiten_rewards)
+    assert len(reduced) == 1 + whiten_rewards
     assert not torch.equal(by_itself.advantages_BT, one.advantages_BT)
-    mine = gae(one.rewards_BT, one.values_BT, one.mask_BT, 0.9, 0.8)[0]
-    torch.testing.assert_close(asked[-1], moments_of(mine, one.mask_BT))
+    mine = gae(one.rewards_BT, one.values_BT, one.response_mask_BT, 0.9, 0.8)[0]
+    torch.testing.assert_close(reduced[-1], moments_of(mine, one.response_mask_BT))
 
 
 def test_a_response_is_all_that_is_learned_of_a_row():
-    found = tokens_of(np.array([7, 8, 9]), SampledTokens((4, 2), True))
-    assert found.ids_T.tolist() == [7, 8, 9, 4, 2]
-    assert found.ids_T.dtype == np.int32
-    assert found.loss_mask_T.tolist() == [False] * 3 + [True] * 2
-    assert response_mask([found, row(4, 3)]).tolist() == [[True, True, False], [True] * 3]
+    tokens = tokens_of(np.array([7, 8, 9]), SampledTokens((4, 2), True))
+    assert tokens.ids_T.tolist() == [7, 8, 9, 4, 2]
+    assert tokens.ids_T.dtype == np.int32
+    assert tokens.loss_mask_T.tolist() == [False] * 3 + [True] * 2
+    assert response_mask([tokens, row(4, 3)]).tolist() == [[True, True, False], [True] * 3]

@@ -30,19 +30,19 @@ def model(tmp_path_factory) -> Path:
 class Counting:
     """A judge to whom a response is as good as it has words `a`; it may be gone after some calls.
 
-    `asked` are all that it was asked, by the text that it saw.
+    `graded` are the responses that it graded.
     """
 
     def __init__(self, monkeypatch):
-        self.asked: list[str] = []
+        self.graded: list[str] = []
         self.gone_after = 10**9
         monkeypatch.setattr(live, "open_llm", lambda settings: ScriptedLLM(self.reply))
 
     def reply(self, ask) -> Answer:
-        if len(self.asked) >= self.gone_after:
+        if len(self.graded) >= self.gone_after:
             raise JudgeStopped("the judge is gone")
         response = words(ask).partition("[response ")[2].partition("]\n")[2].partition("\n[")[0]
-        self.asked.append(response)
+        self.graded.append(response)
         count = float(response.split().count("a"))
         return Answer("", logprobs={"Yes": -1.0, "No": -1.0 - count})
 
@@ -72,9 +72,9 @@ def test_a_live_judge_is_a_reward_that_is_learned_from(tmp_path, model, judge):
     run = judged_run(tmp_path / "run", model, max_steps=15, batch_size=32)
     summary = ppo(run, Said())
     assert summary["last"]["objective/scores"] > summary["first"]["objective/scores"] + 2
-    assert summary["judge_calls"] == len(judge.asked)
+    assert summary["judge_calls"] == len(judge.graded)
     rows = read_jsonl(run.path / "journal" / "ppo.jsonl")
-    assert len(rows) == len(judge.asked)
+    assert len(rows) == len(judge.graded)
 
 
 def test_no_grade_is_paid_for_twice_and_a_judge_that_comes_back_is_gone_on_with(
@@ -82,15 +82,15 @@ def test_no_grade_is_paid_for_twice_and_a_judge_that_comes_back_is_gone_on_with(
 ):
     straight = judged_run(tmp_path / "straight", model)
     ppo(straight, Said())
-    every = list(judge.asked)
-    judge.asked.clear()
+    every = list(judge.graded)
+    judge.graded.clear()
     judge.gone_after = len(every) - 1  # in the last step
     run = judged_run(tmp_path / "run", model)
     with pytest.raises(JudgeStopped, match="the judge is gone"):
         ppo(run, Said())
     judge.gone_after = 10**9
     assert ppo(run, Said())["resumed_from"] == 3
-    assert sorted(judge.asked) == sorted(every)
+    assert sorted(judge.graded) == sorted(every)
     for name in ("objective/scores", "objective/kl", "loss/value_avg"):
         assert of_step(run, name) == of_step(straight, name)
 

@@ -23,7 +23,6 @@ from aif.train.ppo.maths import (
     gae,
     kl_estimate,
     leave_one_out,
-    masked_mean,
     moments_of,
     policy_loss,
     token_rewards,
@@ -56,9 +55,9 @@ def drawn(mask: torch.Tensor, seed: int, n: int) -> list[torch.Tensor]:
 def wide(x_BT: torch.Tensor, fill: float | bool) -> torch.Tensor:
     """The same with a new place before and after each token, and a new row."""
     rows, tokens = x_BT.shape
-    found = torch.full((rows + 1, 2 * tokens + 1), fill, dtype=x_BT.dtype)
-    found[:rows, 1::2] = x_BT
-    return found
+    wider = torch.full((rows + 1, 2 * tokens + 1), fill, dtype=x_BT.dtype)
+    wider[:rows, 1::2] = x_BT
+    return wider
 
 
 def narrow(x_BT: torch.Tensor) -> torch.Tensor:
@@ -73,19 +72,11 @@ def scalar(*values: float) -> list[torch.Tensor]:
     return [torch.tensor([value], dtype=torch.float64) for value in values]
 
 
-def numbers(found) -> list[float]:
-    return [float(value) for value in vars(found).values()]
+def numbers(loss) -> list[float]:
+    return [float(value) for value in vars(loss).values()]
 
 
-# --- means and whitening
-
-
-@quick
-@given(masks(), seeds)
-def test_a_masked_mean_is_of_real_tokens(mask, seed):
-    (values,) = drawn(mask, seed, 1)
-    want = statistics.mean(values[mask].tolist())
-    assert float(masked_mean(values, mask)) == pytest.approx(want, abs=1e-12)
+# --- whitening
 
 
 @quick
@@ -94,21 +85,21 @@ def test_whitening_is_its_formula_over_real_tokens(mask, seed, shift_mean):
     (values,) = drawn(mask, seed, 1)
     kept = values[mask].tolist()
     mean, variance = statistics.mean(kept), statistics.variance(kept) if len(kept) > 1 else 0.0
-    found = whiten(values, mask, shift_mean=shift_mean)
+    whitened = whiten(values, mask, shift_mean=shift_mean)
     for place in mask.nonzero().tolist():
         want = (float(values[*place]) - mean) / math.sqrt(variance + 1e-8)
         want += 0.0 if shift_mean else mean
-        assert float(found[*place]) == pytest.approx(want, rel=1e-6, abs=1e-6)
-    assert (found[~mask] == 0).all()
+        assert float(whitened[*place]) == pytest.approx(want, rel=1e-6, abs=1e-6)
+    assert (whitened[~mask] == 0).all()
 
 
 def test_whitened_values_have_mean_0_and_variance_1_or_keep_their_mean():
     mask = torch.rand(8, 16, generator=torch.Generator().manual_seed(0)) < 0.6
     values = 3 * drawn(mask, 0, 1)[0].float() + 1000  # float32 sums of squares would fail here
-    for found in (whiten(values, mask), whiten(values, mask, shift_mean=False)):
-        assert found.dtype == torch.float32
-        assert float(found[mask].double().var()) == pytest.approx(1, rel=1e-3)
-        assert (found[~mask] == 0).all()
+    for whitened in (whiten(values, mask), whiten(values, mask, shift_mean=False)):
+        assert whitened.dtype == torch.float32
+        assert float(whitened[mask].double().var()) == pytest.approx(1, rel=1e-3)
+        assert (whitened[~mask] == 0).all()
     assert float(whiten(values, mask)[mask].mean()) == pytest.approx(0, abs=1e-4)
     kept = whiten(values, mask, shift_mean=False)[mask]
     assert float(kept.mean()) == pytest.approx(float(values[mask].mean()), rel=1e-6)
@@ -121,8 +112,8 @@ def test_whitening_in_parts_by_summed_moments_is_whitening_the_whole(mask, seed,
     parts = [(values[:1], mask[:1]), (values[1:], mask[1:])]
     moments = sum(moments_of(*part) for part in parts)
     assert int(moments[0]) == int(mask.sum())
-    found = torch.cat([whiten(*part, shift_mean=shift_mean, moments=moments) for part in parts])
-    torch.testing.assert_close(found, whiten(values, mask, shift_mean=shift_mean))
+    whitened = torch.cat([whiten(*part, shift_mean=shift_mean, moments=moments) for part in parts])
+    torch.testing.assert_close(whitened, whiten(values, mask, shift_mean=shift_mean))
 
 
 # --- KL
@@ -144,19 +135,19 @@ def test_kl_estimates_are_their_formulas(logp, ref):
     d = logp - ref
     wants = {"k1": d, "k2": 0.5 * d * d, "k3": math.exp(-d) - 1 + d}
     for kind, want in wants.items():
-        found = float(kl_estimate(*scalar(logp, ref), kind))
-        assert found == pytest.approx(want, rel=1e-9, abs=1e-9)
-        assert kind == "k1" or found >= 0
+        estimate = float(kl_estimate(*scalar(logp, ref), kind))
+        assert estimate == pytest.approx(want, rel=1e-9, abs=1e-9)
+        assert kind == "k1" or estimate >= 0
     for kind in KINDS:
         assert float(kl_estimate(*scalar(logp, logp), kind)) == 0
 
 
 def test_k3_of_close_policies_is_not_lost_to_rounding():
     d = 1e-4 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    found = kl_estimate(d, torch.zeros_like(d), "k3")
-    assert found.dtype == torch.float32
-    assert (found >= 0).all()
-    assert float(found.mean()) == pytest.approx(float(0.5 * d.square().mean()), rel=1e-3)
+    estimate = kl_estimate(d, torch.zeros_like(d), "k3")
+    assert estimate.dtype == torch.float32
+    assert (estimate >= 0).all()
+    assert float(estimate.mean()) == pytest.approx(float(0.5 * d.square().mean()), rel=1e-3)
 
 
 @quick
@@ -164,8 +155,8 @@ def test_k3_of_close_policies_is_not_lost_to_rounding():
 def test_k1_and_k3_are_the_kl_on_average(seed):
     logp_V, ref_V = policies(seed)
     for kind in ("k1", "k3"):
-        found = (logp_V.exp() * kl_estimate(logp_V, ref_V, kind)).sum()
-        torch.testing.assert_close(found, full_kl(logp_V, ref_V))
+        mean = (logp_V.exp() * kl_estimate(logp_V, ref_V, kind)).sum()
+        torch.testing.assert_close(mean, full_kl(logp_V, ref_V))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -192,8 +183,8 @@ def test_only_the_gradient_of_k2_is_that_of_the_kl_on_average(seed):
 def test_a_log_ratio_beyond_20_counts_as_20(logp):
     at = math.copysign(20, logp)
     for kind in KINDS:
-        found = kl_estimate(*scalar(logp, 0.0), kind)
-        assert float(found) == float(kl_estimate(*scalar(at, 0.0), kind))
+        estimate = kl_estimate(*scalar(logp, 0.0), kind)
+        assert float(estimate) == float(kl_estimate(*scalar(at, 0.0), kind))
     far, edge = (
         policy_loss(*scalar(x, 0.0, -1.0), torch.tensor([True]), CLIP, 1) for x in (logp, at)
     )
@@ -209,12 +200,12 @@ def test_a_log_ratio_beyond_20_counts_as_20(logp):
 def test_the_score_comes_once_at_the_last_real_token(mask, seed):
     (kl_BT,) = drawn(mask, seed, 1)
     scores_B = torch.arange(1.0, len(mask) + 1).double()
-    found = token_rewards(scores_B, kl_BT, mask, 0.3)
+    rewards_BT = token_rewards(scores_B, kl_BT, mask, 0.3)
     for b, row in enumerate(mask):
         for t in range(len(row)):
             want = -0.3 * float(kl_BT[b, t]) if row[t] else 0.0
             want += float(scores_B[b]) if t == real(row)[-1] else 0.0
-            assert float(found[b, t]) == pytest.approx(want, abs=1e-12)
+            assert float(rewards_BT[b, t]) == pytest.approx(want, abs=1e-12)
     torch.testing.assert_close(token_rewards(scores_B, kl_BT, mask, 0.0).sum(1), scores_B)
 
 
@@ -281,21 +272,23 @@ def test_lam_1_is_reward_to_go_less_value_and_lam_0_is_delta(mask, seed, gamma):
 @given(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 3)), min_size=1, max_size=9))
 def test_leave_one_out_is_the_naive_loop(rows):
     rewards, groups = (list(column) for column in zip(*rows, strict=True))
-    found = leave_one_out(torch.tensor(rewards).double(), torch.tensor(groups))
+    advantages_N = leave_one_out(torch.tensor(rewards).double(), torch.tensor(groups))
     for n, (reward, group) in enumerate(rows):
         others = [r for m, (r, g) in enumerate(rows) if g == group and m != n]
         want = reward - sum(others) / len(others) if others else 0.0
-        assert float(found[n]) == pytest.approx(want, abs=1e-6)
+        assert float(advantages_N[n]) == pytest.approx(want, abs=1e-6)
 
 
 def test_leave_one_out_sums_to_zero_over_each_prompt_and_sees_no_other():
     (rewards_N,) = drawn(torch.ones(12, dtype=torch.bool), 0, 1)
     group_N = torch.tensor([7, 2, 5]).repeat(4)
-    found = leave_one_out(rewards_N, group_N)
+    advantages_N = leave_one_out(rewards_N, group_N)
     for group in (7, 2, 5):
         here = group_N == group
-        assert float(found[here].sum()) == pytest.approx(0, abs=1e-12)
-        torch.testing.assert_close(found[here], leave_one_out(rewards_N[here], group_N[here]))
+        assert float(advantages_N[here].sum()) == pytest.approx(0, abs=1e-12)
+        torch.testing.assert_close(
+            advantages_N[here], leave_one_out(rewards_N[here], group_N[here])
+        )
 
 
 # --- losses
@@ -307,10 +300,10 @@ def test_at_equal_logprobs_the_loss_is_the_plain_policy_gradient(mask, seed):
     logprobs, advantages = drawn(mask, seed, 2)
     logprobs.requires_grad_()
     total = int(mask.sum())
-    found = policy_loss(logprobs, logprobs.detach(), advantages, mask, CLIP, total)
-    found.loss.backward()
-    assert float(found.ratio) == total
-    assert float(found.approxkl) == float(found.clipped) == 0
+    policy = policy_loss(logprobs, logprobs.detach(), advantages, mask, CLIP, total)
+    policy.loss.backward()
+    assert float(policy.ratio) == total
+    assert float(policy.approxkl) == float(policy.clipped) == 0
     torch.testing.assert_close(logprobs.grad, (-advantages / total).masked_fill(~mask, 0))
     whitened = whiten(advantages, mask)
     first = policy_loss(logprobs, logprobs.detach(), whitened, mask, CLIP, total)
@@ -338,8 +331,8 @@ def test_the_policy_loss_is_its_formula_token_by_token(mask, seed, cliprange, to
         gained = min(a * ratio, a * clipped)
         terms = (-gained / total, float(gained < a * ratio), 0.5 * log_ratio**2, ratio)
         want = [sum(pair) for pair in zip(want, terms, strict=True)]
-    found = numbers(policy_loss(logprobs, old, advantages, mask, cliprange, total))
-    assert found == pytest.approx(want, rel=1e-6, abs=1e-9)
+    sums = numbers(policy_loss(logprobs, old, advantages, mask, cliprange, total))
+    assert sums == pytest.approx(want, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -356,10 +349,10 @@ def test_the_policy_loss_is_its_formula_token_by_token(mask, seed, cliprange, to
 def test_the_clip_holds_back_what_went_far_enough_and_nothing_else(advantage, ratio, loss, clipped):
     logprobs, old, advantages = scalar(math.log(ratio), 0.0, advantage)
     logprobs.requires_grad_()
-    found = policy_loss(logprobs, old, advantages, torch.tensor([True]), CLIP, 1)
-    found.loss.backward()
-    assert float(found.loss.detach()) == pytest.approx(loss)
-    assert float(found.clipped) == clipped
+    policy = policy_loss(logprobs, old, advantages, torch.tensor([True]), CLIP, 1)
+    policy.loss.backward()
+    assert float(policy.loss.detach()) == pytest.approx(loss)
+    assert float(policy.clipped) == clipped
     assert float(logprobs.grad) == pytest.approx(0 if clipped else -advantage * ratio)
 
 
@@ -376,10 +369,10 @@ def test_the_value_loss_is_its_formula_token_by_token(mask, seed, cliprange, tot
         clips += held > free
         slope[*place] = 0.0 if held > free else (v - r) / total
     values.requires_grad_()
-    found = value_loss(values, old, returns, mask, cliprange, total)
-    found.loss.backward()
-    assert float(found.loss.detach()) == pytest.approx(loss, abs=1e-9)
-    assert float(found.clipped) == clips
+    value = value_loss(values, old, returns, mask, cliprange, total)
+    value.loss.backward()
+    assert float(value.loss.detach()) == pytest.approx(loss, abs=1e-9)
+    assert float(value.clipped) == clips
     torch.testing.assert_close(values.grad, slope)
 
 
@@ -392,15 +385,14 @@ def test_padding_changes_nothing(mask, seed):
     a, b, c = drawn(mask, seed, 3)
     more, (a_, b_, c_) = wide(mask, False), (wide(x, torch.nan) for x in (a, b, c))
     close = torch.testing.assert_close
-    close(masked_mean(a_, more), masked_mean(a, mask))
     close(moments_of(a_, more), moments_of(a, mask))
     for shift_mean in (True, False):
         close(narrow(whiten(a_, more, shift_mean)), whiten(a, mask, shift_mean))
     for kind in KINDS:
         close(narrow(kl_estimate(a_, b_, kind)), kl_estimate(a, b, kind), equal_nan=True)
     scores_B = torch.arange(1.0, len(mask) + 1).double()
-    found = token_rewards(scores_B, a_[:-1], more[:-1], 0.3)
-    close(found[:, 1::2], token_rewards(scores_B, a, mask, 0.3))
+    rewards_BT = token_rewards(scores_B, a_[:-1], more[:-1], 0.3)
+    close(rewards_BT[:, 1::2], token_rewards(scores_B, a, mask, 0.3))
     padded, plain = gae(a_, b_, more, 0.9, 0.8), gae(a, b, mask, 0.9, 0.8)
     for got, want in zip(padded, plain, strict=True):
         close(narrow(got), want)
@@ -419,10 +411,10 @@ def test_micro_batches_add_up_to_their_minibatch(mask, seed):
         gradients, sums = [], []
         for parts in ([slice(None)], [slice(0, 1), slice(1, None)]):
             x = learned.clone().requires_grad_()
-            found = [lossy(x[p], *(g[p] for g in given_), mask[p], CLIP, total) for p in parts]
-            sum(part.loss for part in found).backward()
+            losses = [lossy(x[p], *(g[p] for g in given_), mask[p], CLIP, total) for p in parts]
+            sum(part.loss for part in losses).backward()
             gradients.append(x.grad)
-            columns = zip(*(vars(part).values() for part in found), strict=True)
+            columns = zip(*(vars(part).values() for part in losses), strict=True)
             sums.append([float(sum(column).detach()) for column in columns])
         assert sums[0] == pytest.approx(sums[1])
         torch.testing.assert_close(*gradients)
@@ -442,14 +434,14 @@ def through_a_file(state: dict) -> dict:
 @quick
 @given(st.floats(0, 50), st.integers(1, 1000))
 def test_the_kl_coefficient_follows_its_formula(kl, n):
-    found = AdaptiveKL(value=0.05, target=6.0, horizon=10_000)
-    found.update(kl, n)
+    controller = AdaptiveKL(value=0.05, target=6.0, horizon=10_000)
+    controller.update(kl, n)
     error = float(np.clip(kl / 6.0 - 1, -0.2, 0.2))
-    assert found.value == pytest.approx(0.05 * (1 + error * n / 10_000))
-    assert abs(found.value / 0.05 - 1) <= 0.2 * n / 10_000 + 1e-12
-    assert (found.value > 0.05) == (kl > 6.0) or abs(error) < 1e-9
-    found.update(6.0, n)
-    assert found.value == pytest.approx(0.05 * (1 + error * n / 10_000))
+    assert controller.value == pytest.approx(0.05 * (1 + error * n / 10_000))
+    assert abs(controller.value / 0.05 - 1) <= 0.2 * n / 10_000 + 1e-12
+    assert (controller.value > 0.05) == (kl > 6.0) or abs(error) < 1e-9
+    controller.update(6.0, n)
+    assert controller.value == pytest.approx(0.05 * (1 + error * n / 10_000))
 
 
 def test_the_kl_coefficient_is_kept_in_a_checkpoint():
@@ -466,14 +458,14 @@ def test_the_kl_coefficient_is_kept_in_a_checkpoint():
 @quick
 @given(st.lists(st.lists(st.floats(-100, 100), max_size=5), max_size=5))
 def test_running_moments_are_those_of_all_scores(batches):
-    found = RunningMoments()
+    moments = RunningMoments()
     for batch in batches:
-        found.update(torch.tensor(batch, dtype=torch.float64))
+        moments.update(torch.tensor(batch, dtype=torch.float64))
     scores = [score for batch in batches for score in batch]
-    assert found.count == len(scores)
-    assert found.mean == pytest.approx(np.mean(scores) if scores else 0.0, abs=1e-9)
+    assert moments.count == len(scores)
+    assert moments.mean == pytest.approx(np.mean(scores) if scores else 0.0, abs=1e-9)
     want = np.std(scores, ddof=1) if len(scores) > 1 else 1.0
-    assert found.std == pytest.approx(want, rel=1e-6, abs=1e-6)
+    assert moments.std == pytest.approx(want, rel=1e-6, abs=1e-6)
 
 
 def test_running_moments_are_kept_in_a_checkpoint():

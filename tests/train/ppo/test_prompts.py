@@ -1,4 +1,4 @@
-"""What the policy is asked: where prompts come from, which are held out, and in what order."""
+"""The prompts of PPO: where they come from, which are held out, and in what order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aif.errors import AifError, InputError
 from aif.run import Run
 from aif.store.records import Prompt
 from aif.train.examples import split_key
-from aif.train.ppo.prompts import PolicyPrompt, PromptStream, prompts_of
+from aif.train.ppo.prompts import PolicyPrompt, PromptStream, split_prompts, training_prompts
 from aif.train.tokens import Tokeniser
 from tests.conftest import write_jsonl
 
@@ -41,25 +41,25 @@ def ids(prompts) -> list[str]:
 @limits(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 25), st.sampled_from([0.4, 1.0, 2.5]), st.integers(0, 3))
 def test_every_prompt_comes_once_an_epoch_in_steps_of_one_size(n, batch_size, epochs, seed):
-    found = stream(n, batch_size=batch_size, epochs=epochs, seed=seed)
-    steps = [ids(found[k]) for k in range(len(found))]
+    steps_of = stream(n, batch_size=batch_size, epochs=epochs, seed=seed)
+    steps = [ids(steps_of[k]) for k in range(len(steps_of))]
     assert {len(step) for step in steps} == {batch_size}
-    asked = [prompt for step in steps for prompt in step]
-    assert epochs * n <= len(asked) + 1e-9
-    assert len(asked) - batch_size < epochs * n
-    for start in range(0, len(asked) - n + 1, n):
-        assert sorted(asked[start : start + n]) == [f"p{i}" for i in range(n)]
+    order = [prompt for step in steps for prompt in step]
+    assert epochs * n <= len(order) + 1e-9
+    assert len(order) - batch_size < epochs * n
+    for start in range(0, len(order) - n + 1, n):
+        assert sorted(order[start : start + n]) == [f"p{i}" for i in range(n)]
 
 
-def test_what_a_step_asks_depends_on_the_seed_and_its_number_alone():
-    found = stream(7, batch_size=3, epochs=9.0)
-    forwards = [ids(found[k]) for k in range(len(found))]
+def test_a_steps_prompts_depend_on_the_seed_and_its_number_alone():
+    steps = stream(7, batch_size=3, epochs=9.0)
+    forwards = [ids(steps[k]) for k in range(len(steps))]
     again = stream(7, batch_size=3, max_steps=2)
-    backwards = {k: ids(again[k]) for k in reversed(range(len(found)))}
-    assert forwards == [backwards[k] for k in range(len(found))]
+    backwards = {k: ids(again[k]) for k in reversed(range(len(steps)))}
+    assert forwards == [backwards[k] for k in range(len(steps))]
     assert forwards[0] != ids(stream(7, batch_size=3, seed=1)[0])
-    asked = [prompt for step in forwards for prompt in step]
-    epochs = {tuple(asked[start : start + 7]) for start in range(0, 63, 7)}
+    order = [prompt for step in forwards for prompt in step]
+    epochs = {tuple(order[start : start + 7]) for start in range(0, 63, 7)}
     assert len(epochs) == 9, "each epoch has an order of its own"
 
 
@@ -109,7 +109,11 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def asked(prompts) -> list[str]:
+def split(run: Run, tokeniser: Tokeniser, response_tokens: int):
+    return split_prompts(training_prompts(run), tokeniser, run.settings.ppo, response_tokens)
+
+
+def last_turns(prompts) -> list[str]:
     return [prompt.messages[-1]["content"] for prompt in prompts]
 
 
@@ -127,8 +131,8 @@ def test_prompts_are_those_named_or_the_runs_own_or_those_that_were_answered(tmp
     ):
         (tmp_path / str(place)).mkdir()
         run = run_of(tmp_path / str(place), own, answered, **ppo)
-        learn, out = prompts_of(run, every, 8)
-        assert asked(learn) == [want]
+        learn, out = split(run, every, 8)
+        assert last_turns(learn) == [want]
         assert out == []
         (only,) = learn
         assert only.id == Prompt.of([user(want)]).id
@@ -146,17 +150,17 @@ def test_no_prompts_are_an_error_that_says_where_they_would_be(tmp_path, tokeniz
         ({"own": []}, "ppo: prompts: got no prompts at all, expected at least one"),
         ({"prompts": f"{tmp_path}/no.jsonl"}, f"{tmp_path}/no.jsonl: got no such file, expected"),
     ]
-    for place, (given_, why) in enumerate(cases):
+    for place, (options, why) in enumerate(cases):
         (tmp_path / str(place)).mkdir()
-        with pytest.raises(InputError) as told:
-            prompts_of(run_of(tmp_path / str(place), **given_), every, 8)
-        assert str(told.value).startswith(why)
+        with pytest.raises(InputError) as error:
+            split(run_of(tmp_path / str(place), **options), every, 8)
+        assert str(error.value).startswith(why)
 
 
-def test_a_prompt_that_stands_twice_is_asked_once(tmp_path, tokenizer):
+def test_a_prompt_that_stands_twice_counts_once(tmp_path, tokenizer):
     named = prompts_file(tmp_path / "named.jsonl", ["a", "b", "a", "c", "b"])
-    learn, _ = prompts_of(run_of(tmp_path, prompts=named), Tokeniser(tokenizer, 64), 8)
-    assert asked(learn) == ["a", "b", "c"]
+    learn, _ = split(run_of(tmp_path, prompts=named), Tokeniser(tokenizer, 64), 8)
+    assert last_turns(learn) == ["a", "b", "c"]
 
 
 def test_what_is_held_out_shares_no_opening_with_what_is_learned(tmp_path, tokenizer):
@@ -165,19 +169,19 @@ def test_what_is_held_out_shares_no_opening_with_what_is_learned(tmp_path, token
         for turn in range(n % 3):
             talk += [{"role": "assistant", "content": "yes"}, user(f"and {turn}?")]
     path = write_jsonl(tmp_path / "named.jsonl", [{"prompt": talk} for talk in talks])
-    found = []
+    splits = []
     for seed in (0, 0, 1):
-        (tmp_path / str(len(found))).mkdir()
-        run = run_of(tmp_path / str(len(found)), prompts=str(path), eval_fraction=0.3, seed=seed)
-        found.append(prompts_of(run, Tokeniser(tokenizer, 128), 8))
-    learn, out = found[0]
+        (tmp_path / str(len(splits))).mkdir()
+        run = run_of(tmp_path / str(len(splits)), prompts=str(path), eval_fraction=0.3, seed=seed)
+        splits.append(split(run, Tokeniser(tokenizer, 128), 8))
+    learn, out = splits[0]
     assert sorted(ids(learn + out)) == sorted(Prompt.of(talk).id for talk in talks)
     openings = [{split_key(prompt.messages) for prompt in side} for side in (learn, out)]
     assert not openings[0] & openings[1]
     assert 2 <= len(openings[1]) <= 10
     assert len(out) == 3 * len(openings[1])
-    assert [ids(side) for side in found[1]] == [ids(side) for side in found[0]]
-    assert ids(found[2][1]) != ids(out)
+    assert [ids(side) for side in splits[1]] == [ids(side) for side in splits[0]]
+    assert ids(splits[2][1]) != ids(out)
 
 
 # --- what fits
@@ -189,7 +193,7 @@ def test_oldest_turns_are_left_out_and_what_does_not_fit_then_is_dropped(tmp_pat
     rows = [{"prompt": talk} for talk in (fits, long, [user("too long " * 60)])]
     path = write_jsonl(tmp_path / "named.jsonl", rows)
     every = Tokeniser(tokenizer, 64)
-    learn, _ = prompts_of(run_of(tmp_path, own=["own"], prompts=str(path)), every, 16)
+    learn, _ = split(run_of(tmp_path, own=["own"], prompts=str(path)), every, 16)
     assert [prompt.messages for prompt in learn] == [fits, long], "rewards see all of it"
     assert every.dropped == 1
     (alone,) = Tokeniser(tokenizer, 64).prompts([[user("new")]], 16)
@@ -197,11 +201,11 @@ def test_oldest_turns_are_left_out_and_what_does_not_fit_then_is_dropped(tmp_pat
     most = max(len(prompt.ids_T) for prompt in learn)
     every = Tokeniser(tokenizer, most + 16)
     (tmp_path / "just").mkdir()
-    assert len(prompts_of(run_of(tmp_path / "just", prompts=str(path)), every, 16)[0]) == 2
+    assert len(split(run_of(tmp_path / "just", prompts=str(path)), every, 16)[0]) == 2
     (tmp_path / "not").mkdir()
-    with pytest.raises(AifError) as told:
-        prompts_of(run_of(tmp_path / "not", prompts=str(path)), Tokeniser(tokenizer, 1020), 1010)
-    assert str(told.value) == (
+    with pytest.raises(AifError) as error:
+        split(run_of(tmp_path / "not", prompts=str(path)), Tokeniser(tokenizer, 1020), 1010)
+    assert str(error.value) == (
         "ppo: none of 3 prompts leaves room for 1,010 tokens of a response within 1,020 "
         "(ppo.max_tokens)"
     )

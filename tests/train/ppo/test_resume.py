@@ -87,11 +87,11 @@ from tests.support.toy import toy_run
 from aif.progress import Progress
 from aif.train.ppo.train import ppo
 
-class Told(Progress):
+class Printed(Progress):
     def update(self, done, faults=0, note=""):
         print(done, flush=True)
 
-ppo(toy_run(Path(sys.argv[2]), Path(sys.argv[3]), **json.loads(sys.argv[4])), Told(quiet=True))
+ppo(toy_run(Path(sys.argv[2]), Path(sys.argv[3]), **json.loads(sys.argv[4])), Printed(quiet=True))
 """
 
 
@@ -150,15 +150,15 @@ def test_with_prompts_run_once_it_goes_on_to_the_same_bits(tmp_path, model):
 
 
 def test_a_finished_run_does_nothing_more(straight, model, monkeypatch):
-    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("aif.train.ppo.train.build", lambda *_: pytest.fail("it trains"))
     said = Said()
-    found = ppo(toy_run(straight, model, **STEPS), said)
+    summary = ppo(toy_run(straight, model, **STEPS), said)
     assert said.lines == [f"{straight}/ppo: done already, of the same data, settings and model"]
-    assert found["steps"] == 6
+    assert summary["steps"] == 6
 
 
 def test_how_it_is_computed_is_no_reason_to_train_again(straight, model, monkeypatch):
-    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("aif.train.ppo.train.build", lambda *_: pytest.fail("it trains"))
     free = {"micro_tokens": 64, "save_every": 1, "keep_checkpoints": 5}
     assert ppo(toy_run(straight, model, **STEPS | free), Said())["steps"] == 6
 
@@ -191,6 +191,6 @@ def test_another_setting_makes_it_anew(tmp_path, model):
     run = toy_run(tmp_path / "run", model, **options)
     ppo(run, Said())
     said = Said()
-    found = ppo(toy_run(tmp_path / "run", model, **options | {"kl_coef": 0.2}), said)
+    summary = ppo(toy_run(tmp_path / "run", model, **options | {"kl_coef": 0.2}), said)
     assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
-    assert found["resumed_from"] == 0
+    assert summary["resumed_from"] == 0

@@ -1,4 +1,4 @@
-"""Sources of reward: their weighted sum, what they may give, and how a function is found."""
+"""Rewards: their weighted sum, the values that they may return, and how a function is loaded."""
 
 # ruff: noqa: E402  (what needs torch is imported once torch is known to be there)
 
@@ -20,7 +20,7 @@ from transformers import LlamaForSequenceClassification
 
 from aif.config.settings import RewardSettings
 from aif.errors import AifError, InputError
-from aif.train.ppo.rewards import ModelReward, Rewards, function_of, source_of
+from aif.train.ppo.rewards import ModelReward, WeightedRewards, load_reward
 from aif.train.reward.model import Ensemble, RewardModel
 from tests.support.tiny import tiny_model
 
@@ -28,42 +28,42 @@ TALKS = [[{"role": "user", "content": f"question {n}"}] for n in range(3)]
 TEXTS = ["good", "not so good", "bad"]
 
 
-def given(values):
-    """A source that gives these, whatever it is asked."""
+def constant(values):
+    """A reward with these values, whatever the responses."""
     return lambda prompts, responses: values
 
 
 def one(values) -> list[float | None]:
-    return Rewards({"rewards.py:mine": (given(values), 1.0)})(TALKS, TEXTS)
+    return WeightedRewards({"rewards.py:mine": (constant(values), 1.0)})(TALKS, TEXTS)
 
 
 # --- sums
 
 
-def test_rewards_are_a_weighted_sum_and_known_by_their_means():
-    asked = []
+def test_scores_are_a_weighted_sum_of_rewards_with_their_means():
+    calls = []
 
     def length(prompts, responses):
-        asked.append((prompts, responses))
+        calls.append((prompts, responses))
         return map(len, responses)
 
-    rewards = Rewards({"length": (length, 0.5), "judge": (given([1, -2, 0.5]), 2.0)})
+    rewards = WeightedRewards({"length": (length, 0.5), "judge": (constant([1, -2, 0.5]), 2.0)})
     assert rewards(TALKS, TEXTS) == [0.5 * 4 + 2, 0.5 * 11 - 4, 0.5 * 3 + 1]
     assert rewards.means == {"length": 6, "judge": pytest.approx(-0.5 / 3)}
-    assert asked == [(TALKS, TEXTS)]
+    assert calls == [(TALKS, TEXTS)]
 
 
 def test_a_response_without_one_reward_has_none_at_all():
-    parts = {"a": (given([1.0, None, None]), 1.0), "b": (given([1.0, 4.0, None]), 0.0)}
-    rewards = Rewards(parts)
+    parts = {"a": (constant([1.0, None, None]), 1.0), "b": (constant([1.0, 4.0, None]), 0.0)}
+    rewards = WeightedRewards(parts)
     assert rewards(TALKS, TEXTS) == [1.0, None, None]
     assert rewards.means == {"a": 1.0, "b": 2.5}
-    rewards.parts = {"a": (given([None] * 3), 1.0)}
+    rewards.parts = {"a": (constant([None] * 3), 1.0)}
     assert rewards(TALKS, TEXTS) == [None] * 3
     assert rewards.means == {}, "those of the last call are gone"
 
 
-# --- what may be given
+# --- values
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_a_response_without_one_reward_has_none_at_all():
     ],
     ids=lambda values: type(values).__name__,
 )
-def test_numbers_are_taken_as_anybody_gives_them(values):
-    found = one(values)
-    assert found == [1.0, 0.0, 2.0]
-    assert {type(value) for value in found} == {float}
+def test_numbers_may_be_of_any_kind(values):
+    scores = one(values)
+    assert scores == [1.0, 0.0, 2.0]
+    assert {type(score) for score in scores} == {float}
 
 
 def test_right_and_wrong_are_1_and_0():
@@ -115,10 +115,10 @@ def test_right_and_wrong_are_1_and_0():
     ids=lambda value: None if isinstance(value, str) else type(value).__name__,
 )
 def test_anything_else_is_an_error_that_says_what_came_and_what_was_expected(values, got):
-    with pytest.raises(AifError) as told:
+    with pytest.raises(AifError) as error:
         one(values)
     want = f"reward rewards.py:mine: got {got}, expected 3 numbers or None, one a response"
-    assert str(told.value) == want
+    assert str(error.value) == want
 
 
 # --- functions
@@ -167,15 +167,15 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["my_rewards.py", "./my_rewards.py", "my_rewards", "{}"])
-def test_a_function_is_found_in_a_file_or_a_module(here, module):
+def test_a_function_comes_from_a_file_or_a_module(here, module):
     spec = f"{module.format(here / 'my_rewards.py')}:brevity"
-    found = source_of(spec, "reward", {"judge": given([])})
-    assert found(TALKS, TEXTS) == [-2.0, -5.5, -1.5]
+    reward = load_reward(spec, "reward", {"judge": constant([])})
+    assert reward(TALKS, TEXTS) == [-2.0, -5.5, -1.5]
 
 
-def test_a_source_that_is_given_goes_by_its_name():
-    judge = given([])
-    assert source_of("judge", "reward", {"judge": judge}) is judge
+def test_a_source_goes_by_its_name():
+    judge = constant([])
+    assert load_reward("judge", "reward", {"judge": judge}) is judge
 
 
 @pytest.mark.parametrize(
@@ -196,16 +196,16 @@ def test_a_source_that_is_given_goes_by_its_name():
     ],
 )
 def test_what_names_no_function_is_an_error_before_any_work(here, spec, why):
-    with pytest.raises(InputError) as told:
-        source_of(spec, "reward", {})
-    assert str(told.value).startswith(f"ppo: reward: got '{spec}'")
-    assert str(told.value).endswith(why)
-    assert "\n" not in str(told.value)
+    with pytest.raises(InputError) as error:
+        load_reward(spec, "reward", {})
+    assert str(error.value).startswith(f"ppo: reward: got '{spec}'")
+    assert str(error.value).endswith(why)
+    assert "\n" not in str(error.value)
 
 
 def test_gold_may_not_be_the_model_that_is_trained_on():
     with pytest.raises(InputError, match="ppo: gold: got 'model', expected judge or MODULE:FUN"):
-        source_of("model", "gold", {})
+        load_reward("model", "gold", {})
 
 
 @pytest.mark.parametrize(
@@ -216,14 +216,14 @@ def test_gold_may_not_be_the_model_that_is_trained_on():
         ("short", "got 1 values, expected 2 numbers or None, one a response"),
     ],
 )
-def test_a_function_that_does_not_do_is_found_out_before_any_work(here, name, why):
-    with pytest.raises(AifError, match=rf"^reward my_rewards\.py:{name}: {why}$") as told:
-        function_of(f"my_rewards.py:{name}", "reward")
-    assert (told.value.__cause__ is None) == (name == "short"), "--debug shows where it raised"
+def test_a_function_that_does_not_work_is_an_error_before_any_work(here, name, why):
+    with pytest.raises(AifError, match=rf"^reward my_rewards\.py:{name}: {why}$") as error:
+        load_reward(f"my_rewards.py:{name}", "reward", {})
+    assert (error.value.__cause__ is None) == (name == "short"), "--debug shows where it raised"
 
 
-def test_a_function_that_raises_later_is_known_by_its_name(here):
-    fussy = function_of("my_rewards.py:fussy", "reward")
+def test_a_function_that_raises_later_is_named(here):
+    fussy = load_reward("my_rewards.py:fussy", "reward", {})
     with pytest.raises(AifError, match=re.escape("reward my_rewards.py:fussy: raised ValueError")):
         fussy(TALKS, TEXTS)
 
@@ -249,10 +249,10 @@ def test_a_reward_model_scores_as_it_is_or_normalised_and_an_ensemble_as_it_comb
     one, two = scorer(1, mean=0.5, std=2.0), scorer(2, mean=-1.0, std=0.25)
     talks, texts = [*TALKS, TALKS[0]], [*TEXTS, "good"]
     talks[1] = [{"role": "user", "content": "much too long " * 40}]
-    asked = [(talk, [text]) for talk, text in zip(talks, texts, strict=True)]
-    raw = {model: [row[0] for row in model.scores(asked)] for model in (one, two)}
-    known = [n for n, score in enumerate(raw[one]) if score is not None]
-    assert known == [0, 2, 3]
+    groups = [(talk, [text]) for talk, text in zip(talks, texts, strict=True)]
+    raw = {model: [row[0] for row in model.scores(groups)] for model in (one, two)}
+    scored = [n for n, score in enumerate(raw[one]) if score is not None]
+    assert scored == [0, 2, 3]
     assert raw[one][0] == pytest.approx(raw[one][3])
     alone = {n: ModelReward(Ensemble([one], "min"), n)(talks, texts) for n in (False, True)}
     assert alone[False] == pytest.approx(raw[one])
@@ -261,10 +261,13 @@ def test_a_reward_model_scores_as_it_is_or_normalised_and_an_ensemble_as_it_comb
         for normalise in (False, True)
     ]
     assert both[0] == both[1], "an ensemble is normalised anyway, and not again"
-    for n in known:
+    for n in scored:
         first, second = (raw[one][n] - 0.5) / 2.0, (raw[two][n] + 1.0) / 0.25
         assert alone[True][n] == pytest.approx(first, rel=1e-5)
         assert both[0][n] == pytest.approx(fmean([first, second]), rel=1e-5)
     assert alone[True][1] is both[0][1] is None
-    parts = {"f": (given([]), 1.0), "model": (ModelReward(Ensemble([one, two], "min"), True), 1.0)}
-    assert Rewards(parts).models == [one.model, two.model]
+    parts = {
+        "f": (constant([]), 1.0),
+        "model": (ModelReward(Ensemble([one, two], "min"), True), 1.0),
+    }
+    assert WeightedRewards(parts).models == [one.model, two.model]

@@ -7,7 +7,6 @@ The oracle is the plain layout, which other tests hold against transformers' own
 
 from __future__ import annotations
 
-import copy
 from itertools import chain
 from pathlib import Path
 
@@ -16,25 +15,28 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
 import numpy as np
-from accelerate.state import AcceleratorState
-from transformers import LlamaForSequenceClassification
 
 from aif.config.settings import PPOSettings
 from aif.errors import InputError
-from aif.models.decode import SampledTokens
 from aif.train.batch import Layout
 from aif.train.model import without_dropout
 from aif.train.ppo.actor_critic import ActorCritic, Reference
-from aif.train.ppo.experience import Experience, experience, micro_batches, read, tokens_of
-from aif.train.ppo.setup import Prepared, check_settings, made
+from aif.train.ppo.experience import (
+    Experience,
+    ModelOutputs,
+    compute_logprobs,
+    micro_batches,
+)
+from aif.train.ppo.setup import Inputs, build, check_settings
 from aif.train.ppo.train import ppo
 from aif.train.ppo.update import Learner
 from aif.train.prefix_groups import SharingLayout
 from aif.train.prefix_mask import before
 from aif.train.tokens import TokenRow
+from tests.support.ppo import experience_of, one_thread, response_row, tiny_actor
 from tests.support.tiny import Said, tiny_model
 from tests.support.toy import of_step, save_toy, toy_run
 
@@ -52,21 +54,12 @@ SHARINGS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    """Bits are those of a number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
+one_process = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 
 def row(prompt: int, response: int, n: int) -> TokenRow:
-    asked = np.random.default_rng([1, prompt]).integers(3, 64, prompt).astype(np.int32)
-    drawn = np.random.default_rng([2, n]).integers(3, 64, response).astype(np.int32)
-    return tokens_of(asked, SampledTokens(tuple(drawn.tolist()), True))
+    prompt_T = np.random.default_rng([1, prompt]).integers(3, 64, prompt)
+    return response_row(prompt_T, np.random.default_rng([2, n]).integers(3, 64, response))
 
 
 def rows() -> list[TokenRow]:
@@ -74,18 +67,7 @@ def rows() -> list[TokenRow]:
 
 
 def actor(critic: bool = True, lora: bool = False) -> ActorCritic:
-    """A policy whose attention and distributions are far from even."""
-    policy = tiny_model(vocab_size=64, initializer_range=0.3)
-    scorer = None
-    if critic:
-        config = copy.deepcopy(policy.config)
-        config.num_labels = 1
-        scorer = LlamaForSequenceClassification(config)
-    if lora:
-        torch.manual_seed(1)
-        config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-        policy = peft.get_peft_model(policy, config)
-    model = ActorCritic(policy, scorer, 0.7, shift=0.3, scale=2.0)
+    model = tiny_actor(critic, lora)
     without_dropout(model)
     return model
 
@@ -98,22 +80,26 @@ def learner(layout: Layout, critic: bool = True, lora: bool = False, **settings)
     return Learner(accelerator, model, stepper, layout, PPOSettings(samples=4, **settings))
 
 
-def told(model: ActorCritic, layout: Layout, asked: list[TokenRow] | None = None):
+def outputs_of(
+    model: ActorCritic, layout: Layout, some: list[TokenRow] | None = None
+) -> dict[str, torch.Tensor | None]:
     other = None if hasattr(model.policy, "disable_adapter") else tiny_model(vocab_size=64)
-    asked = rows() if asked is None else asked
-    return read(asked, model, Reference(model, other and other.eval()), layout, CPU)
+    some = rows() if some is None else some
+    return vars(
+        compute_logprobs(some, model, Reference(model, other and other.eval()), layout, CPU)
+    )
 
 
-def known(ours: Learner) -> Experience:
-    """As if the model had moved since it drew: some ratios and values are clipped."""
-    found, draw = told(ours.model, PLAIN), torch.Generator().manual_seed(4)
+def moved(ours: Learner) -> Experience:
+    """As if the model had moved since it sampled: some ratios and values are clipped."""
+    outputs, draw = outputs_of(ours.model, PLAIN), torch.Generator().manual_seed(4)
     scores_B = torch.randn(len(SHAPES), generator=draw)
     names = [str(prompt) for prompt, _ in SHAPES]
-    made = experience(rows(), names, scores_B, found, ours.settings, 0.1, lambda x: x)
-    for old_BT in (made.logprobs_BT, made.values_BT):
+    experience = experience_of(rows(), names, scores_B, ModelOutputs(**outputs), ours.settings)
+    for old_BT in (experience.logprobs_BT, experience.values_BT):
         if old_BT is not None:
-            old_BT += 0.3 * torch.randn(old_BT.shape, generator=draw) * made.mask_BT
-    return made
+            old_BT += 0.3 * torch.randn(old_BT.shape, generator=draw) * experience.response_mask_BT
+    return experience
 
 
 def gradients(ours: Learner) -> dict[str, torch.Tensor]:
@@ -121,21 +107,19 @@ def gradients(ours: Learner) -> dict[str, torch.Tensor]:
     return {name: w.grad.clone() for name, w in named if w.requires_grad}
 
 
-def alike(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert set(found) == set(want)
+def alike(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert set(got) == set(want)
     for name, value in want.items():
         assert value.norm() > 0
-        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+        assert (got[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
 # --- how they lie
 
 
 def test_a_prompts_responses_are_branches_of_one_row():
-    ids = (7, 8), (9,)
-    first = tokens_of(np.array([11, 12, 13]), SampledTokens(ids[0], True))
-    other = tokens_of(np.array([21, 22]), SampledTokens(ids[0], True))
-    second = tokens_of(np.array([11, 12, 13]), SampledTokens(ids[1], True))
+    first, second = response_row([11, 12, 13], [7, 8]), response_row([11, 12, 13], [9])
+    other = response_row([21, 22], [7, 8])
     ((numbers, batch),) = micro_batches([first, other, second], SHARED)
     assert numbers == [0, 2, 1]
     assert batch.input_ids.tolist() == [[11, 12, 13, 7, 8, 9], [21, 22, 7, 8, 5, 5]]
@@ -151,12 +135,12 @@ def test_a_prompts_responses_are_branches_of_one_row():
 
 @pytest.mark.parametrize("layout", SHARINGS)
 def test_every_response_is_run_once_within_the_budget(layout):
-    asked = rows()
-    found = list(micro_batches(asked, layout))
-    assert sorted(chain(*(numbers for numbers, _ in found))) == list(range(len(asked)))
-    for numbers, batch in found:
+    every = rows()
+    batches = list(micro_batches(every, layout))
+    assert sorted(chain(*(numbers for numbers, _ in batches))) == list(range(len(every)))
+    for numbers, batch in batches:
         assert batch.input_ids.numel() <= layout.micro_tokens or len(numbers) == 1
-        learned = np.concatenate([asked[n].ids_T[asked[n].loss_mask_T] for n in numbers])
+        learned = np.concatenate([every[n].ids_T[every[n].loss_mask_T] for n in numbers])
         assert batch.input_ids[batch.loss_mask].tolist() == learned.tolist()
 
 
@@ -164,37 +148,37 @@ def test_a_prompt_is_run_once_by_policy_critic_and_reference_and_no_head_for_it(
     model, other, ran, heads = actor(), tiny_model(vocab_size=64).eval(), [], []
     for body in (model.policy.model, model.critic.model, other.model):
         body.register_forward_pre_hook(
-            lambda module, args, given: ran.append(given["input_ids"].numel()), with_kwargs=True
+            lambda module, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
     for head in (model.policy.lm_head, model.critic.score, other.lm_head):
         head.register_forward_hook(lambda module, args, out: heads.append(out.shape[0]))
     ran.clear()
-    asked = [row(9, 4, n) for n in range(3)]
-    read(asked, model, Reference(model, other), SHARED, CPU)
+    same_prompt = [row(9, 4, n) for n in range(3)]
+    compute_logprobs(same_prompt, model, Reference(model, other), SHARED, CPU)
     assert ran == [9 + 3 * 4] * 3
     assert heads == [3 * 4] * 3
 
 
 def test_the_budget_parts_a_prompts_responses_where_it_has_to():
-    asked = [row(9, 5, n) for n in range(4)]
+    same_prompt = [row(9, 5, n) for n in range(4)]
     for micro_tokens, parts in ((29, [4]), (28, [1, 3]), (19, [2, 2]), (14, [1] * 4)):
         layout = SharingLayout(micro_tokens, False, 5, call_tokens=1, attention_tokens=1 << 20)
-        found = [numbers for numbers, _ in micro_batches(asked, layout)]
-        assert sorted(map(len, found)) == parts
+        numbers = [some for some, _ in micro_batches(same_prompt, layout)]
+        assert sorted(map(len, numbers)) == parts
 
 
 @pytest.mark.parametrize(("attention_tokens", "trees"), [(1 << 20, 1), (100, 2), (10, 4)])
 def test_long_responses_are_run_apart_where_attention_would_cost_more(attention_tokens, trees):
-    asked = [row(9, 20, n) for n in range(4)]
+    same_prompt = [row(9, 20, n) for n in range(4)]
     layout = SharingLayout(10_000, False, 5, attention_tokens=attention_tokens)
-    ((_, batch),) = micro_batches(asked, layout)
+    ((_, batch),) = micro_batches(same_prompt, layout)
     assert len(batch.input_ids) == trees
     assert (batch.branch is None) == (trees == 4)
 
 
 def test_where_no_prompt_comes_twice_nothing_is_a_branch():
-    asked = rows()[-4:]
-    for ours, theirs in zip(SHARED.batches(asked), PLAIN.batches(asked), strict=True):
+    last = rows()[-4:]
+    for ours, theirs in zip(SHARED.batches(last), PLAIN.batches(last), strict=True):
         assert [id(a) for a in ours[0]] == [id(b) for b in theirs[0]]
         assert torch.equal(ours[1].input_ids, theirs[1].input_ids)
         assert ours[1].branch is ours[1].position_ids is None
@@ -207,30 +191,29 @@ def test_where_no_prompt_comes_twice_nothing_is_a_branch():
 @pytest.mark.parametrize(("critic", "lora"), [(True, False), (False, True), (True, True)])
 def test_all_that_is_read_is_what_it_is_apart(layout, critic, lora):
     model = actor(critic, lora)
-    want, found = told(model, PLAIN), told(model, layout)
-    assert set(found) == {"logprobs", "values", "entropy", "ref_logprobs"}
-    assert (want["values"] is not None) == critic
-    assert (want["logprobs"] - want["ref_logprobs"]).abs().max() > 0.1
+    want, outputs = outputs_of(model, PLAIN), outputs_of(model, layout)
+    assert (want["values_BT"] is not None) == critic
+    assert (want["logprobs_BT"] - want["ref_logprobs_BT"]).abs().max() > 0.1
     for name, want_BT in want.items():
         if want_BT is not None:
-            torch.testing.assert_close(found[name], want_BT, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(outputs[name], want_BT, rtol=1e-5, atol=1e-5)
             assert want_BT.std() > 0.1
 
 
 def test_logits_that_are_more_than_the_head_are_read_too():
     model = actor()
-    want = told(model, SHARED)
+    want = outputs_of(model, SHARED)
     model.head_is_all = False
-    for name, found_BT in told(model, SHARED).items():
-        torch.testing.assert_close(found_BT, want[name], rtol=1e-5, atol=1e-5)
+    for name, output_BT in outputs_of(model, SHARED).items():
+        torch.testing.assert_close(output_BT, want[name], rtol=1e-5, atol=1e-5)
 
 
 def test_the_order_of_the_rows_changes_nothing():
     model, order = actor(), [4, 10, 2, 6, 0, 5, 8, 1, 3, 9, 7]
-    want, asked = told(model, SHARED), rows()
-    found = told(model, SHARED, [asked[n] for n in order])
+    want, every = outputs_of(model, SHARED), rows()
+    outputs = outputs_of(model, SHARED, [every[n] for n in order])
     for name, want_BT in want.items():
-        torch.testing.assert_close(found[name], want_BT[order], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(outputs[name], want_BT[order], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", SHARINGS)
@@ -245,9 +228,9 @@ def test_the_order_of_the_rows_changes_nothing():
 )
 def test_an_update_has_the_gradients_it_has_apart(layout, critic, lora, settings):
     apart, ours = (learner(each, critic, lora, **settings) for each in (PLAIN, layout))
-    found = known(apart)
-    want = apart.update(found, 0)
-    assert ours.update(found, 0) == pytest.approx(want, rel=1e-4, abs=1e-6)
+    experience = moved(apart)
+    want = apart.update(experience, 0)
+    assert ours.update(experience, 0) == pytest.approx(want, rel=1e-4, abs=1e-6)
     assert 0 < want["policy/clipfrac_avg"] < 1
     alike(gradients(ours), gradients(apart))
 
@@ -258,14 +241,14 @@ def test_a_gradient_is_the_same_to_the_bit_each_time_with_threads():
     draw = torch.Generator().manual_seed(0)
     hidden_BTD = torch.randn(1, 4007, 64, generator=draw, requires_grad=True)
     weights_BTD = torch.randn(1, 4007, 64, generator=draw)
-    found = []
+    gradients_BTD = []
     for _ in range(10):
-        told_BTD = before(hidden_BTD, branch_BT)[branch_BT > 0]
-        (told_BTD * weights_BTD[branch_BT > 0]).sum().backward()
-        found.append(hidden_BTD.grad)
+        state_ND = before(hidden_BTD, branch_BT)[branch_BT > 0]
+        (state_ND * weights_BTD[branch_BT > 0]).sum().backward()
+        gradients_BTD.append(hidden_BTD.grad)
         hidden_BTD.grad = None
     torch.set_num_threads(1)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert all(torch.equal(gradients_BTD[0], other) for other in gradients_BTD[1:])
 
 
 # --- the stage
@@ -281,12 +264,12 @@ SMALL = {"max_steps": 2, "batch_size": 4, "samples": 4, "ppo_epochs": 1, "kl_coe
 
 def layout_of(path: Path, model: Path, **options) -> type:
     run = toy_run(path, model, **SMALL | options)
-    algorithm = made(run, Prepared(run, check_settings(run), {}))
+    algorithm = build(Inputs(run, check_settings(run), {}), run.path)
     assert algorithm.layout is algorithm.learner.layout
     return type(algorithm.layout)
 
 
-def test_it_shares_prompts_unless_it_is_told_not_to_or_has_none_to_share(tmp_path, model):
+def test_it_shares_prompts_unless_the_setting_forbids_it_or_none_repeats(tmp_path, model):
     for options, want in (
         ({}, SharingLayout),
         ({"share_prompt": True}, SharingLayout),
@@ -310,7 +293,7 @@ def test_texts_that_are_mixed_in_are_run_as_they_are(tmp_path, model):
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"prompt": "c", "response": "d e f"}\n' * 4)
     run = toy_run(tmp_path / "run", model, **SMALL, ptx={str(texts): 1.0})
-    algorithm = made(run, Prepared(run, check_settings(run), {}))
+    algorithm = build(Inputs(run, check_settings(run), {}), run.path)
     assert type(algorithm.learner.ptx.layout) is Layout
     assert type(algorithm.layout) is SharingLayout
 

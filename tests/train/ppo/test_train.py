@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from aif.errors import AifError, InputError
 from aif.store import checkpoint
-from aif.train.ppo.evaluate import best_step, falls
+from aif.train.ppo.evaluate import best_step, evals_since_best
 from aif.train.ppo.train import ppo
 from tests.conftest import read_jsonl, write_jsonl
 from tests.support.tiny import Said
@@ -73,12 +73,12 @@ def test_reinforce_learns(tmp_path, model):
 
 
 def test_a_dear_kl_keeps_the_policy_near_its_reference(tmp_path, model):
-    found = [
+    last = [
         ppo(toy_run(tmp_path / f"run{coef}", model, kl_coef=coef, max_steps=12), Said())["last"]
         for coef in (0.0, 1.0)
     ]
-    assert found[1]["objective/kl"] < found[0]["objective/kl"] / 4
-    assert found[1]["objective/scores"] < found[0]["objective/scores"]
+    assert last[1]["objective/kl"] < last[0]["objective/kl"] / 4
+    assert last[1]["objective/scores"] < last[0]["objective/scores"]
 
 
 def test_a_kl_coefficient_adapts(tmp_path, model):
@@ -144,7 +144,7 @@ def test_in_its_head_start_only_the_critic_learns(tmp_path, model):
 
 @pytest.mark.parametrize("head", ["reward", "zero"])
 def test_the_critic_begins_on_the_scale_of_the_rewards(tmp_path, model, scorer, head):
-    from aif.train.ppo.setup import Prepared, check_settings, made
+    from aif.train.ppo.setup import Inputs, build, check_settings
 
     run = quick_run(tmp_path / "run", model, reward_model=str(scorer))
     config = json.loads((scorer / "config.json").read_text())
@@ -153,9 +153,9 @@ def test_the_critic_begins_on_the_scale_of_the_rewards(tmp_path, model, scorer, 
     changed = {"reward": {"model": 3.0}, "critic_head": head}
     table = run.settings.ppo.model_copy(update=changed)
     run.settings = run.settings.model_copy(update={"ppo": table})
-    algorithm = made(run, Prepared(run, check_settings(run), {}))
+    algorithm = build(Inputs(run, check_settings(run), {}), run.path)
     prompt = algorithm.prompts[0][0]
-    (normalised,) = algorithm.rewards([prompt.messages], ["a b c"])
+    (normalised,) = algorithm.score([prompt.messages], ["a b c"])
     ids = algorithm.tokenizer(f"User: {prompt.messages[0]['content']}\n\nAssistant: a b c")
     ids = torch.tensor([[*ids["input_ids"], 1]])
     mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -163,7 +163,8 @@ def test_the_critic_begins_on_the_scale_of_the_rewards(tmp_path, model, scorer, 
     # The value before a token that came after the EOS would be the reward model's score.
     more = torch.cat([ids, ids[:, :1]], 1)
     mask = torch.cat([mask, torch.ones(1, 1, dtype=torch.bool)], 1)
-    _, values_N, _ = algorithm.learner.model.eval()(more, mask)
+    model = algorithm.learner.model.eval()
+    values_N = model(input_ids=more, loss_mask=mask).values_N
     expected = normalised if head == "reward" else 0.0
     assert float(values_N[-1].detach()) == pytest.approx(expected, abs=1e-5)
 
@@ -177,7 +178,7 @@ def test_a_response_without_a_score_is_not_learned_from(tmp_path, model):
         ppo(quick_run(tmp_path / "other", model, "never"), Said())
 
 
-def test_a_mixture_of_rewards_is_told_by_name(tmp_path, model, scorer):
+def test_a_mixture_of_rewards_has_a_mean_by_name(tmp_path, model, scorer):
     path = tmp_path / "run"
     functions = {f"{path}/rewards.py:share": 2.0, f"{path}/rewards.py:unshare": 1.0, "model": 0.5}
     run = quick_run(path, model, reward=functions, reward_model=str(scorer))
@@ -220,7 +221,7 @@ def test_texts_that_are_mixed_in_stay_likely(tmp_path, model):
     assert of_step(run, "loss/ptx_avg")[-1] < of_step(run, "loss/ptx_avg")[0]
 
 
-def test_held_out_prompts_are_watched_with_a_gold_reward(tmp_path, model):
+def test_held_out_prompts_are_evaluated_with_a_gold_reward(tmp_path, model):
     path = tmp_path / "run"
     run = toy_run(
         path, model, eval_fraction=0.25, eval_every=5, max_steps=10,
@@ -252,7 +253,7 @@ def test_it_stops_when_gold_falls_and_ends_with_the_best_weights(tmp_path, model
     best = gold.index(max(gold))
     assert summary["steps"] == 2 * (best + 3) < 30
     assert summary["best_step"] == 2 * best
-    assert "ppo: gold has been below its best for 3 looks: stopped" in said.lines
+    assert "ppo: stopped: the gold reward is below its best for 3 evaluations" in said.lines
     assert summary["eval_after"]["step"] == 2 * best
     kept = path / "checkpoints" / "ppo" / f"checkpoint-{2 * best}"
     ours, theirs = (
@@ -266,12 +267,12 @@ def test_what_is_best_is_the_first_of_the_highest():
     golds = [(0, 0.1), (5, 0.4), (10, 0.4), (15, 0.2)]
     log = [{"step": s, "eval/gold": g, "eval/kl": 0.0} for s, g in golds]
     log.insert(1, {"step": 1, "objective/kl": 0.0})
-    assert (best_step(log), falls(log)) == (5, 2)
-    assert (best_step([]), falls([])) == (None, 0)
+    assert (best_step(log), evals_since_best(log)) == (5, 2)
+    assert (best_step([]), evals_since_best([])) == (None, 0)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"algorithm": "rloo"}, "ppo: samples: got 1, expected 2 or more for rloo"),
         ({"reward": {}}, "ppo: reward: got {}, expected model, judge or MODULE:FUNCTION"),
@@ -284,18 +285,18 @@ def test_what_is_best_is_the_first_of_the_highest():
         ({"trackers": ["nowhere"]}, "ppo: trackers: got 'nowhere', expected one that is installed"),
     ],
 )
-def test_what_is_wrong_is_told_before_the_first_step(tmp_path, model, options, told, monkeypatch):
-    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it goes on"))
+def test_wrong_settings_stop_before_the_first_step(tmp_path, model, options, message, monkeypatch):
+    monkeypatch.setattr("aif.train.ppo.train.build", lambda *_: pytest.fail("it goes on"))
     with pytest.raises(AifError) as error:
         ppo(quick_run(tmp_path / "run", model, **options), Said())
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_reward_of_the_wrong_shape_is_told_before_the_first_step(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("aif.train.ppo.train.made", lambda *_: pytest.fail("it goes on"))
-    for name, told in (("one", "got 1 values, expected 2 numbers"), ("broken", "got nan")):
-        with pytest.raises(AifError, match=told):
+def test_rewards_of_the_wrong_shape_stop_before_the_first_step(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("aif.train.ppo.train.build", lambda *_: pytest.fail("it goes on"))
+    for name, message in (("one", "got 1 values, expected 2 numbers"), ("broken", "got nan")):
+        with pytest.raises(AifError, match=message):
             ppo(quick_run(tmp_path / name, model, name), Said())
 
 
@@ -324,16 +325,16 @@ def test_numbers_that_are_none_stop_it_by_name(tmp_path, model, monkeypatch):
     """A poisoned advantage in step 2: the step, the prompts and the last checkpoint are named."""
     from aif.train.ppo import loop
 
-    real, steps = loop.experience, []
+    real, steps = loop.compute_advantages, []
 
-    def poisoned(*args, **kwargs):
-        found = real(*args, **kwargs)
+    def poisoned(*args):
+        advantages_BT, returns_BT = real(*args)
         steps.append(1)
         if len(steps) == 2:
-            found.advantages_BT[1, 0] = math.nan
-        return found
+            advantages_BT[1, 0] = math.nan
+        return advantages_BT, returns_BT
 
-    monkeypatch.setattr(loop, "experience", poisoned)
+    monkeypatch.setattr(loop, "compute_advantages", poisoned)
     run = quick_run(tmp_path / "run", model, max_steps=3, save_every=1)
     with pytest.raises(AifError) as error:
         ppo(run, Said())
@@ -345,7 +346,7 @@ def test_numbers_that_are_none_stop_it_by_name(tmp_path, model, monkeypatch):
     assert ppo(run, Said())["resumed_from"] == 1
 
 
-def test_a_tracker_is_told_what_is_measured(tmp_path, model):
+def test_a_tracker_gets_the_metrics(tmp_path, model):
     pytest.importorskip("tensorboardX")
     run = quick_run(tmp_path / "run", model, trackers=["tensorboard"])
     ppo(run, Said())
