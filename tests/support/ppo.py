@@ -13,7 +13,7 @@ from transformers import LlamaForSequenceClassification
 
 from aif.config.settings import PPOSettings
 from aif.models.decode import SampledTokens
-from aif.train.ppo.actor_critic import ActorCritic
+from aif.train.ppo.actor_critic import ActorCritic, TokenOutputs
 from aif.train.ppo.experience import (
     Experience,
     ModelOutputs,
@@ -53,6 +53,23 @@ def tiny_actor(critic: bool = True, lora: bool = False) -> ActorCritic:
         config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         policy = peft.get_peft_model(policy, config)
     return ActorCritic(policy, scorer, T, shift=0.3, scale=2.0)
+
+
+def outputs_alone(actor: ActorCritic, row: TokenRow) -> TokenOutputs:
+    """The outputs of one row's response, by the models' own forwards on that row alone."""
+    ids_1T = torch.tensor(row.ids_T[None].astype(int))
+    at_N = torch.tensor(row.loss_mask_T.nonzero()[0])
+    logits_TV = actor.policy(input_ids=ids_1T).logits[0]
+    logprobs_NV = (logits_TV[at_N - 1] / actor.temperature).log_softmax(-1)
+    values_N = None
+    if actor.critic is not None:
+        scores = [actor.critic(input_ids=ids_1T[:, :t]).logits[0, 0] for t in at_N]
+        values_N = actor.scale * (torch.stack(scores) - actor.shift)
+    return TokenOutputs(
+        logprobs_NV[range(len(at_N)), ids_1T[0, at_N]],
+        values_N,
+        -(logprobs_NV.exp() * logprobs_NV).sum(-1),
+    )
 
 
 def response_row(prompt_T: Any, response: Any) -> TokenRow:

@@ -300,8 +300,8 @@ def _layout(actor: ActorCritic, inputs: Inputs, share: bool) -> Layout:
     micro_tokens, call_tokens = micro_batch(actor.policy, inputs.settings)
     options = (micro_tokens, False, inputs.tokenizer.pad_token_id, call_tokens)
     parts = [part for part in (actor.policy, actor.critic) if part is not None]
-    wanted = inputs.settings.share_prompt
-    if not all(shares(part, wanted, STAGE) for part in parts) or not share:
+    share_prompt = inputs.settings.share_prompt
+    if not all(shares(part, share_prompt, STAGE) for part in parts) or not share:
         return Layout(*options)
     # Products are about 24 hidden^2 operations a token, attention 4 hidden a pair of tokens.
     hidden = inner(actor.policy).config.get_text_config().hidden_size

@@ -37,6 +37,7 @@ from aif.train.ppo.actor_critic import ActorCritic, Reference, freeze, merged_we
 from aif.train.ppo.experience import micro_batches
 from aif.train.ppo.rollouts import TransformersRollouts
 from aif.train.tokens import TokenRow
+from tests.support.ppo import outputs_alone
 from tests.support.tiny import tiny_model
 
 VOCAB = 64
@@ -101,23 +102,6 @@ def rows(n: int = 6) -> list[TokenRow]:
 def inputs(some: list[TokenRow], layout: Layout = WHOLE):
     """All rows as one batch, in their order."""
     return layout.batch(some).inputs(torch.device("cpu"))
-
-
-def outputs_alone(actor: ActorCritic, row: TokenRow) -> tuple:
-    """(log-probabilities, values, entropies) of one row, by the models' own forwards."""
-    ids_1T = torch.tensor(row.ids_T[None].astype(int))
-    at_N = torch.tensor(row.loss_mask_T.nonzero()[0])
-    logits_TV = actor.policy(input_ids=ids_1T).logits[0]
-    every_NV = (logits_TV[at_N - 1] / actor.temperature).log_softmax(-1)
-    values = None
-    if actor.critic is not None:
-        scores = [actor.critic(input_ids=ids_1T[:, :t]).logits[0, 0] for t in at_N]
-        values = actor.scale * (torch.stack(scores) - actor.shift)
-    return (
-        every_NV[range(len(at_N)), ids_1T[0, at_N]],
-        values,
-        -(every_NV.exp() * every_NV).sum(-1),
-    )
 
 
 def outputs_of(actor: ActorCritic, every: list[TokenRow], layout: Layout) -> list[list]:

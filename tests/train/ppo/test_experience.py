@@ -30,7 +30,7 @@ from aif.train.ppo.experience import (
 )
 from aif.train.ppo.maths import gae, kl_estimate, leave_one_out, moments_of, whiten
 from aif.train.tokens import TokenRow
-from tests.support.ppo import T, experience_of, response_row, tiny_actor
+from tests.support.ppo import T, experience_of, outputs_alone, response_row, tiny_actor
 from tests.support.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -58,24 +58,6 @@ def rows() -> list[TokenRow]:
     return [row(*shape) for shape in SHAPES]
 
 
-def alone(tokens: TokenRow, policy, temperature: float = T) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probabilities, entropies) of a row's response by transformers alone."""
-    ids = torch.tensor(tokens.ids_T).long()
-    logp_TV = (policy(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)
-    start = int(tokens.loss_mask_T.argmax())
-    places = torch.arange(start, len(ids))
-    logp_TV = logp_TV[places - 1]
-    return logp_TV[torch.arange(len(places)), ids[places]], -(logp_TV.exp() * logp_TV).sum(-1)
-
-
-def values_alone(tokens: TokenRow, model: ActorCritic) -> torch.Tensor:
-    """The critic's value of the state before each token of the response."""
-    start = int(tokens.loss_mask_T.argmax())
-    ids = torch.tensor(tokens.ids_T).long()
-    ends = [model.critic(input_ids=ids[None, :t]).logits[0, 0] for t in range(start, len(ids))]
-    return 2.0 * (torch.stack(ends) - 0.3)
-
-
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("micro_tokens", [1, 16, 25, 10_000])
 def test_outputs_stand_at_their_row_and_column_however_they_lay_in_memory(micro_tokens, packing):
@@ -85,10 +67,10 @@ def test_outputs_stand_at_their_row_and_column_however_they_lay_in_memory(micro_
     model.eval()
     with torch.no_grad():
         for n, (tokens, (_, length)) in enumerate(zip(rows(), SHAPES, strict=True)):
-            logprobs, entropy = alone(tokens, model.policy)
-            want = {"logprobs_BT": logprobs, "entropy_BT": entropy}
-            want |= {"values_BT": values_alone(tokens, model)}
-            want |= {"ref_logprobs_BT": alone(tokens, other)[0]}
+            own = outputs_alone(model, tokens)
+            want = {"logprobs_BT": own.logprobs_N, "entropy_BT": own.entropy_N}
+            want["values_BT"] = own.values_N
+            want["ref_logprobs_BT"] = outputs_alone(ActorCritic(other, None, T), tokens).logprobs_N
             assert set(want) == set(vars(outputs))
             for name, values in want.items():
                 output_BT = getattr(outputs, name)
@@ -121,7 +103,7 @@ def test_without_its_adapters_the_policy_is_its_own_reference():
     model.eval()
     with torch.no_grad(), model.policy.disable_adapter():
         for n, tokens in enumerate(rows()):
-            want, _ = alone(tokens, model.policy)
+            want = outputs_alone(model, tokens).logprobs_N
             torch.testing.assert_close(outputs.ref_logprobs_BT[n, : len(want)], want, **CLOSE)
     assert (outputs.ref_logprobs_BT - outputs.logprobs_BT).abs().max() > 0.1
 

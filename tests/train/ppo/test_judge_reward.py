@@ -19,12 +19,7 @@ from aif.llm.scripted import ScriptedLLM, words
 from aif.stages.ppo import ppo
 from tests.conftest import read_jsonl
 from tests.support.tiny import Said
-from tests.support.toy import of_step, save_toy, toy_run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_toy(tmp_path_factory.mktemp("models") / "toy")
+from tests.support.toy import of_step, toy_run
 
 
 class Counting:

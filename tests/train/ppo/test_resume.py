@@ -20,25 +20,16 @@ from safetensors.torch import load_file
 from aif.errors import Interrupted
 from aif.train.ppo.train import ppo
 from tests.conftest import ROOT, read_jsonl
+from tests.support.ppo import one_thread
 from tests.support.tiny import Said, flip
-from tests.support.toy import save_toy, toy_run
+from tests.support.toy import toy_run
 
 STEPS = {"max_steps": 6, "batch_size": 8, "save_every": 2, "kl_coef": 0.1, "minibatches": 2}
 STEPS |= {"kl_target": 1.0, "kl_horizon": 100, "scale_scores": True, "score_clip": 2.0}
 STEPS |= {"eval_fraction": 0.25, "eval_every": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_toy(tmp_path_factory.mktemp("models") / "toy")
+quickly = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 
 @pytest.fixture(scope="module")

@@ -254,11 +254,6 @@ def test_a_gradient_is_the_same_to_the_bit_each_time_with_threads():
 # --- the stage
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_toy(tmp_path_factory.mktemp("models") / "toy")
-
-
 SMALL = {"max_steps": 2, "batch_size": 4, "samples": 4, "ppo_epochs": 1, "kl_coef": 0.1}
 
 

@@ -21,21 +21,11 @@ from aif.store import checkpoint
 from aif.train.ppo.evaluate import best_step, evals_since_best
 from aif.train.ppo.train import ppo
 from tests.conftest import read_jsonl, write_jsonl
+from tests.support.ppo import one_thread
 from tests.support.tiny import Said
 from tests.support.toy import LENGTH, of_step, save_toy, toy_run, toy_tokenizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_toy(tmp_path_factory.mktemp("models") / "toy")
+quickly = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,12 @@ import numpy as np
 from aif.config.settings import PPOSettings
 from aif.train.batch import Layout, Steps
 from aif.train.model import without_dropout
-from aif.train.ppo.actor_critic import ActorCritic, Reference
+from aif.train.ppo.actor_critic import Reference
 from aif.train.ppo.experience import Experience, compute_logprobs
 from aif.train.ppo.update import Learner, NotFinite, describe
 from aif.train.tokens import TokenRow
 from tests.conftest import ROOT
-from tests.support.ppo import T, experience_of, one_thread, response_row, tiny_actor
+from tests.support.ppo import experience_of, one_thread, outputs_alone, response_row, tiny_actor
 from tests.support.tiny import tiny_model
 
 SHAPES = [(3, 4), (9, 1), (1, 7), (5, 2), (2, 7), (6, 3), (4, 1)]  # tokens of prompt and response
@@ -129,22 +129,13 @@ def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
 # --- by hand
 
 
-def alone(model: ActorCritic, tokens: TokenRow):
-    """(log-probabilities, entropies, values) of a row's response by transformers alone."""
-    ids, start = torch.tensor(tokens.ids_T).long(), int(tokens.loss_mask_T.argmax())
-    logp_TV = (model.policy(input_ids=ids[None]).logits[0] / T).log_softmax(-1)
-    places = torch.arange(start, len(ids))
-    logp_TV = logp_TV[places - 1]
-    hidden = model.critic.model(input_ids=ids[None]).last_hidden_state[0, places - 1]
-    values = 2.0 * (model.critic.score(hidden)[:, 0] - 0.3)
-    return logp_TV[range(len(places)), ids[places]], -(logp_TV.exp() * logp_TV).sum(-1), values
-
-
 def naive_loss(ours: Learner, experience: Experience) -> torch.Tensor:
     """Policy loss, value loss and entropy bonus of all tokens, one token at a time."""
     settings, losses = ours.settings, []
     for n, tokens in enumerate(experience.rows):
-        for t, (logp, entropy, value) in enumerate(zip(*alone(ours.model, tokens), strict=True)):
+        for t, (logp, value, entropy) in enumerate(
+            zip(*outputs_alone(ours.model, tokens), strict=True)
+        ):
             ratio, advantage = (
                 (logp - experience.logprobs_BT[n, t]).exp(),
                 experience.advantages_BT[n, t],
