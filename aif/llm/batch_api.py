@@ -12,7 +12,7 @@ https://platform.openai.com/docs/guides/batch
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -80,8 +80,7 @@ class _Pass:
         self._settings = settings
         self._unanswered: dict[str, Ask] = {}
         self._open: list[Submission] = []
-        self._tries: Counter[str] = Counter()
-        self._failures: dict[str, Failure] = {}  # the last one of each key
+        self._failures: dict[str, list[Failure]] = defaultdict(list)  # one for each try of a key
         self._queue_full = ""
 
     def answers(self, asks: Iterable[Ask]) -> Iterator[Answer]:
@@ -90,12 +89,11 @@ class _Pass:
         while self._unanswered:
             before, self._queue_full = len(self._unanswered), ""
             yield from self._until_all_end()
-            attempts = self._settings.attempts
-            for key in [key for key in self._unanswered if self._tries[key] >= attempts]:
-                failure = self._failures[key]
-                del self._unanswered[key]
-                detail = f"{failure.detail} ({self._tries[key]} batches)"
-                yield Answer(key, fault=failure.fault, detail=detail)
+            for key, failures in self._failures.items():
+                if key in self._unanswered and len(failures) >= self._settings.attempts:
+                    del self._unanswered[key]
+                    detail = f"{failures[-1].detail} ({len(failures)} batches)"
+                    yield Answer(key, fault=failures[-1].fault, detail=detail)
             if self._queue_full and len(self._unanswered) == before:
                 raise JudgeStopped(f"{self._queue_full}; the same command asks again")
             self._submit(list(self._unanswered.values()))
@@ -194,8 +192,7 @@ class _Pass:
             if isinstance(outcome, Answer):
                 answers.append(outcome)
             elif outcome is not None:
-                self._tries[key] += 1
-                self._failures[key] = outcome
+                self._failures[key].append(outcome)
         for answer in answers:
             del self._unanswered[answer.key]
             yield answer

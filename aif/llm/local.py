@@ -23,7 +23,7 @@ from aif.config.settings import LLMSettings
 from aif.errors import InputError, shown
 from aif.llm import LLM, Answer, Ask
 from aif.llm.option_logprobs import IMPOSSIBLE, SPELLED_TOKENS, Options, begun
-from aif.llm.prefix_scorer import PrefixScorer
+from aif.llm.prefix_scorer import PrefixScorer, TokenIds
 from aif.llm.sampler import ROWS_CPU, Draw, generate
 from aif.llm.verdict_text import is_refusal, parse_verdict
 from aif.models.decode import SampledTokens
@@ -33,8 +33,6 @@ from aif.store.records import content_id
 LOOK_AHEAD = 512  # asks sorted together, so that shared prefixes stand side by side
 LEAD_TOKENS = 8  # the most that a lead to the verdict may take
 MAX_CHARS_PER_TOKEN = 16  # a text with more than this per token of context is refused untokenised
-
-TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
