@@ -15,6 +15,7 @@ from typing import Any
 
 from aif.config.settings import Settings
 from aif.data.readers import read_dialogues, read_prompts
+from aif.data.transcript import NEXT_TURN, is_padded, transcript
 from aif.errors import InputError
 from aif.llm import Answer, Ask, open_llm
 from aif.llm.budget import Meter
@@ -27,7 +28,6 @@ from aif.store.records import Message, Prompt, Response, content_id
 
 STAGE = "respond"
 AGAIN = "resample"
-NEXT_TURN = "\n\nUser:"  # a base model goes on to write the user's next turn, as in `_transcript`
 
 
 def respond(run: Run, progress: Progress) -> dict[str, Any]:
@@ -106,12 +106,7 @@ def read_few_shot(source: str | None) -> list[Message]:
     turns: list[Message] = []
     for place, dialogue in read_dialogues(source):
         if any(message["role"] == "system" for message in dialogue):
-            raise InputError(
-                place,
-                "",
-                got="a system message",
-                expected="one in the prompts alone",
-            )
+            raise InputError(place, "", got="a system message", expected="one in the prompts alone")
         turns += dialogue
     if not turns:
         raise InputError(source, "", got="no examples at all", expected="at least one")
@@ -123,16 +118,16 @@ def sample_asks(settings: Settings, prompt: Prompt, few_shot: list[Message]) -> 
     examples."""
     policy, respond = settings.policy, settings.respond
     messages = _with_few_shot(prompt.messages, few_shot)
-    examples = [few_shot] if few_shot else []  # none: the id as before there were any
     identity, is_text = policy.identity(), policy.form == "text"
+    more: list[Any] = [few_shot] if few_shot else []  # none: the id as before there were any
+    if is_text and is_padded(messages):
+        more.append("stripped")  # version 0.1 sampled them with the space around them
     for sample in range(respond.samples):
-        key = content_id(
-            "response", prompt.id, identity, policy.form, respond.seed, sample, *examples
-        )
+        key = content_id("response", prompt.id, identity, policy.form, respond.seed, sample, *more)
         yield Ask(
             key=key,
             messages=None if is_text else messages,
-            text=_transcript(messages) if is_text else None,
+            text=transcript(messages, prompt=True) if is_text else None,
             max_tokens=policy.response_tokens,
             temperature=policy.temperature,
             seed=int(key[:8], 16),
@@ -146,12 +141,6 @@ def _with_few_shot(messages: list[Message], few_shot: list[Message]) -> list[Mes
     while start < len(messages) and messages[start]["role"] == "system":
         start += 1
     return [*messages[:start], *few_shot, *messages[start:]]
-
-
-def _transcript(messages: list[Message]) -> str:
-    """The conversation as text, for a model without a chat form."""
-    turns = [f"{message['role'].title()}: {message['content']}" for message in messages]
-    return "\n\n".join([*turns, "Assistant:"])
 
 
 def _journal_row(answer: Answer) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError
 
+from aif.data.transcript import transcript
 from aif.errors import AifError, InputError, shown
 from aif.models.load import load_tokenizer
 from aif.run import Run
@@ -238,12 +239,6 @@ def check_any(stage: str, rows: Sequence[Any], of: str, tokeniser: Tokeniser) ->
             f"{stage}: none of {of} is left to learn from; {tokeniser.dropped:,} do not fit into "
             f"{tokeniser.max_tokens:,} tokens ({stage}.max_tokens)"
         )
-
-
-def transcript(messages: list[Message], prompt: bool = False) -> str:
-    """A dialogue as plain text; with `prompt` it ends where the assistant's answer begins."""
-    turns = [f"{message['role'].title()}: {message['content'].strip()}" for message in messages]
-    return "\n\n".join([*turns, "Assistant:"] if prompt else turns)
 
 
 def _without_oldest(messages: list[Message]) -> list[Message] | None:
