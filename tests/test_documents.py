@@ -154,6 +154,21 @@ def test_every_expected_output_has_its_command(document):
     assert bool(every) == (document in PRINTS), "a document with commands has expected outputs"
 
 
+NUMBERS = {1: "one", 4: "four", 8: "eight", 16: "sixteen", 64: "64"}
+
+
+def test_constitutions_have_as_many_principles_and_examples_as_their_table_says():
+    text = TEXTS["constitutions/README.md"]
+    for path in (ROOT / "constitutions").glob("*.toml"):
+        constitution = load(path)
+        (row,) = re.findall(rf"^\| `constitutions/{path.name}` \|(.*)", text, re.MULTILINE)
+        principles, examples = constitution.principle, constitution.principle[0].example
+        if len(principles) in NUMBERS:
+            assert f"{NUMBERS[len(principles)]} principle" in row.lower()
+        if examples:
+            assert f"{NUMBERS[len(examples)]} examples" in row
+
+
 def test_constitutions_shown_are_whole(tmp_path):
     shown = [block for block in blocks(TEXTS["constitutions/README.md"]) if block.kind == "toml"]
     assert shown

@@ -3,8 +3,8 @@
 import re
 import shlex
 import tomllib
+from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -42,7 +42,7 @@ def named_commands(document: str) -> list[str]:
     return [found[1].partition("  #")[0] for found in called if found]
 
 
-def options(command: click.Command) -> set[str]:
+def options(command: Any) -> set[str]:
     return {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
 
 
@@ -56,7 +56,7 @@ def test_verbs_and_options_exist(document):
             continue
         assert words[0] in COMMAND.commands, line
         command = COMMAND.commands[words.pop(0)]
-        if isinstance(command, click.Group) and words and words[0] in command.commands:
+        if words and words[0] in getattr(command, "commands", {}):
             command = command.commands[words[0]]
         for option in re.findall(r"(?<!\S)(--[a-z][a-z-]*)", line):
             assert option in options(command) | {"--help"}, f"{option} in {line}"
@@ -80,6 +80,12 @@ def test_options_by_themselves_exist(document):
 def test_the_readme_lists_every_verb():
     listed = re.findall(r"^\| `aif ([a-z]+)` \|", TEXTS[README], re.MULTILINE)
     assert sorted(listed) == sorted(COMMAND.commands)
+
+
+def test_every_verb_prints_json():
+    for command in COMMAND.commands.values():
+        for verb in getattr(command, "commands", {"": command}).values():
+            assert "--json" in options(verb)
 
 
 def test_benchmarks_have_the_options_that_are_shown():
