@@ -66,7 +66,7 @@ PRINTS = {
 
 
 # The demo is made to be watched: here it has fewer prompts and steps.
-SMALL = " --set respond.limit=24 --set ppo.max_steps=2"
+SMALL = " --set respond.limit=12 --set revise.limit=4 --set ppo.max_steps=1 --set evaluate.limit=6"
 
 
 @pytest.fixture
