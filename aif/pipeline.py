@@ -182,13 +182,13 @@ def run_all(
         summaries[step.name] = summary = step.stage.function()(step.run, progress)
         give_back_memory()
         if "fault_rate" in summary:
-            check_faults(summary, max_fault_rate(step.run, step.stage.name))
+            check_faults(summary, allowed_fault_rate(step.run, step.stage.name))
         if not summary.get("faults") and not summary.get("unfinished"):
             _keep_done(step, inputs, time.monotonic() - began)
     return summaries
 
 
-def max_fault_rate(run: Run, stage: str) -> float:
+def allowed_fault_rate(run: Run, stage: str) -> float:
     """The share of a stage's calls that may fail."""
     settings = run.settings
     return (settings.revise if stage == "revise" else settings.label).max_fault_rate

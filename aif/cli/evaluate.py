@@ -56,7 +56,7 @@ def evaluate(run: RunFolder, settings: dict[str, Any], console: Console) -> None
     one.
     """
     opened = existing_run(run, settings, unless="evaluate.prompts")
-    console.run_training("evaluate", opened, evaluate_lines)
+    console.run_distributed("evaluate", opened, evaluate_lines)
 
 
 def evaluate_lines(summary: dict[str, Any]) -> list[str]:

@@ -157,15 +157,15 @@ class Console:
     def run_stage(self, name: str, run: Run, lines: Lines) -> None:
         """Do one stage and print its summary. Raises TooManyFaults after that."""
         from aif.llm.dispatch import check_faults
-        from aif.pipeline import max_fault_rate, stage
+        from aif.pipeline import allowed_fault_rate, stage
 
         with self.progress() as progress:
             summary = stage(name).function()(run, progress)
         self.show(summary, lines)
         if "fault_rate" in summary:
-            check_faults(summary, max_fault_rate(run, name))
+            check_faults(summary, allowed_fault_rate(run, name))
 
-    def run_training(self, name: str, run: Run, lines: Lines) -> None:
+    def run_distributed(self, name: str, run: Run, lines: Lines) -> None:
         """Do a stage that a launcher may have started in several processes: the first process
         (RANK 0) alone writes and prints."""
         from aif.errors import InputError, Interrupted

@@ -41,7 +41,7 @@ def sft(run: RunFolder, settings: dict[str, Any], console: Console) -> None:
 
     If it is stopped and started again, it ends with the same weights.
     """
-    console.run_training("sft", existing_run(run, settings, unless="sft.data"), _sft_lines)
+    console.run_distributed("sft", existing_run(run, settings, unless="sft.data"), _sft_lines)
 
 
 def _sft_lines(summary: dict[str, Any]) -> list[str]:
@@ -74,7 +74,7 @@ def reward(run: RunFolder, settings: dict[str, Any], console: Console) -> None:
     If it is stopped and started again, it ends with the same weights.
     """
     opened = existing_run(run, settings, unless="reward.data")
-    console.run_training("reward", opened, _reward_lines)
+    console.run_distributed("reward", opened, _reward_lines)
 
 
 def _reward_lines(summary: dict[str, Any]) -> list[str]:
@@ -175,7 +175,7 @@ def ppo(run: RunFolder, settings: dict[str, Any], console: Console) -> None:
 
     If it is stopped and started again, it ends with the same weights.
     """
-    console.run_training("ppo", existing_run(run, settings, unless="ppo.prompts"), _ppo_lines)
+    console.run_distributed("ppo", existing_run(run, settings, unless="ppo.prompts"), _ppo_lines)
 
 
 def _ppo_lines(summary: dict[str, Any]) -> list[str]:

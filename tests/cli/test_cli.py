@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from aif.cli.verbs import app
 from aif.llm import Answer
 from aif.llm.scripted import ScriptedLLM
+from aif.pipeline import Stage
 from tests.conftest import AIF, aif, write_constitution, write_jsonl
 
 LOGPROBS = {"A": -0.1, "B": -2.5}
@@ -163,6 +164,18 @@ def test_too_many_faults_are_exit_3(tmp_path, allowed, code):
     )  # it is done all the same
     if code:
         assert re.search(r"^aif: .*run: 50\.0% of the calls .*20 refused", result.stderr, re.M)
+
+
+@pytest.mark.parametrize("name", ["label", "revise", "filter", "ppo", "evaluate"])
+def test_every_stage_that_asks_a_model_ends_with_3_when_too_much_fails(tmp_path, monkeypatch, name):
+    faults = {"faults": {"refused": 2}, "fault_details": {"refused": ""}}
+    summary = {"run": "r", "fault_rate": 0.5} | faults
+    monkeypatch.setattr(Stage, "function", lambda stage: lambda run, progress: summary)
+    run = ["--out", tmp_path] if name == "label" else [tmp_path]
+    result = cli(name, *run, "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout) == summary
+    assert "50.0% of the calls have no answer (2 refused)" in result.stderr
 
 
 # ---- output for machines
