@@ -22,7 +22,7 @@ from aif.stages.compare import pairs
 from aif.stages.label import STAGE, comparisons, measured_rate, own_comparisons
 from aif.stages.respond import read_few_shot, sample_asks
 from aif.stages.revise import model_of, reviser_of
-from aif.store.journal import Index, Reader
+from aif.store.journal import Index
 from aif.store.records import Comparison, Prompt
 
 
@@ -66,8 +66,7 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
     check_models(run, STAGE, [run.settings.judge, *run.settings.panel])
     panel = panel_of(run.settings)
     sampled = _is_to_be_sampled(run)
-    path_of_answers = run.file("journal") / f"{STAGE}.jsonl"
-    with Reader.reading(path_of_answers, missing_ok=True) as journal:
+    with run.answers(STAGE, missing_ok=True) as journal:
         pending = PendingCalls.of(panel, comparisons_of(run), journal)
         judges = [_of_judge(run, judge, pending, journal.index) for judge in panel.judges]
     principles = Counter(name for calls in pending.missing.values() for name in calls.values())

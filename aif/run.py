@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -26,7 +26,7 @@ import tomli_w
 from aif.config.settings import Settings
 from aif.errors import AifError, InputError, RunBusy, shown
 from aif.store import jsonl
-from aif.store.journal import Index, Journal
+from aif.store.journal import Index, Journal, Reader
 from aif.store.records import as_row
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -138,6 +138,11 @@ class Run:
     def journal(self, stage: str) -> Journal:
         """The stage's paid answers, open for writing; hold the run first."""
         return Journal.open(self.file("journal") / f"{stage}.jsonl")
+
+    def answers(self, stage: str, missing_ok: bool = False) -> AbstractContextManager[Reader]:
+        """The stage's paid answers, for reading in a `with`. Raises AifError if there is no
+        journal; with `missing_ok` it is then empty."""
+        return Reader.reading(self.file("journal") / f"{stage}.jsonl", missing_ok)
 
     def index(self, stage: str) -> Index:
         """Which of the stage's answers are there; touches nothing."""

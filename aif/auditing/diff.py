@@ -30,7 +30,6 @@ from aif.stats.agreement import kappa
 from aif.stats.intervals import wilson
 from aif.stats.odds import outcome
 from aif.store import jsonl
-from aif.store.journal import Reader
 from aif.store.records import Comparison, Label, Verdict
 
 FILE = "diff.jsonl"
@@ -151,7 +150,7 @@ def _from_answers(run: Run) -> Iterator[Labelling]:
     """The labelling that the settings make of a run's stored answers."""
     panel = panel_of(run.settings)
     names = ", ".join(judge.name for judge in panel.judges)
-    with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:
+    with run.answers(STAGE) as journal:
 
         def rows() -> Iterator[tuple[Comparison, list[Verdict], Label | None]]:
             for comparison in comparisons(run):

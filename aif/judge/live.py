@@ -103,8 +103,7 @@ class LiveJudge(AbstractContextManager["LiveJudge"]):
 
     @cached_property
     def _labels_journal(self) -> Reader:
-        path = self._run.file("journal") / f"{LABELS}.jsonl"
-        return self._opened.enter_context(Reader.reading(path, missing_ok=True))
+        return self._opened.enter_context(self._run.answers(LABELS, missing_ok=True))
 
     def _calls_for(self, row: Comparison) -> list[JudgeCall]:
         """The calls that grade a response: one per principle, and none for a blank text."""

@@ -91,7 +91,7 @@ def of_run(folder: Path, by: str) -> list[Row]:
         return panel_of(run.settings)
 
     run = open_run(folder, {})
-    with Reader.reading(run.file("journal") / f"{STAGE}.jsonl") as journal:
+    with run.answers(STAGE) as journal:
         return table(panel_at, list(comparisons(run)), journal)
 
 
