@@ -12,6 +12,7 @@ from tests.conftest import read_jsonl, write_jsonl
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklm"]
 LENGTH = 8
+ANEW = "ppo: data, settings or model have changed since the last time: anew"
 REWARDS = '''
 def share(prompts, texts):
     """How much of the longest possible response is the word a."""

@@ -78,7 +78,7 @@ def ppo(
             resumed_from, best = loop.run()
             if run.leads:
                 model = algorithm.accelerator.unwrap_model(algorithm.learner.model)
-                _save(folder, run.file(f"{STAGE}-critic"), inputs, model, about)
+                _write_models(folder, run.file(f"{STAGE}-critic"), inputs, model, about)
         finally:
             algorithm.rollouts.close()
             for tracker in algorithm.accelerator.trackers:
@@ -245,7 +245,7 @@ class TrainingLoop:
         return best
 
 
-def _save(
+def _write_models(
     folder: Path, critic_folder: Path, inputs: Inputs, actor: ActorCritic, about: dict[str, Any]
 ) -> None:
     """Write the policy, and the critic for a later training or a look."""

@@ -19,7 +19,7 @@ from aif.llm.scripted import ScriptedLLM, words
 from aif.stages.ppo import ppo
 from tests.conftest import read_jsonl
 from tests.support.tiny import Said
-from tests.support.toy import of_step, toy_run
+from tests.support.toy import ANEW, of_step, toy_run
 
 
 class Counting:
@@ -113,6 +113,6 @@ def test_an_edited_constitution_makes_it_anew(tmp_path, model, judge):
     ppo(run, Said())
     path = run.path / "c.toml"
     path.write_text(path.read_text().replace("kind?", "very kind?"))
-    said = Said()
-    ppo(run, said)
-    assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
+    progress = Said()
+    ppo(run, progress)
+    assert progress.lines[0] == ANEW

@@ -4,10 +4,7 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,10 +16,11 @@ from safetensors.torch import load_file
 
 from aif.errors import Interrupted
 from aif.train.ppo.train import ppo
-from tests.conftest import ROOT, read_jsonl
+from tests.conftest import read_jsonl
+from tests.support.child import train_until
 from tests.support.ppo import one_thread
 from tests.support.tiny import Said, flip
-from tests.support.toy import toy_run
+from tests.support.toy import ANEW, toy_run
 
 STEPS = {"max_steps": 6, "batch_size": 8, "save_every": 2, "kl_coef": 0.1, "minibatches": 2}
 STEPS |= {"kl_target": 1.0, "kl_horizon": 100, "scale_scores": True, "score_clip": 2.0}
@@ -68,34 +66,11 @@ def test_interrupted_it_goes_on_to_the_same_bits(tmp_path, model, straight, stop
     same_end(run.path, straight)
 
 
-CHILD = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from tests.support.toy import toy_run
-from aif.progress import Progress
-from aif.train.ppo.train import ppo
-
-class Printed(Progress):
-    def update(self, done, faults=0, note=""):
-        print(done, flush=True)
-
-ppo(toy_run(Path(sys.argv[2]), Path(sys.argv[3]), **json.loads(sys.argv[4])), Printed(quiet=True))
-"""
-
-
 @pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_bits(tmp_path, model, straight):
-    command = [sys.executable, "-c", CHILD, ROOT, tmp_path / "run", model, json.dumps(STEPS)]
-    process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if int(line) == 5:
-            process.kill()
-            break
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    stage, make_run = "aif.train.ppo.train:ppo", "tests.support.toy:toy_run"
+    code = train_until(5, signal.SIGKILL, stage, make_run, tmp_path / "run", model, **STEPS)
+    assert code == -signal.SIGKILL
     resumed = ppo(toy_run(tmp_path / "run", model, **STEPS), Said())["resumed_from"]
     assert 4 <= resumed < 6
     same_end(tmp_path / "run", straight)
@@ -111,9 +86,9 @@ def test_from_an_older_checkpoint_it_comes_to_the_same_bits(tmp_path, model, str
         (newest / name).unlink()
     else:
         flip(newest / name)
-    said = Said()
-    assert ppo(run, said)["resumed_from"] == 4
-    assert any("checkpoint-5: not resumed from: " in line for line in said.lines)
+    progress = Said()
+    assert ppo(run, progress)["resumed_from"] == 4
+    assert any("checkpoint-5: not resumed from: " in line for line in progress.lines)
     same_end(run.path, straight)
 
 
@@ -142,9 +117,9 @@ def test_with_prompts_run_once_it_goes_on_to_the_same_bits(tmp_path, model):
 
 def test_a_finished_run_does_nothing_more(straight, model, monkeypatch):
     monkeypatch.setattr("aif.train.ppo.train.build", lambda *_: pytest.fail("it trains"))
-    said = Said()
-    summary = ppo(toy_run(straight, model, **STEPS), said)
-    assert said.lines == [f"{straight}/ppo: done already, of the same data, settings and model"]
+    progress = Said()
+    summary = ppo(toy_run(straight, model, **STEPS), progress)
+    assert progress.lines == [f"{straight}/ppo: done already, of the same data, settings and model"]
     assert summary["steps"] == 6
 
 
@@ -160,9 +135,9 @@ def test_an_edited_reward_makes_it_anew(tmp_path, model):
     run = toy_run(tmp_path / "run", model, **options)
     path = tmp_path / "run" / "rewards.py"
     path.write_text(path.read_text().replace("/ 8", "/ 4"))
-    said = Said()
-    assert ppo(run, said)["resumed_from"] == 0
-    assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
+    progress = Said()
+    assert ppo(run, progress)["resumed_from"] == 0
+    assert progress.lines[0] == ANEW
 
 
 def test_an_edited_gold_makes_it_anew(tmp_path, model):
@@ -172,16 +147,16 @@ def test_an_edited_gold_makes_it_anew(tmp_path, model):
     path.write_text("def gold(prompts, texts):\n    return [0.0 for _ in texts]\n")
     ppo(toy_run(tmp_path / "run", model, **STEPS | gold), Said())
     path.write_text("def gold(prompts, texts):\n    return [1.0 for _ in texts]\n")
-    said = Said()
-    ppo(toy_run(tmp_path / "run", model, **STEPS | gold), said)
-    assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
+    progress = Said()
+    ppo(toy_run(tmp_path / "run", model, **STEPS | gold), progress)
+    assert progress.lines[0] == ANEW
 
 
 def test_another_setting_makes_it_anew(tmp_path, model):
     options = STEPS | {"max_steps": 2}
     run = toy_run(tmp_path / "run", model, **options)
     ppo(run, Said())
-    said = Said()
-    summary = ppo(toy_run(tmp_path / "run", model, **options | {"kl_coef": 0.2}), said)
-    assert said.lines[0] == "ppo: data, settings or model have changed since the last time: anew"
+    progress = Said()
+    summary = ppo(toy_run(tmp_path / "run", model, **options | {"kl_coef": 0.2}), progress)
+    assert progress.lines[0] == ANEW
     assert summary["resumed_from"] == 0

@@ -237,13 +237,13 @@ def test_it_stops_when_gold_falls_and_ends_with_the_best_weights(tmp_path, model
         path, model, eval_fraction=0.25, eval_every=2, max_steps=30, learning_rate=2e-3,
         gold=f"{path}/rewards.py:unshare", stop_when_gold_falls=3,
     )  # fmt: skip
-    said = Said()
-    summary = ppo(run, said)
+    progress = Said()
+    summary = ppo(run, progress)
     gold = of_step(run, "eval/gold")
     best = gold.index(max(gold))
     assert summary["steps"] == 2 * (best + 3) < 30
     assert summary["best_step"] == 2 * best
-    assert "ppo: stopped: the gold reward is below its best for 3 evaluations" in said.lines
+    assert "ppo: stopped: the gold reward is below its best for 3 evaluations" in progress.lines
     assert summary["eval_after"]["step"] == 2 * best
     kept = path / "checkpoints" / "ppo" / f"checkpoint-{2 * best}"
     ours, theirs = (
