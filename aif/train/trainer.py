@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -28,14 +27,11 @@ from aif.models.load import torch_dtype, usable_device
 from aif.progress import Progress
 from aif.run import Run
 from aif.signals import handling
-from aif.store import checkpoint
 from aif.train.batch import Layouts, OptimizerStep, Steps
-from aif.train.distributed import any_rank, on_main_process
+from aif.train.distributed import any_rank
 from aif.train.metrics import Metrics
 from aif.train.model import learning_rate
-from aif.train.resume import SCHEDULES
-
-SAVE_EVERY_S = 600.0
+from aif.train.resume import SCHEDULES, Checkpoints
 
 
 @dataclass
@@ -94,7 +90,7 @@ def train(training: Training) -> Trained:
     earlier training are replaced.
     """
     trainer = StepTrainer(training)
-    resume = on_main_process(lambda: _resumable(training))
+    resume = trainer.checkpoints.newest()
     try:
         with stopping(training.stop, training.progress):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -125,14 +121,6 @@ def train(training: Training) -> Trained:
         eval_loss_before=evals.get(0),
         tokens_per_s=trainer.tokens / trainer.seconds if trainer.seconds else None,
     )
-
-
-def _resumable(training: Training) -> Path | None:
-    """The newest whole checkpoint of this training; without one, older checkpoints are removed."""
-    newest = checkpoint.newest(training.checkpoints, training.about, training.progress)
-    if newest is None:
-        shutil.rmtree(training.checkpoints, ignore_errors=True)
-    return newest
 
 
 def arguments(training: Training) -> TrainingArguments:
@@ -178,6 +166,9 @@ class StepTrainer(Trainer):
         self.training = training
         self.tokens = 0
         self.seconds = 0.0
+        self.checkpoints = Checkpoints(
+            training.checkpoints, training.about, training.settings, training.progress
+        )
         self.guide = _Guide(self)
         super().__init__(
             model=training.model,
@@ -259,10 +250,8 @@ class StepTrainer(Trainer):
         if not self.training.settings.load_best or best in (None, state.global_step):
             state.best_global_step = None if best == state.global_step else best
             return
-        folder = self.training.checkpoints / f"checkpoint-{best}"
-        why = checkpoint.fault(folder)
-        if why:
-            self.training.progress.say(f"{folder}: {why}; ending with the last weights instead")
+        folder = self.checkpoints.best(best)
+        if folder is None:
             state.best_global_step = None
             return
         state.best_model_checkpoint = str(folder)
@@ -280,21 +269,8 @@ class StepTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as the Trainer does and mark it complete; only then may an older one go."""
-        training = self.training
-        folder = training.checkpoints / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # what a kill left of it
-        self.accelerator.wait_for_everyone()
-        try:
+        with self.checkpoints.saving(self.state.global_step, self.state.best_global_step):
             super()._save_checkpoint(model, trial)
-        except OSError as error:
-            raise AifError(f"{folder}: could not be written: {error.strerror or error}") from error
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.seal(folder, training.about)
-            best = self.state.best_global_step
-            checkpoint.rotate(training.checkpoints, training.settings.keep_checkpoints, best)
-        self.guide.saved_at = time.monotonic()
 
 
 class _Guide(TrainerCallback):
@@ -303,7 +279,6 @@ class _Guide(TrainerCallback):
     def __init__(self, trainer: StepTrainer):
         self._trainer = trainer
         self._training = trainer.training
-        self.saved_at = time.monotonic()
         self.began_at = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -312,18 +287,14 @@ class _Guide(TrainerCallback):
         training.progress.start(training.stage, len(training.steps), done=state.global_step)
         if state.global_step == 0 and training.held_out:
             self._trainer.evaluate()
-        self.saved_at = time.monotonic()
+        self._trainer.checkpoints.saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         training, step = self._training, state.global_step
         settings, last = training.settings, step >= len(training.steps)
         every = settings.eval_every or training.steps.per_epoch
         control.should_evaluate = bool(training.held_out) and (last or step % every == 0)
-        if settings.save_every:
-            due = step % settings.save_every == 0
-        else:
-            due = time.monotonic() - self.saved_at >= SAVE_EVERY_S
-        control.should_save = any_rank(due) and not last
+        control.should_save = any_rank(self._trainer.checkpoints.due(step)) and not last
         control.should_training_stop = last
         self._heed_stop(state, control)
 

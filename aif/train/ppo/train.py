@@ -8,9 +8,7 @@ writes the models. A run that was stopped and started again ends with the same b
 
 from __future__ import annotations
 
-import shutil
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +20,7 @@ from aif.models.load import ends_of
 from aif.progress import Progress
 from aif.run import Run
 from aif.store import checkpoint
-from aif.train.distributed import any_rank, ends_process_group, on_main_process
+from aif.train.distributed import any_rank, ends_process_group
 from aif.train.metrics import Metrics
 from aif.train.model import generation_ends, save
 from aif.train.ppo.actor_critic import ActorCritic
@@ -31,8 +29,8 @@ from aif.train.ppo.loop import PPO
 from aif.train.ppo.rewards import RewardFunction
 from aif.train.ppo.setup import STAGE, Inputs, build, check_settings, load_critic, memory_line
 from aif.train.ppo.update import NotFinite
-from aif.train.resume import check_start, done_before, training_in
-from aif.train.trainer import SAVE_EVERY_S, stopping
+from aif.train.resume import Checkpoints, check_start, done_before, training_in
+from aif.train.trainer import stopping
 
 EVALS = 10  # in a run without ppo.eval_every
 # A checkpoint that can be resumed has one file of each row.
@@ -71,10 +69,9 @@ def ppo(
                 evaluator = Evaluator(
                     algorithm, inputs.held_out, inputs.gold_reward, run.file(SAMPLES)
                 )
-            loop = TrainingLoop(
-                algorithm, evaluator, run.file("checkpoints") / STAGE, about, progress,
-                Metrics(run, STAGE),
-            )  # fmt: skip
+            folders = run.file("checkpoints") / STAGE
+            checkpoints = Checkpoints(folders, about, inputs.settings, progress, FILES)
+            loop = TrainingLoop(algorithm, evaluator, checkpoints, progress, Metrics(run, STAGE))
             resumed_from, best = loop.run()
             if run.leads:
                 model = algorithm.accelerator.unwrap_model(algorithm.learner.model)
@@ -95,12 +92,10 @@ class TrainingLoop:
 
     ppo: PPO
     evaluator: Evaluator | None
-    checkpoints: Path  # the folder of all checkpoints
-    about: dict[str, Any]  # enters every checkpoint; only one with the same is resumed
+    checkpoints: Checkpoints
     progress: Progress
     metrics: Metrics
     stop: threading.Event = field(default_factory=threading.Event)
-    saved_at: float = field(default_factory=time.monotonic)
 
     def run(self) -> tuple[int, int | None]:
         """Train to the end. Returns the step that it resumed from (0: none) and the step whose
@@ -122,7 +117,7 @@ class TrainingLoop:
             self._evaluate(steps)
             while state.step < steps and not self._gold_falls():
                 self._report(self._step())
-                if any_rank(self._save_due()) and state.step < steps:
+                if any_rank(self.checkpoints.due(state.step)) and state.step < steps:
                     self._save()
                 self._evaluate(steps)
                 if any_rank(self.stop.is_set()) and state.step < steps:
@@ -140,7 +135,8 @@ class TrainingLoop:
         try:
             return self.ppo.step()
         except NotFinite as error:
-            last = checkpoint.newest(self.checkpoints, self.about, self.progress, FILES)
+            folder, about = self.checkpoints.folder, self.checkpoints.about
+            last = checkpoint.newest(folder, about, self.progress, FILES)
             raise AifError(
                 f"ppo: step {number}: {error}; a lower ppo.learning_rate may help. "
                 f"The last good checkpoint is {last or 'none'}"
@@ -186,40 +182,16 @@ class TrainingLoop:
         )
         return True
 
-    def _save_due(self) -> bool:
-        every = self.ppo.settings.save_every
-        if every:
-            return self.ppo.state.step % every == 0
-        return time.monotonic() - self.saved_at >= SAVE_EVERY_S
-
     def _save(self) -> None:
         """A checkpoint of this step, complete or not used."""
-        state, accelerator = self.ppo.state, self.ppo.accelerator
-        folder = self.checkpoints / f"checkpoint-{state.step}"
-        if accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
-        accelerator.wait_for_everyone()
-        try:
-            accelerator.save_state(str(folder))
-        except OSError as error:
-            raise AifError(f"{folder}: could not be written: {error.strerror or error}") from error
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            checkpoint.seal(folder, self.about)
-            best = best_step(state.log) if self._ends_with_best else None
-            checkpoint.rotate(self.checkpoints, self.ppo.settings.keep_checkpoints, best)
-        self.saved_at = time.monotonic()
+        state = self.ppo.state
+        best = best_step(state.log) if self._ends_with_best else None
+        with self.checkpoints.saving(state.step, best) as folder:
+            self.ppo.accelerator.save_state(str(folder))
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, or remove the old ones; returns its step or 0."""
-
-        def newest() -> Path | None:
-            folder = checkpoint.newest(self.checkpoints, self.about, self.progress, FILES)
-            if folder is None:
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-            return folder
-
-        folder = on_main_process(newest)
+        folder = self.checkpoints.newest()
         if folder is None:
             return 0
         self._load(folder)
@@ -236,9 +208,8 @@ class TrainingLoop:
         best, log = best_step(state.log), state.log
         if not self._ends_with_best or best in (None, state.step):
             return None
-        folder = self.checkpoints / f"checkpoint-{best}"
-        if why := checkpoint.fault(folder, FILES):
-            self.progress.say(f"{folder}: {why}; ending with the last weights instead")
+        folder = self.checkpoints.best(best)
+        if folder is None:
             return None
         self._load(folder)
         state.log = log
