@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -26,8 +28,15 @@ AIF = [sys.executable, "-m", "aif"]
 
 def pytest_configure() -> None:
     # Before torch is loaded: bits depend on the number of threads, and models this small need one.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["OMP_NUM_THREADS"] = "1"
     processes.adopt()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended first
+
+
+def pytest_collection_finish() -> None:
+    # Every training looks for garbage when it begins: not among all that is imported.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,6 +55,22 @@ def shared_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of tests/support/tiny.py with dropout, to be read only."""
+    from tests.support.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of tests/support/toy.py, to be read only."""
+    from tests.support.toy import save_toy
+
+    return save_toy(tmp_path_factory.mktemp("models") / "toy")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, aif, write_constitution, write_jsonl
+from tests.conftest import ROOT, aif, aif_here, write_constitution, write_jsonl
 
 PACKAGE = ROOT / "aif"
 
@@ -191,7 +191,9 @@ def test_labelling_without_a_local_model_never_loads_torch(tmp_path, judge):
 def test_revising_by_an_api_never_loads_torch(tmp_path):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
     rules = write_jsonl(tmp_path / "rules.jsonl", [{"text": "An answer."}])
-    done = aif("respond", tmp_path / "run", "--prompts", prompts, "--policy", f"scripted:{rules}")
+    done = aif_here(
+        "respond", tmp_path / "run", "--prompts", prompts, "--policy", f"scripted:{rules}"
+    )
     assert done.returncode == 0, done.stderr
     (tmp_path / "c.toml").write_text(
         'name = "c"\n[[principle]]\nid = "kind"\ncritique = "C."\nrevision = "R."\n'

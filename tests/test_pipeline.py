@@ -25,8 +25,9 @@ from aif.pipeline import STAGES, run_all, select, steps
 from aif.planning import plan
 from aif.run import Run
 from aif.status import status
-from tests.conftest import AIF, ROOT, aif, read_jsonl, write_jsonl
-from tests.support.tiny import Said, save_tiny
+from tests.conftest import AIF, ROOT, aif_here, read_jsonl, write_jsonl
+from tests.support.clock import slowdown
+from tests.support.tiny import Said, quick, save_tiny
 
 CONSTITUTION = """
 name = "x"
@@ -48,13 +49,35 @@ ALL = ["respond", "revise", *TRAINING, "evaluate", "report"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", attention_dropout=0.0)
+def finished(tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """A folder with a finished run, a copy of it, and the stages that were done."""
+    folder, copy = tmp_path_factory.mktemp("place"), tmp_path_factory.mktemp("copy") / "of-place"
+    write_run(folder)
+    with quick():
+        done = do(folder)
+    shutil.copytree(folder, copy)
+    return folder, copy, done
 
 
 @pytest.fixture
-def place(tmp_path, model) -> Path:
-    """A folder with all that a run of eight prompts needs, and its run.toml."""
+def place(finished) -> Path:
+    """The folder of a finished run, as it was: paths are absolute, so it always lies there."""
+    folder, copy, _ = finished
+    shutil.rmtree(folder)
+    shutil.copytree(copy, folder)  # times of files too
+    return folder
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Path:
+    """A folder with all that a run of eight prompts needs."""
+    write_run(tmp_path)
+    return tmp_path
+
+
+def write_run(tmp_path: Path) -> None:
+    """All that a run of eight prompts needs, and its run.toml."""
+    model = save_tiny(tmp_path / "tiny", attention_dropout=0.0)
     rows = [{"id": f"p{n}", "prompt": f"question {n}"} for n in range(8)]
     write_jsonl(tmp_path / "prompts.jsonl", rows)
     write_jsonl(tmp_path / "held-out.jsonl", [{"prompt": f"other {n}"} for n in range(4)])
@@ -80,7 +103,6 @@ def place(tmp_path, model) -> Path:
     }
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.toml").write_text(tomli_w.dumps(tables))
-    return tmp_path
 
 
 def opened(place: Path, **changes: object) -> Run:
@@ -94,8 +116,8 @@ def do(place: Path, first=None, until=None, only=None, **changes) -> list[str]:
     return list(run_all(select(steps(run), first, until, only), Said()))
 
 
-def test_from_nothing_to_a_report_and_then_nothing(place):
-    assert do(place) == ALL
+def test_from_nothing_to_a_report_and_then_nothing(finished, place):
+    assert finished[2] == ALL
     run = opened(place)
     for step in steps(run):
         for name in step.stage.writes.split():
@@ -108,7 +130,7 @@ def test_from_nothing_to_a_report_and_then_nothing(place):
     compared = read_jsonl(run.path / "comparisons.jsonl")
     assert all({row["first"], row["second"]} <= texts for row in compared)
     assert not texts & {row["text"] for row in read_jsonl(run.path / "responses.jsonl")}
-    result = aif("run", run.path)
+    result = aif_here("run", run.path)
     assert result.returncode == 0, result.stderr
     assert "nothing has changed" in result.stdout
     assert "wins are against sft" in result.stdout
@@ -119,7 +141,6 @@ def test_from_nothing_to_a_report_and_then_nothing(place):
 
 
 def test_a_change_does_again_what_depends_on_it(place):
-    assert do(place, until="label") == ALL[: ALL.index("label") + 1]
     assert do(place, until="label") == []
     constitution = place / "c.toml"
     constitution.write_text(CONSTITUTION.replace("Is it short?", "Is it brief?"))
@@ -136,60 +157,60 @@ def test_a_change_does_again_what_depends_on_it(place):
 
 
 def test_a_policy_that_was_trained_anew_is_asked_anew(place):
-    do(place, until="resample")
     first = read_jsonl(place / "run" / "resampled.jsonl")
     assert do(place, until="resample", **{"sft.learning_rate": 3e-3}) == ["sft", "resample"]
     assert opened(place).state("resample")["calls_made"] == len(first)
 
 
-def test_a_part_of_it(place):
-    assert do(place, until="revise") == ["respond", "revise"]
-    assert do(place, first="revise", until="resample") == ["sft", "resample"]
-    assert do(place, only="compare") == ["compare"]
-    run = opened(place)
+def test_a_part_of_it(fresh):
+    assert do(fresh, until="revise") == ["respond", "revise"]
+    assert do(fresh, first="revise", until="resample") == ["sft", "resample"]
+    assert do(fresh, only="compare") == ["compare"]
+    run = opened(fresh)
     with pytest.raises(InputError, match=r"--from.*tea.*one of respond, revise"):
         select(steps(run), "tea", None, None)
     with pytest.raises(InputError, match=r"--until.*respond.*compare or a stage after it"):
         select(steps(run), "compare", "respond", None)
-    wrong = opened(place, **{"pipeline.stages": ["respond", "tea"]})
+    wrong = opened(fresh, **{"pipeline.stages": ["respond", "tea"]})
     with pytest.raises(InputError, match=r"pipeline.*stages.*tea"):
         steps(wrong)
 
 
-def test_another_iteration_begins_where_the_last_one_ended(place):
+def test_another_iteration_begins_where_the_last_one_ended(fresh):
     names = ["respond", "compare", "label", "reward", "ppo"]
     changes = {"pipeline.iterations": 2, "pipeline.stages": names}
-    assert do(place, **changes) == [*names, *(f"2/{name}" for name in names)]
-    rows = read_jsonl(place / "run" / "2" / "responses.jsonl")
-    assert {row["policy"] for row in rows} == {str(place / "run" / "ppo")}
-    assert (place / "run" / "2" / "ppo" / "model.safetensors").exists()
-    assert do(place, **changes) == []
+    assert do(fresh, **changes) == [*names, *(f"2/{name}" for name in names)]
+    rows = read_jsonl(fresh / "run" / "2" / "responses.jsonl")
+    assert {row["policy"] for row in rows} == {str(fresh / "run" / "ppo")}
+    assert (fresh / "run" / "2" / "ppo" / "model.safetensors").exists()
+    assert do(fresh, **changes) == []
 
 
 def test_labels_with_too_many_faults_are_not_learned_from(place):
     write_jsonl(place / "judge.jsonl", [{"match": "", "fault": "refused"}])
+    shutil.rmtree(place / "run" / "journal")  # nothing that was answered before
+    shutil.rmtree(place / "run" / "reward")
+    (place / "run" / "labels.jsonl").unlink()
     with pytest.raises(TooManyFaults):
-        do(place)
+        do(place, first="label")
     assert not (place / "run" / "reward").exists()
 
 
-def test_the_faults_of_revise_are_held_against_its_own_rate(place):
-    write_jsonl(place / "reviser.jsonl", [{"match": "", "fault": "timeout"}])
+def test_the_faults_of_revise_are_held_against_its_own_rate(fresh):
+    write_jsonl(fresh / "reviser.jsonl", [{"match": "", "fault": "timeout"}])
     changes = {"label.max_fault_rate": 1.0, "revise.max_fault_rate": 0.5}
     with pytest.raises(TooManyFaults):
-        do(place, until="revise", **changes)
-    do(place, until="revise", **changes | {"revise.max_fault_rate": 1.0})
+        do(fresh, until="revise", **changes)
+    do(fresh, until="revise", **changes | {"revise.max_fault_rate": 1.0})
 
 
 def test_half_a_policy_is_not_sampled(place):
-    do(place, until="sft")
     (place / "run" / "sft" / "COMPLETE").unlink()
     with pytest.raises(InputError, match="sft: got no model, or half of one"):
-        do(place, only="resample")
+        do(place, only="resample", **{"respond.seed": 1})
 
 
 def test_another_runs_policy_counts_by_what_it_is(place):
-    do(place, until="ppo")
     other = place / "other"
     shutil.copytree(place / "run" / "ppo", other / "ppo")
     changes = {"evaluate.policies": ["sft", f"{other}:ppo"]}
@@ -200,7 +221,6 @@ def test_another_runs_policy_counts_by_what_it_is(place):
 
 
 def test_matches_without_a_result_are_told(place):
-    do(place, until="ppo")
     write_jsonl(place / "judge.jsonl", [{"match": "", "fault": "refused"}])
     changes = {"evaluate.seed": 7, "label.max_fault_rate": 1.0, "evaluate.limit": 2}
     shutil.rmtree(place / "run" / "journal")  # nothing that was answered before
@@ -212,14 +232,14 @@ def test_matches_without_a_result_are_told(place):
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_ends_with_the_same_and_pays_once(place):
-    run, kills = place / "run", 0
-    for seconds in (2.5, 4, 6, 8, 10, 13, 16, 20, 300):
+def test_killed_anywhere_it_ends_with_the_same_and_pays_once(fresh):
+    run, kills = fresh / "run", 0
+    for seconds in (2.5, 4, 6, 8, 10, 13, 16, 20, None):
         process = subprocess.Popen(
             [*AIF, "run", str(run), "--until", "ppo", "--quiet"], start_new_session=True
         )
         try:
-            assert process.wait(seconds) == 0
+            assert process.wait(seconds and seconds * slowdown()) == 0
             break
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -231,10 +251,10 @@ def test_killed_anywhere_it_ends_with_the_same_and_pays_once(place):
     for stage in ("respond", "revise", "resample", "label"):
         ids = [row["id"] for row in read_jsonl(run / "journal" / f"{stage}.jsonl")]
         assert len(ids) == len(set(ids)), f"{stage} paid twice"
-    run.rename(place / "killed")
+    run.rename(fresh / "killed")
     run.mkdir()
-    (run / "run.toml").write_bytes((place / "killed" / "run.toml").read_bytes())
-    do(place, until="label")
+    (run / "run.toml").write_bytes((fresh / "killed" / "run.toml").read_bytes())
+    do(fresh, until="label")
     assert [(run / name).read_bytes() for name in names] == killed
 
 

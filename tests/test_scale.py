@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from tests.bench import edit, journal_resume
-from tests.conftest import aif
+from tests.support.clock import slowdown
 
 
 @pytest.mark.slow
 def test_fifty_thousand_answers_are_resumed_in_bounded_time_and_memory(tmp_path):
     found = journal_resume.measure(comparisons=6250, missing=50, folder=tmp_path)
     assert found["rows"] == 50_000
-    assert found["first_ask_s"] < 6  # 1 s is a twentieth of the target, the rest is the start
+    assert (
+        found["first_ask_s"] < 6 * slowdown()
+    )  # 1 s is a twentieth of the target, the rest is the start
     assert found["run_mb"] < 200  # of which about 70 are the start
 
 
@@ -22,12 +22,3 @@ def test_fifty_thousand_answers_are_resumed_in_bounded_time_and_memory(tmp_path)
 def test_each_edit_costs_its_own_calls(tmp_path):
     for name, calls, due, _ in edit.measure(comparisons=10, folder=tmp_path):
         assert calls == due, name
-
-
-def test_help_is_there_at_once():
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        assert aif("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3

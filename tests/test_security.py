@@ -20,7 +20,7 @@ from aif.judge.judge import Judge, delimiter
 from aif.llm.scripted import words
 from aif.run import Run
 from aif.store.records import Comparison
-from tests.conftest import ROOT, aif, read_jsonl, write_constitution, write_jsonl
+from tests.conftest import ROOT, aif, aif_here, read_jsonl, write_constitution, write_jsonl
 
 KEY, PASSWORD, TOKEN = "sk-planted-0123456789abcdef", "hunter2-planted", "query-planted-77"
 SECRETS = [KEY, PASSWORD, TOKEN, base64.b64encode(f"alice:{PASSWORD}".encode()).decode()]
@@ -77,11 +77,11 @@ def assert_kept_secret(folder: Path, *said: str) -> None:
         assert not [text for text in texts if secret in text]
 
 
-def faulty_label(folder: Path, status: int, login: str, *more: object):
-    """A labelling by a server that refuses and repeats every secret."""
+def faulty_label(call, folder: Path, status: int, login: str, *more: object):
+    """A labelling by a server that refuses and repeats every secret; `call` is how aif is run."""
     with gossip(status) as (port, seen):
         url = f"http://{login}127.0.0.1:{port}/v1?token={TOKEN}"
-        done = aif(
+        done = call(
             *job(folder),
             *("--judge", "openai:x", "--base-url", url, *more),
             *("--set", "judge.attempts=1", "--concurrency", "1"),
@@ -94,7 +94,7 @@ def faulty_label(folder: Path, status: int, login: str, *more: object):
 
 @pytest.mark.parametrize(("status", "login"), [(400, ""), (401, ""), (403, LOGIN), (500, LOGIN)])
 def test_no_secret_is_written_or_shown(tmp_path, status, login):
-    done = faulty_label(tmp_path, status, login)
+    done = faulty_label(aif_here, tmp_path, status, login)
     assert "***" in done.stderr
     assert (tmp_path / "run" / "journal").is_dir()
     assert_kept_secret(tmp_path, done.stdout, done.stderr)
@@ -102,7 +102,7 @@ def test_no_secret_is_written_or_shown(tmp_path, status, login):
 
 @pytest.mark.parametrize("status", [401, 500])
 def test_no_secret_is_in_a_traceback(tmp_path, status):
-    done = faulty_label(tmp_path, status, LOGIN, "--debug")
+    done = faulty_label(aif, tmp_path, status, LOGIN, "--debug")
     assert "Traceback" in done.stderr
     assert_kept_secret(tmp_path, done.stdout, done.stderr)
 
@@ -110,7 +110,7 @@ def test_no_secret_is_in_a_traceback(tmp_path, status):
 @pytest.mark.parametrize("url", ["ftp://alice:{}@host/v1", "alice:{}@host", "http://[x:{}@y/v1"])
 def test_a_bad_address_is_refused_without_its_secret(tmp_path, url):
     url = url.format(PASSWORD)
-    done = aif(*job(tmp_path), "--judge", "openai:x", "--base-url", url)
+    done = aif_here(*job(tmp_path), "--judge", "openai:x", "--base-url", url)
     assert done.returncode == 1
     assert done.stderr.startswith("aif: ")
     assert "a fault of aif" not in done.stderr
@@ -164,7 +164,7 @@ def test_a_link_in_place_of_a_run_file_is_refused(tmp_path, name):
     else:
         victim.write_text("# precious\n")
     place.symlink_to(victim)
-    done = aif(*job(tmp_path), "--judge", f"scripted:{tmp_path / 'rules.jsonl'}")
+    done = aif_here(*job(tmp_path), "--judge", f"scripted:{tmp_path / 'rules.jsonl'}")
     assert done.returncode == 1
     assert "symbolic link" in done.stderr
     assert list(victim.iterdir()) == [] if victim.is_dir() else victim.read_text() == "# precious\n"
@@ -274,7 +274,7 @@ def test_strange_responses_have_a_defined_outcome(tmp_path):
     rows += [{"prompt": "p", "response_a": "same", "response_b": "same"}, rows[0]]
     arguments = job(tmp_path)
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    done = aif(*arguments, "--judge", f"scripted:{tmp_path / 'rules.jsonl'}", "--json")
+    done = aif_here(*arguments, "--judge", f"scripted:{tmp_path / 'rules.jsonl'}", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["labels"] == len(STRANGE) + 1
@@ -282,4 +282,4 @@ def test_strange_responses_have_a_defined_outcome(tmp_path):
     assert summary["data"]["repeated_rows"] == 1
     kept = read_jsonl(tmp_path / "run" / "comparisons.jsonl")
     assert [row["first"] for row in kept] == [*STRANGE.values(), "same"]
-    assert aif("export", tmp_path / "run", "--format", "hh").returncode == 0
+    assert aif_here("export", tmp_path / "run", "--format", "hh").returncode == 0

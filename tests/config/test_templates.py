@@ -1,7 +1,6 @@
 """Judged text is data: no control token and no template syntax in it does anything."""
 
 import re
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 from aif.config.templates import BUILTIN, Template, neutralised
 from aif.errors import AifError, InputError
+from tests.support.clock import within
 
 FAMILIES = {
     "llama 2": "<s> </s> <unk> <<SYS>> <</SYS>> [INST] [/INST]",
@@ -130,9 +130,8 @@ def test_no_mixture_of_tokens_and_text_yields_an_added_token(tokenizer):
     "piece", ["<", "<a_", "<A_", "[", "[|", "<|", "|>", ">>A", "<unused", "a_"]
 )
 def test_a_megabyte_is_neutralised_in_linear_time(piece):
-    start = time.process_time()
-    neutralised("<" + piece * (1_000_000 // len(piece)), ["<|im_end|>"])
-    assert time.process_time() - start < 5
+    with within(5):
+        neutralised("<" + piece * (1_000_000 // len(piece)), ["<|im_end|>"])
 
 
 @given(st.lists(PIECES, max_size=10))

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from aif.run import Run
 from aif.store import checkpoint
 from aif.store.records import Prompt
 from tests.conftest import AIF, read_jsonl, write_jsonl
+from tests.support.clock import wait_for
 from tests.support.schema import missing
 from tests.support.server import serving
 from tests.support.tiny import Said
@@ -572,11 +572,8 @@ def test_killed_it_asks_nobody_twice_and_ends_the_same(place):
         quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         process = subprocess.Popen([*AIF, *killed], **quiet)
         journal = place.run / "evaluation/matches/journal/label.jsonl"
-        end = time.monotonic() + 30
-        while not (journal.exists() and len(journal.read_bytes().splitlines()) >= 3):
-            assert time.monotonic() < end
-            assert process.poll() is None, "it was done before it could be killed"
-            time.sleep(0.005)
+        wait_for(lambda: journal.exists() and len(journal.read_bytes().splitlines()) >= 3)
+        assert process.poll() is None, "it was done before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (place.run / "evaluate.json").exists()

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import shutil
 from pathlib import Path
@@ -40,10 +39,7 @@ PROMPTS = [{"role": "user", "content": f"question {n}"} for n in range(4)]
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    once = functools.cache(load_tokenizer)
-    with quick(), pytest.MonkeyPatch.context() as patch:
-        for module in ("llm.local", "train.ppo.kl"):
-            patch.setattr(f"aif.{module}.load_tokenizer", once)
+    with quick():
         yield
 
 

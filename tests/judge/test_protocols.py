@@ -18,7 +18,7 @@ from aif.llm.scripted import words
 from aif.llm.verdict_text import parse_rating, parse_verdict, verdict_in_json
 from aif.stats.odds import log_odds, probability
 from aif.store.records import Comparison
-from tests.conftest import aif, read_jsonl, write_jsonl
+from tests.conftest import aif_here, read_jsonl, write_jsonl
 from tests.judge.test_judge import (
     comparison,
     constitution,
@@ -407,9 +407,9 @@ def test_labelling_keeps_the_reasons_and_plans_for_them(tmp_path):
     )
     args = ["--out", tmp_path / "run", "--pairs", pairs, "--constitution", tmp_path / "c.toml"]
     args += ["--judge", f"scripted:{tmp_path / 'rules.jsonl'}", "--protocol", "reasoned", "--json"]
-    planned = json.loads(aif("plan", *args).stdout)
+    planned = json.loads(aif_here("plan", *args).stdout)
     assert planned["completion_tokens_at_most"] == 2 * 512
-    done = aif("label", *args)
+    done = aif_here("label", *args)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hard_verdicts"] == 1
     first, second = read_jsonl(tmp_path / "run" / "verdicts.jsonl")
@@ -417,7 +417,7 @@ def test_labelling_keeps_the_reasons_and_plans_for_them(tmp_path):
     assert (second["text"], second["p_first"]) == ("Cold is not.\nVerdict: B", pytest.approx(0.6))
     (label,) = read_jsonl(tmp_path / "run" / "labels.jsonl")
     assert (label["p_first"], label["order_agreement"]) == (pytest.approx(0.6), 1.0)
-    again = aif("label", "--out", tmp_path / "run", "--set", "label.clamp=[0,1]", "--json")
+    again = aif_here("label", "--out", tmp_path / "run", "--set", "label.clamp=[0,1]", "--json")
     assert json.loads(again.stdout)["calls_made"] == 0
     (label,) = read_jsonl(tmp_path / "run" / "labels.jsonl")
     assert label["p_first"] > 0.75

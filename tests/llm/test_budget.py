@@ -17,8 +17,9 @@ from aif.config.settings import LLMSettings, Settings, load_settings
 from aif.llm import Answer, Ask
 from aif.llm.budget import RESERVED, Meter, Spending, most_tokens, spent_in
 from aif.run import Run
-from tests.conftest import aif, read_jsonl, write_constitution, write_jsonl
+from tests.conftest import aif_here, read_jsonl, write_constitution, write_jsonl
 from tests.support.batch_server import batches
+from tests.support.clock import wait_for
 from tests.support.server import serving
 
 PRICE = "1.5/6"
@@ -266,10 +267,8 @@ def test_killed_again_and_again_it_stays_below(make_job):
         more = [*QUICK, "--budget", str(budget)]
         for _ in range(2):
             process = job.start(*more)
-            deadline = time.monotonic() + 30
             before = server.stats()["requests"]
-            while server.stats()["requests"] == before and time.monotonic() < deadline:
-                time.sleep(0.01)
+            wait_for(lambda before=before: server.stats()["requests"] > before)
             time.sleep(draw.uniform(0, 0.1))
             process.kill()
             process.communicate()
@@ -387,7 +386,7 @@ def test_without_a_budget_costs_are_kept_and_counted_later(make_job):
         assert here(job, "--budget", 1) == 0
         toml = job.run / "run.toml"
         toml.write_text(toml.read_text().replace("[judge]", f'[judge]\nprice = "{PRICE}"'))
-        status = json.loads(aif("status", job.run, "--json").stdout)
+        status = json.loads(aif_here("status", job.run, "--json").stdout)
         assert status["stages"]["label"]["cost"] == pytest.approx(billed(server))
 
 
@@ -507,9 +506,7 @@ def test_what_a_batch_still_has_is_reserved(make_job, monkeypatch):
         job = make_job(30, server.base_url)
         server.held = True
         process = job.start(*in_batches(job), "--budget", "0.01")
-        deadline = time.monotonic() + 30
-        while not server.made and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: server.made)
         first = len(server.custom_ids)
         process.kill()
         process.communicate()

@@ -11,7 +11,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -27,6 +26,7 @@ from aif.llm import Ask, open_llm
 from aif.llm.local import LocalLLM
 from aif.llm.prefix_scorer import BLOCK, PrefixScorer
 from aif.llm.sampler import halving
+from tests.support.clock import within
 
 WORDS = ("river", "stone", "kind", "cold", "garden", "seven", "quietly", "because", "bread")
 OPTIONS = ("Yes", "No")
@@ -34,12 +34,9 @@ OPTIONS = ("Yes", "No")
 
 @pytest.fixture(scope="session")
 def llm():
-    """The bundled model in float32, on one thread: others may be using the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The bundled model in float32."""
     with open_llm(LLMSettings(model="smollm2-135m", dtype="float32", device="cpu")) as llm:
         yield llm
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -262,9 +259,8 @@ def test_what_does_not_fit_is_refused_and_hurts_no_one(llm, asks):
     huge = Ask("huge", text="word " * 2_000_000, options=OPTIONS)
     odd = Ask("odd", text="a\ud800b", options=OPTIONS)
     none = Ask("none", text="", options=OPTIONS)
-    start = time.perf_counter()
-    refused = by_key(llm.answer([huge]))
-    assert time.perf_counter() - start < 0.5  # untokenised
+    with within(0.5):  # untokenised
+        refused = by_key(llm.answer([huge]))
     refused |= by_key(llm.answer([long, edge, odd, none, asks[0]]))
     faults = {key: answer.fault for key, answer in refused.items()}
     assert faults == {
@@ -343,9 +339,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc, with its own ways")
 def test_memory_that_was_freed_is_used_again():
     """Ten times 64 MB are 156,000 pages, were each taken from the kernel."""
-    done = subprocess.run(
-        [sys.executable, "-c", FREED], capture_output=True, text=True, check=True, timeout=100
-    )
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 10_000
 
 
@@ -368,6 +362,6 @@ print(before - resident())
 def test_memory_that_was_kept_is_given_back():
     """Two hundred times 4 MB are 195,000 pages."""
     done = subprocess.run(
-        [sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) > 150_000

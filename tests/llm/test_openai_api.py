@@ -19,6 +19,7 @@ from aif.errors import InputError, Interrupted, JudgeStopped
 from aif.llm import Ask, open_llm, pool
 from aif.llm.event_loop import Turns
 from aif.llm.openai_api import ApiLLM
+from tests.support.clock import slowdown, within
 from tests.support.server import hash_of, p_of, serving
 
 KEY = "sk-planted-secret-0123456789"
@@ -217,12 +218,11 @@ def test_a_passing_failure_is_overcome(server, kind):
 )
 def test_the_attempts_are_bounded_and_not_multiplied(server, kind, fault):
     server.set_faults({"kind": kind})
-    start = time.monotonic()
-    answer = one(server, timeout_s=0.3)
+    with within(4):
+        answer = one(server, timeout_s=0.3)
     assert (answer.fault, answer.texts) == (fault, ())
     assert "3 attempts" in answer.detail
     assert server.stats()["requests"] == 3
-    assert time.monotonic() - start < 4
 
 
 def test_nobody_there_is_a_backend_fault(server):
@@ -250,7 +250,7 @@ def test_retry_after_is_kept_to(server, retry_after, skew, max_wait_s, least, mo
     server.set_faults({"kind": "429", "first": 1, "retry_after": retry_after, "skew": skew})
     start = time.monotonic()
     assert one(server, max_wait_s=max_wait_s).fault is None
-    assert least <= time.monotonic() - start < most
+    assert least <= time.monotonic() - start < most * slowdown()
 
 
 @pytest.mark.parametrize(
@@ -290,10 +290,8 @@ def test_a_burst_of_errors_costs_no_row(server):
 )
 def test_the_judge_stops_at_once(server, kind, words):
     server.set_faults({"kind": kind})
-    start = time.monotonic()
-    with pytest.raises(JudgeStopped, match=words) as stopped:
+    with within(4), pytest.raises(JudgeStopped, match=words) as stopped:
         answers(server, map(ask, range(1000)), concurrency=4)
-    assert time.monotonic() - start < 4
     assert "\n" not in str(stopped.value)
     assert server.stats()["requests"] <= 4
 
@@ -420,14 +418,13 @@ def alarm_raises(seconds: float):
 @pytest.mark.parametrize("kind", ["hang", "busy"])
 def test_a_signal_handler_that_raises_is_heard(server, kind):
     server.set_faults(*[{"kind": "hang"}] * (kind == "hang"))
-    start = time.monotonic()
     with (
+        within(4),
         open_llm(settings(server, timeout_s=60)) as llm,
         alarm_raises(0.5),
         pytest.raises(Interrupted, match="enough"),
     ):
         list(llm.answer(map(ask, itertools.count())))
-    assert time.monotonic() - start < 4
     assert in_time(2, lambda: server.stats()["in_flight"] == 0)
 
 

@@ -27,7 +27,7 @@ from aif.report.sections import MOST_PRINCIPLES
 from aif.report.tiles import tiles
 from aif.run import Run
 from aif.store.records import Comparison, HumanChoice, Label, Verdict
-from tests.conftest import aif, read_jsonl, write_jsonl
+from tests.conftest import aif_here, read_jsonl, write_jsonl
 from tests.support.full_run import FAULTY, full_run, labelled_run
 
 PARTS = ("ran", "funnel", "judge", "labels", "reward", "training", "kl", "evaluation", "browse")
@@ -131,12 +131,12 @@ def test_labels_alone_make_a_report(bare):
 def test_the_verb_and_a_run_without_labels(make_job):
     job = make_job(6)
     job.run.mkdir()
-    nothing = aif("report", job.run)
+    nothing = aif_here("report", job.run)
     assert nothing.returncode == 1
     assert nothing.stderr.splitlines()[-1].endswith("no stage has left its files there")
     assert not (job.run / "report.html").exists()
     assert job.label_here().exit_code == 0
-    done = aif("report", job.run)
+    done = aif_here("report", job.run)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{job.run}/report.html"
     page = (job.run / "report.html").read_text("ascii")

@@ -21,7 +21,7 @@ from aif.run import Run
 from aif.stages import revise
 from aif.stages.critique import END, Reviser
 from aif.store.records import Prompt, Response, content_id
-from tests.conftest import AIF, aif, read_jsonl, write_jsonl
+from tests.conftest import AIF, aif_here, read_jsonl, write_jsonl
 from tests.support.server import serving
 
 PRINCIPLES = ("kindness", "honesty", "brevity")
@@ -394,9 +394,9 @@ def test_kills_lose_nothing_and_end_in_the_same_rows(tmp_path):
         runs = [tmp_path / name for name in ("clean", "killed")]
         for run in runs:
             policy = ["--policy", f"scripted:{rules}", "--samples", 1]
-            done = aif("respond", run, "--prompts", prompts, *policy)
+            done = aif_here("respond", run, "--prompts", prompts, *policy)
             assert done.returncode == 0, done.stderr
-        done = aif("revise", runs[0], *arguments)
+        done = aif_here("revise", runs[0], *arguments)
         assert done.returncode == 0, done.stderr
         clean = read_jsonl(runs[0] / "revisions.jsonl")
         server.reset()
@@ -408,7 +408,7 @@ def test_kills_lose_nothing_and_end_in_the_same_rows(tmp_path):
                 time.sleep(0.01)
             process.kill()
             process.wait()
-        done = aif("revise", runs[1], *arguments)
+        done = aif_here("revise", runs[1], *arguments)
         assert done.returncode == 0, done.stderr
         stats = server.stats()
     assert read_jsonl(runs[1] / "revisions.jsonl") == clean

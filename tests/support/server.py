@@ -45,7 +45,7 @@ from tests.support import server_protocols
 
 MODEL = "test-model"
 ROOT = Path(__file__).parents[2]
-START_S = 30  # how long `serving` waits for the port
+START_S = 120  # how long `serving` waits for the port
 
 
 class Serving:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -23,10 +21,10 @@ from tests.conftest import write_jsonl
 WIDTH = 16
 
 
-def tiny_model(**changes: Any):
+def tiny_model(kind: str = "LlamaForCausalLM", **changes: Any):
     """A fresh one, always the same; dropout is on, so that training draws random numbers."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     config = {
         "vocab_size": 49152,
@@ -42,7 +40,7 @@ def tiny_model(**changes: Any):
         "attention_dropout": 0.1,
     }
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**config | changes))
+    return getattr(transformers, kind)(transformers.LlamaConfig(**config | changes))
 
 
 def save_tiny(folder: Path, **changes: Any) -> Path:
@@ -137,22 +135,23 @@ def write_texts(run: Run, n: int = 12) -> None:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """One thread, since bits are those of a number of threads and two gain nothing on a model this
-    small; each tokenizer is read once; and the garbage that every training collects at its begin is
-    not looked for among all that is imported."""
-    import torch
+    """Each tokenizer is read once. No test may change one."""
+    from transformers import AutoTokenizer
 
-    from aif.models.load import load_tokenizer
+    from aif.models import load
 
-    threads, once = torch.get_num_threads(), functools.cache(load_tokenizer)
-    torch.set_num_threads(1)
-    gc.freeze()
+    read, tokenizers = load._loaded, {}
+
+    def loaded(auto: Any, name: str, **options: Any) -> Any:
+        if auto is not AutoTokenizer:
+            return read(auto, name, **options)
+        if name not in tokenizers:
+            tokenizers[name] = read(auto, name, **options)
+        return tokenizers[name]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aif.train.tokens.load_tokenizer", once)
-        patch.setattr("aif.train.reward.model.load_tokenizer", once)
+        patch.setattr(load, "_loaded", loaded)
         yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 class Said(Progress):

@@ -9,6 +9,7 @@ from aif.config.settings import Settings
 from aif.config.toml import checked
 from aif.run import Run
 from tests.conftest import read_jsonl, write_jsonl
+from tests.support.tiny import tiny_model
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklm"]
 LENGTH = 8
@@ -50,26 +51,17 @@ def toy_tokenizer(words: list[str] = WORDS) -> Any:
 
 def save_toy(folder: Path, kind: str = "LlamaForCausalLM", **changes: Any) -> Path:
     """A random model of the sixteen words, with its tokenizer."""
-    import torch
-    import transformers
-
     config = {
         "vocab_size": len(WORDS),
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": 1,
         "pad_token_id": 0,
-        "attention_dropout": 0.1,  # to be turned off
     }
-    torch.manual_seed(0)
-    model = getattr(transformers, kind)(transformers.LlamaConfig(**config | changes))
-    model.save_pretrained(folder)
+    tiny_model(kind, **config | changes).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     return folder
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 
 from aif.run import Run
 from tests.conftest import aif, read_jsonl, write_jsonl
+from tests.support.clock import wait_for
 from tests.support.tiny import demonstrations, reward_run, save_tiny, tiny_run
 from tests.support.toy import save_toy, toy_run
 
@@ -50,7 +50,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def in_two(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    options = {"capture_output": True, "text": True, "timeout": 150, "env": QUICKLY} | options
+    options = {"capture_output": True, "text": True, "env": QUICKLY} | options
     return subprocess.run([*TWO, *map(str, arguments)], check=False, **options)
 
 
@@ -119,11 +119,9 @@ def test_stopped_it_goes_on_from_where_both_stood(tmp_path, toy):
     process = subprocess.Popen(
         command, env=QUICKLY, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 240
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((run / "metrics.jsonl").exists, 400)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate()
     assert process.returncode
     (kept,) = (run / "checkpoints" / "ppo").glob("checkpoint-*/COMPLETE")
     step = int(kept.parent.name.partition("-")[2])

