@@ -15,7 +15,7 @@ from typing import Self
 
 PLAIN_EVERY_S = 5.0
 LIVE_EVERY_S = 0.1
-BEAT_S = 10.0
+BEAT_S = 9.0  # so that ten seconds never pass without a line
 
 
 def duration(seconds: float) -> str:
@@ -41,7 +41,7 @@ class Progress:
         self._bar = None
         self._task = None
         self._due = 0.0
-        self._what, self._since, self._expected_s = "", time.monotonic(), None
+        self._what, self._note, self._since, self._expected_s = "", "", time.monotonic(), None
         self._shown = self._since  # when a line was last shown
         self._lock = threading.RLock()  # of the main thread and of the one that beats
         self._ended = threading.Event()
@@ -49,7 +49,8 @@ class Progress:
     def stage(self, name: str, expected_s: float | None = None) -> None:
         """A new stage, and the seconds that it is expected to take."""
         self.say(f"{name}, about {duration(expected_s)}" if expected_s else name)
-        self._what, self._since, self._expected_s = name, time.monotonic(), expected_s
+        self._what, self._note, self._since = name, "", time.monotonic()
+        self._expected_s = expected_s
 
     def start(self, what: str, total: int, done: int = 0) -> None:
         """A new piece of work of `total` calls or steps, `done` of them by an earlier run."""
@@ -71,6 +72,13 @@ class Progress:
         if self._quiet or now < self._due:
             return
         self._show(now)
+
+    def note(self, line: str) -> None:
+        """How far the work is between two updates, as "token 3 of 64"."""
+        self._note = line
+        now = time.monotonic()
+        if self._bar is not None and now >= self._due:
+            self._show(now)
 
     def _show(self, now: float) -> None:
         with self._lock:
@@ -121,7 +129,8 @@ class Progress:
         """How long the current work has taken."""
         count = f": {self._done:,}/{self._total:,}" if self._due else ""
         whole = f" of about {duration(self._expected_s)}" if self._expected_s else ""
-        return f"{self._what or 'working'}{count}, {duration(seconds)}{whole}"
+        note = f", {self._note}" if self._note else ""
+        return f"{self._what or 'working'}{count}{note}, {duration(seconds)}{whole}"
 
     def __enter__(self) -> Self:
         if not self._quiet:

@@ -2,8 +2,13 @@
 
 import time
 
+import pytest
+
 from aif import progress
+from aif.config.settings import LLMSettings
 from aif.progress import Progress
+from aif.store.journal import Journal
+from tests.support.toy import save_toy
 
 
 def test_silent_work_is_reported(monkeypatch, capsys):
@@ -48,3 +53,30 @@ def test_no_line_comes_after_the_end(monkeypatch, capsys):
     capsys.readouterr()
     time.sleep(0.2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_batch_that_is_sampled_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    """A slow machine samples a batch for minutes before its first answer."""
+    pytest.importorskip("torch")
+    from aif.llm import Ask, open_llm
+    from aif.llm.dispatch import ask_all
+    from aif.models import decode
+
+    monkeypatch.setattr(progress, "BEAT_S", 0.1)
+    sample = decode.sample_tokens
+
+    def slowly(*inputs):
+        time.sleep(0.1)
+        return sample(*inputs)
+
+    monkeypatch.setattr(decode, "sample_tokens", slowly)
+    settings = LLMSettings(model=str(save_toy(tmp_path / "toy")), dtype="float32", device="cpu")
+    ask = Ask("ab" * 32, text="a b", max_tokens=8, temperature=1.0, seed=0)
+    path = tmp_path / "journal.jsonl"
+    with Progress() as shown, open_llm(settings) as llm, Journal.open(path) as journal:
+        shown.start("respond", 1)
+        ask_all(llm, [ask], journal, lambda answer: {"id": answer.key, "fault": None}, shown)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(
+        "respond: 0/1, token " in line and " of 8 of a batch of 1, " in line for line in lines
+    )

@@ -94,13 +94,22 @@ class Answer:
         return replace(self, texts=texts, finish="stop" if cut_all else self.finish)
 
 
+Note = Callable[[str], None]
+
+
+def no_note(line: str) -> None:
+    """Nobody reads how far a batch is."""
+
+
 class LLM(AbstractContextManager["LLM"], Protocol):
     """A model to ask. Raises `JudgeStopped` when it cannot go on at all.
 
     `control_tokens` are the strings that its tokenizer reads as one special token, () if unknown.
+    A model that works for long before the first answer calls `note` with how far it is.
     """
 
     control_tokens: tuple[str, ...] = ()
+    note: Note = staticmethod(no_note)
 
     def answer(self, asks: Iterable[Ask]) -> Iterator[Answer]:
         """One answer for every ask, in any order, as soon as each is there."""

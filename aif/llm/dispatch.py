@@ -124,6 +124,7 @@ def ask_all(
 
     try:
         with draining(progress) as stop, meter.opened(llm, journal):
+            llm.note = progress.note
             if isinstance(llm, ResumableLLM):
                 log = journal.path.with_suffix(".batches.jsonl")
                 llm.resume_with(Session(log, journal.commit, stop.is_set, progress.say))

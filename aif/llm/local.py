@@ -250,7 +250,7 @@ class LocalLLM(LLM):
         done: dict[int, dict[int, SampledTokens | RuntimeError]] = {i: {} for i in range(len(rows))}
         eos = ends_of(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id or 0
-        for n, drawn in generate(self.model, draws, eos, pad, self._text):
+        for n, drawn in generate(self.model, draws, eos, pad, self._text, self.note):
             row = rows[owner[n]]
             done[owner[n]][n] = drawn
             if len(done[owner[n]]) == row.ask.samples:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from aif.llm import Note, no_note
 from aif.models.decode import SampledTokens, StopWhen, decode
 
 NARROWEST = 16  # tokens between two widths; for long prompts a quarter to an eighth of the width
@@ -47,12 +48,13 @@ class Draw:
 
 
 def generate(
-    model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf
+    model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf, note: Note = no_note
 ) -> Iterator[tuple[int, SampledTokens | RuntimeError]]:
-    """(index into `draws`, its text or error) for every draw, in batches of equal widths."""
+    """(index into `draws`, its text or error) for every draw, in batches of equal widths. `note` is
+    called with the state of the batch at each token."""
 
     def run(some: list[int]) -> list[SampledTokens | RuntimeError]:
-        return _batch(model, [draws[i] for i in some], eos, pad, text_of)
+        return _batch(model, [draws[i] for i in some], eos, pad, text_of, note)
 
     like: dict[tuple[int, int], list[int]] = {}
     for i, draw in enumerate(draws):
@@ -89,10 +91,14 @@ def halving(
 
 
 def _batch(
-    model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf
+    model: Any, draws: list[Draw], eos: set[int], pad: int, text_of: TextOf, note: Note
 ) -> list[SampledTokens | RuntimeError]:
     """Draws of one width and one max_tokens, together."""
     width, new = draws[0].width, draws[0].max_tokens
+
+    def on_token(number: int) -> None:
+        note(f"token {number} of {new} of a batch of {len(draws)}")
+
     # On a GPU the kernel depends on the number of rows, so there batches are always full.
     step = _rows("cuda", width + new) if model.device.type == "cuda" else ROW_STEP
     drawn = decode(
@@ -106,6 +112,7 @@ def _batch(
         width=width,
         step=step,
         stop_when=_at_stops(draws, text_of),
+        on_token=on_token,
     )
     broken = RuntimeError("the model's logits are not numbers")
     return [broken if one is None else one for one in drawn]

@@ -98,6 +98,7 @@ def decode(
     width: int | None = None,
     step: int = 1,
     stop_when: StopWhen | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[SampledTokens | None]:
     """The text that the model writes after each prompt (one token or more). None if its logits
     are not finite numbers.
@@ -105,7 +106,7 @@ def decode(
     A text ends at a token of `ends` (EOS) or where `stop_when` says so. It depends on its seed and
     its prompt; the shape of the batch changes only the rounding. Prompts are padded on the left to
     `width` (None: to the longest), and the batch always has a multiple of `step` rows.
-    Temperature 0 takes the most likely token.
+    Temperature 0 takes the most likely token. `on_token` gets the number of tokens so far.
     """
     new: list[list[int]] = [[] for _ in prompts]
     ended, broken = set(), set()
@@ -113,6 +114,8 @@ def decode(
     for t in range(max_tokens):
         logits_BV = rows.logits() if t else first_BV
         next_B = sample_tokens(logits_BV, rows.temperature_B1, rows.noise)
+        if on_token is not None:
+            on_token(t + 1)
         for row, (index, token) in enumerate(zip(rows.of, next_B.tolist(), strict=True)):
             if index is None:
                 continue
