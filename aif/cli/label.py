@@ -30,7 +30,6 @@ from aif.cli.options import (
 from aif.cli.render import counts
 from aif.config.price import dollars
 from aif.progress import duration
-from aif.store.records import FAULTS
 
 label_app = typer.Typer()
 
@@ -77,6 +76,8 @@ def label(
 
 def label_lines(summary: dict[str, Any]) -> list[str]:
     """Labels, calls and faults."""
+    from aif.store.records import FAULTS
+
     null = sum(summary["labels_null"].values())
     lines = [
         f"{summary['labels']:,} labels ({null:,} null), {summary['calls_made']:,} calls made, "
