@@ -1,4 +1,4 @@
-"""A run folder: who may write to it, and where its files are.
+"""A run folder: its lock, its settings and its files.
 
     runs/first/
       run.toml            settings, yours to edit
@@ -95,8 +95,7 @@ class Run:
 
     @property
     def sampled(self) -> str:
-        """The file of the responses that preferences are of: the fine-tuned policy's, where `aif
-        resample` has asked it."""
+        """The file of the responses to compare: of the fine-tuned policy after `aif resample`."""
         later = "resampled.jsonl"
         return later if self.file(later).exists() else "responses.jsonl"
 
@@ -177,7 +176,7 @@ class Run:
                 file.write(tomli_w.dumps(self.settings.to_keep()))
 
     def write_state(self, stage: str, state: dict[str, Any]) -> None:
-        """Keep what a stage used and came to, as STAGE.json."""
+        """Keep what a stage used and its summary, as STAGE.json."""
         with jsonl.replacing(self.file(f"{stage}.json")) as file:
             json.dump(state, file, indent=1)
             file.write("\n")
@@ -191,8 +190,7 @@ class Run:
 
 
 class Follower(Run):
-    """A run as it is to every process but the first of several that train together: the first
-    holds it and writes, the others read."""
+    """A run for all but the first of several processes that train together: it only reads."""
 
     leads = False
 

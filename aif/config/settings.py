@@ -69,12 +69,12 @@ class LLMSettings(Strict):
         it is the same.
         """
         keys = {"model", "temperature", "max_tokens", "samples", "logprobs", "dtype"}
-        found = self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
+        parts = self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
         if self.structured:
-            found["structured"] = True
+            parts["structured"] = True
         weights = fingerprint.of_model(self.weights)
         engine, name = self.model.removesuffix(self.weights), Path(self.weights).name
-        return found | ({"model": engine + name, "weights": weights} if weights else {})
+        return parts | ({"model": engine + name, "weights": weights} if weights else {})
 
     def of_model(self, model: str) -> Self:
         """The same for another model; a price is of the one model only."""
@@ -368,8 +368,8 @@ class Settings(Strict):
         No secrets, and no limits: those are of one command.
         """
         tables = self.model_dump(exclude_defaults=True, exclude_none=True)
-        for found in tables.values():
-            for table in found if isinstance(found, list) else [found]:
+        for value in tables.values():
+            for table in value if isinstance(value, list) else [value]:
                 table.pop("limit", None)
                 if "base_url" in table:
                     table["base_url"] = without_secrets(table["base_url"])

@@ -62,19 +62,19 @@ def checked(model: type[T], data: dict[str, Any], where: object) -> T:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        found = error.errors()
-        unknown = [e for e in found if e["type"] == "extra_forbidden"]  # a slip of the pen is why
-        raise _explained(model, [*unknown, *found][0], where) from None  # a key is missing
+        errors = error.errors()
+        unknown = [e for e in errors if e["type"] == "extra_forbidden"]  # a slip of the pen is why
+        raise _explained(model, [*unknown, *errors][0], where) from None  # a key is missing
 
 
 def _explained(model: type[BaseModel], error: Any, where: object) -> InputError:
     path = error["loc"]
     key = ".".join(str(part) for part in path)
     if error["type"] == "extra_forbidden":
-        known = _fields_at(model, path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        names = _fields_at(model, path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), names, n=1)
         expected = f"{near[0]} perhaps; known keys: " if near else "one of "
-        return InputError(where, key, got="an unknown key", expected=expected + ", ".join(known))
+        return InputError(where, key, got="an unknown key", expected=expected + ", ".join(names))
     expected = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] == "missing":
         return InputError(where, key, got="nothing", expected="a value")

@@ -46,11 +46,11 @@ def constitution_diff(a: Constitution, b: Constitution) -> dict[str, Any]:
 
 
 def _revise(a: Constitution, b: Constitution) -> dict[str, Any]:
-    """{"edited": ids of what a reviser is told otherwise, "draws_move": whether rounds may draw
-    another principle}: a chain is asked again from the first round on that either of them is in."""
+    """{"edited": ids of principles with new texts for the reviser, "draws_move": whether rounds may
+    draw another principle}. A chain is asked again from the first round that has either."""
     before, now = ({p.id: p for p in one.principle if p.critique or p.revision} for one in (a, b))
-    told = [(p.critique, p.revision, p.revised) for p in before.values()]
-    edited = [n for n, p in now.items() if (p.critique, p.revision, p.revised) not in told]
+    before_texts = [(p.critique, p.revision, p.revised) for p in before.values()]
+    edited = [n for n, p in now.items() if (p.critique, p.revision, p.revised) not in before_texts]
     drawn, draws = ({name: p.weight for name, p in one.items()} for one in (before, now))
     return {"edited": edited, "draws_move": drawn != draws}
 
@@ -61,20 +61,20 @@ def _changed(a: Any, b: Any, keys: tuple[str, ...]) -> dict[str, list[Any]]:
 
 
 def _asks_again(a: Constitution, b: Constitution, protocol: str, form: str) -> dict | None:
-    """Which principles of `b` are asked, and for which comparisons, that `a` did not ask."""
+    """{principle of `b` with a new question: the comparisons for which it is new}."""
     if not all(principle.question(protocol) for principle in b.principle):
         return None
     same = a.preamble == b.preamble
-    asked = {p.digest(protocol, form) for p in a.principle if p.question(protocol)} if same else ()
-    found = {}
+    digests = {p.digest(protocol, form) for p in a.principle if same and p.question(protocol)}
+    again = {}
     for principle in b.principle:
-        if principle.digest(protocol, form) not in asked:
-            found[principle.id] = EVERY if b.principles == "all" else DRAWN
+        if principle.digest(protocol, form) not in digests:
+            again[principle.id] = EVERY if b.principles == "all" else DRAWN
         elif a.principles == "sample" and b.principles == "all":
-            found[principle.id] = REST
+            again[principle.id] = REST
         elif a.principles == b.principles == "sample" and _draws_more(principle, a, b):
-            found[principle.id] = MOVED
-    return found
+            again[principle.id] = MOVED
+    return again
 
 
 def _draws_more(principle: Principle, a: Constitution, b: Constitution) -> bool:

@@ -73,14 +73,14 @@ def final_answer(text: str, pattern: re.Pattern[str] | None = None) -> str | Non
     text = text.rstrip()[-TAIL:]
     if pattern is not None:
         with _at_most(PATTERN_S):
-            found = [match[1] for match in pattern.finditer(text) if match[1]]
-        return _last_of(found)
+            statements = [match[1] for match in pattern.finditer(text) if match[1]]
+        return _last_of(statements)
     stated = [raw for _, raw in sorted(_statements(text), key=lambda at: at[0])]
     return _last_of(stated) or _last_of(list(_bare(text)))
 
 
-def _last_of(found: list[str]) -> str | None:
-    answers = (normalise(raw) for raw in reversed(found))
+def _last_of(statements: list[str]) -> str | None:
+    answers = (normalise(raw) for raw in reversed(statements))
     return next((answer for answer in answers if answer is not None), None)
 
 

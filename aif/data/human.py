@@ -37,7 +37,7 @@ MODELS = (("model_a", "model_b"), ("chosen_model", "rejected_model"))
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A row of pairs, without its texts."""
+    """A pair without its texts, as an audit needs it."""
 
     comparison_id: str
     prompt_id: str
@@ -50,7 +50,7 @@ class Item:
 
     @property
     def people(self) -> float | None:
-        """What more people chose than anything else; None where there is no such choice."""
+        """The choice with the most people; None without choices and for a tie of choices."""
         ranked = Counter(self.choices).most_common(2)
         if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
             return None
@@ -58,21 +58,20 @@ class Item:
 
 
 def read_items(source: str, limit: int | None, columns: Sequence[str]) -> Iterator[Item]:
-    """The items of a file of pairs; `columns` are those of recorded judges.
+    """The items of a file of pairs; `columns` hold the verdicts of recorded judges.
 
-    Raises InputError for a row that is no pair, has no column of that name, or a choice in it that
-    is none.
+    Raises InputError for a row that is no pair, lacks such a column, or has no valid choice in it.
     """
-    found = (
+    items = (
         _item(row, place, pair.comparison, pair.human, columns)
         for place, row in read_rows(source)
         for pair in pairs_of(row, place)
     )
-    return islice(found, limit)
+    return islice(items, limit)
 
 
 def items_of(run: Run) -> Iterator[Item]:
-    """The comparisons of a run, with what people chose where it has that."""
+    """The comparisons of a run, with the choices of people if it has any."""
     chosen: dict[str, tuple[float, ...]] = {}
     for row in run.read("human.jsonl", HumanChoice, missing_ok=True):
         chosen[row.comparison_id] = (*chosen.get(row.comparison_id, ()), outcome(row.p_first))
@@ -109,8 +108,8 @@ def _item(
 def _choices(row: dict[str, Any], place: str) -> list[float]:
     """What the row's own columns say that people chose."""
     if "annotators" not in row:
-        found = [key for key in COLUMNS if row.get(key) is not None]
-        return [_choice(row[key], place, key) for key in found[:1]]
+        columns = [key for key in COLUMNS if row.get(key) is not None]
+        return [_choice(row[key], place, key) for key in columns[:1]]
     said = row["annotators"]
     if not isinstance(said, list):
         raise InputError(place, "annotators", got=shown(said), expected="a list of choices")
@@ -139,7 +138,7 @@ def _models(row: dict[str, Any], turned: bool) -> tuple[str, str] | None:
 def _recorded(
     row: dict[str, Any], place: str, column: str, comparison_id: str, turned: bool
 ) -> tuple[Verdict, ...]:
-    """What a judge's column says: a choice, or one for each order of showing; null is none."""
+    """The verdicts in a judge's column: one, or one for each order; null is a missing verdict."""
     if column not in row:
         raise InputError(
             place, column, got="nothing", expected="a recorded verdict, null where there was none"

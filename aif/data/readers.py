@@ -101,12 +101,12 @@ def read_questions(source: str) -> Iterator[Question]:
 
 
 def _harmful(row: dict[str, Any], place: str) -> bool | None:
-    found = row.get("harmful")
-    if found is None:
+    mark = row.get("harmful")
+    if mark is None:
         return row["kind"] == "harmful" if "kind" in row else None
-    if not isinstance(found, bool):
-        raise InputError(place, "harmful", got=shown(found), expected="true or false")
-    return found
+    if not isinstance(mark, bool):
+        raise InputError(place, "harmful", got=shown(mark), expected="true or false")
+    return mark
 
 
 def read_pairs(source: str) -> Iterator[Pair]:
@@ -184,16 +184,16 @@ def _ranked(row: dict[str, Any], place: str, source: str) -> Iterator[Pair]:
 def _scores(row: dict[str, Any], responses: list[Any], place: str) -> list[float] | None:
     for key, sign in (("scores", 1), ("ranks", -1)):
         if key in row:
-            found = row[key]
+            numbers = row[key]
             if (
-                not isinstance(found, list)
-                or len(found) != len(responses)
-                or not all(map(_is_number, found))
+                not isinstance(numbers, list)
+                or len(numbers) != len(responses)
+                or not all(map(_is_number, numbers))
             ):
-                raise InputError(place, key, got=shown(found), expected="a number per response")
-            return [sign * number for number in found]
-    found = [r.get("overall_score") if isinstance(r, dict) else None for r in responses]
-    return found if all(map(_is_number, found)) else None
+                raise InputError(place, key, got=shown(numbers), expected="a number per response")
+            return [sign * number for number in numbers]
+    ratings = [r.get("overall_score") if isinstance(r, dict) else None for r in responses]
+    return ratings if all(map(_is_number, ratings)) else None
 
 
 def _is_number(value: Any) -> bool:

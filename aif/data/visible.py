@@ -26,8 +26,8 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(_code_point, text.replace("\r\n", "\n"))
 
 
-def _code_point(found: re.Match[str]) -> str:
-    return f"\u27e8U+{ord(found[0]):04X}\u27e9"
+def _code_point(match: re.Match[str]) -> str:
+    return f"\u27e8U+{ord(match[0]):04X}\u27e9"
 
 
 def cleaned(value: Any) -> Any:

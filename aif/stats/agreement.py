@@ -1,7 +1,7 @@
-"""How far several say the same: people and a judge, judges among themselves, annotators.
+"""Agreement of raters: people and a judge, several judges, several annotators.
 
-Everyone says one of three things of a pair: 1.0 (the first response is better), 0.0 (the second)
-or 0.5 (neither). None is a verdict that is missing, and counts as no answer at all.
+A rater gives a pair one of three outcomes: 1.0 (the first response is better), 0.0 (the second) or
+0.5 (neither). None is a missing verdict and is not an outcome.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def agreement(
 ) -> dict[str, Any]:
     """A judge against people, pair by pair.
 
-    `agreement`: of the pairs of which people name a winner and the judge says anything, how many it
-    decides as they do; a tie of the judge is half. `exact`: of all pairs that people have decided,
-    ties among them, how many the judge says the same of; a missing verdict is not the same, and
-    this is the share that most papers print. `kappa`: Cohen's (1960), over the three things that
-    both can say; null where both say one thing throughout.
+    `agreement`: the share of pairs on which the judge names the winner that people name, over pairs
+    where people name one and the judge has a verdict; a tie of the judge counts half. `exact`: the
+    share of equal outcomes over all pairs that people have decided, with ties; a missing verdict
+    counts as unequal. Most papers print this one. `kappa`: Cohen's, over the three outcomes; null
+    if both have one outcome throughout.
     """
     decided = [(j, p) for j, p in zip(judge, people, strict=True) if p is not None]
     both = [(j, p) for j, p in decided if j is not None]
@@ -60,8 +60,11 @@ def kappa(counts: Mapping[tuple[float, float], int], halves: bool = False) -> fl
 
 
 def alpha(raters: Sequence[Sequence[Value]]) -> float | None:
-    """Krippendorff's alpha (2004), nominal, of a row of answers a rater; None where there are not
-    two raters, no pair that two have answered, or one answer throughout."""
+    """Krippendorff's nominal alpha (2004); `raters` has one row of outcomes for each rater.
+
+    None with fewer than two raters, without a pair that two have rated, or with one outcome
+    throughout.
+    """
     if len(raters) < 2:
         return None
     ratings = np.array([[np.nan if one is None else one for one in row] for row in raters], float)
@@ -74,8 +77,10 @@ def alpha(raters: Sequence[Sequence[Value]]) -> float | None:
 
 
 def annotators(choices: Sequence[Sequence[float]], bootstrap: Bootstrap) -> dict[str, Any] | None:
-    """How far people agree among themselves, of pairs that two or more have judged; None without
-    such pairs. `agreement` is the share of equal answers among all twos of a pair's annotators."""
+    """Agreement among people, over pairs that two or more have judged; None without such pairs.
+
+    `agreement` is the share of equal choices among all twos of a pair's annotators.
+    """
     several = [said for said in choices if len(said) > 1]
     if not several:
         return None
@@ -96,8 +101,11 @@ def annotators(choices: Sequence[Sequence[float]], bootstrap: Bootstrap) -> dict
 def longer_wins(
     judge: Sequence[Value], people: Sequence[Value], more_words: Sequence[int], bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """How often the longer response (in words) wins by the judge, and by people, of pairs of which
-    the judge, and people wherever they chose anything at all, name a winner."""
+    """How often the longer response (in words) wins, by the judge and by people.
+
+    Only pairs count on which the judge names a winner and, if there are any choices of people at
+    all, people do too.
+    """
     anyone = any(p is not None for p in people)
     rows = [
         (j, p, words)
@@ -114,10 +122,12 @@ def longer_wins(
 def at_equal_length(
     judge: Sequence[Value], people: Sequence[Value], more_words: Sequence[int], bootstrap: Bootstrap
 ) -> dict[str, Any] | None:
-    """The agreement that would be where both responses have one length: agreement regressed on how
-    much longer the response is that people chose, read where that is zero. A judge that likes
-    length loses what it owes to people who like it as well. None where it cannot be fitted; of more
-    than MOST pairs, evenly many are taken."""
+    """The agreement if both responses had the same length.
+
+    It is the value at zero of a regression of agreement on how much longer the response is that
+    people chose. A judge that likes length loses what it owes to people who like it too. None if it
+    cannot be fitted. Of more than MOST pairs an evenly spaced part is taken.
+    """
     rows = [
         (1 - abs(j - p), words if p > 0.5 else -words)
         for j, p, words in zip(judge, people, more_words, strict=True)
@@ -131,8 +141,11 @@ def self_preference(
     judge: Sequence[Value], people: Sequence[Value], own: Sequence[int], bootstrap: Bootstrap
 ) -> dict[str, Any] | None:
     """How often a response of the judge's own model wins, by the judge and by people (Panickssery
-    et al. 2024, 2404.13076). `own` is 1 where the first response is, -1 the second, 0 neither or
-    both. None where there is no such pair that both have decided."""
+    et al. 2024, 2404.13076).
+
+    `own` is 1 if the model wrote the first response, -1 if the second, 0 if neither or both. None
+    if the judge and people have decided no such pair.
+    """
     rows = [
         (j, p) if side > 0 else (1 - j, 1 - p)
         for j, p, side in zip(judge, people, own, strict=True)
@@ -149,8 +162,8 @@ def self_preference(
 
 
 def temperature(fit: Sequence[tuple[float, float]]) -> float | None:
-    """The T for which sigmoid(delta / T) is likeliest, of (log-odds, what people chose) pairs (Guo
-    et al. 2017, 1706.04599); None for fewer than FEWEST. It lies within TEMPERATURES."""
+    """The T of maximum likelihood for sigmoid(delta / T), within TEMPERATURES; `fit` holds pairs of
+    log-odds and a person's choice (Guo et al. 2017, 1706.04599). None for fewer than FEWEST."""
     if len(fit) < FEWEST:
         return None
     from scipy.optimize import minimize_scalar
@@ -161,5 +174,5 @@ def temperature(fit: Sequence[tuple[float, float]]) -> float | None:
         z = delta / np.exp(log_t)
         return float((np.logaddexp(0, z) - chosen * z).mean())
 
-    found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
-    return float(np.exp(found.x))
+    minimum = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
+    return float(np.exp(minimum.x))

@@ -1,4 +1,4 @@
-"""How often a score is right, and whether it knows when."""
+"""How often a score is right, and whether its confidence says so."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import numpy as np
 from aif.stats.intervals import wilson
 
 BINS = 10
-
-
 CONFIDENT = (0.3, 0.7)  # a label outside of these names a winner with some certainty
 
 
-def accuracy(known: Iterable[tuple[float, float]]) -> dict[str, Any]:
+def accuracy(pairs: Iterable[tuple[float, float]]) -> dict[str, Any]:
     """{"n", "accuracy", "interval"} of (difference, probability that it should be positive).
 
     The interval is Wilson's at 95 %; it takes pairs for independent, which pairs of one prompt
     are not quite.
     """
     right = [
-        0.5 if delta == 0 else float((delta > 0) == (p > 0.5)) for delta, p in known if p != 0.5
+        0.5 if delta == 0 else float((delta > 0) == (p > 0.5)) for delta, p in pairs if p != 0.5
     ]
     if not right:
         return {"n": 0, "accuracy": None, "interval": None}
@@ -34,7 +32,7 @@ def accuracy(known: Iterable[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def calibration(known: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def calibration(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """How the probability that a score difference stands for, sigmoid(delta), matches how often
     the label agrees: expected calibration error (Guo et al. 2017, 1706.04599), Brier score, the
     loss, and the bins to draw.
@@ -42,9 +40,9 @@ def calibration(known: Sequence[tuple[float, float]]) -> dict[str, Any]:
     Each pair counts with its predicted winner first, so confidences lie in 0.5 to 1. A soft label
     agrees by its probability, so a model that has learned soft labels is calibrated to them.
     """
-    confidence = np.array([1 / (1 + math.exp(-min(abs(delta), 700))) for delta, _ in known])
-    agrees = np.array([p if delta >= 0 else 1 - p for delta, p in known])
-    agrees = np.where([delta == 0 for delta, _ in known], 0.5, agrees)
+    confidence = np.array([1 / (1 + math.exp(-min(abs(delta), 700))) for delta, _ in pairs])
+    agrees = np.array([p if delta >= 0 else 1 - p for delta, p in pairs])
+    agrees = np.where([delta == 0 for delta, _ in pairs], 0.5, agrees)
     place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     bins = [
         {"confidence": float(confidence[here].mean()), "accuracy": float(agrees[here].mean()),
@@ -55,7 +53,7 @@ def calibration(known: Sequence[tuple[float, float]]) -> dict[str, Any]:
     clipped = np.clip(confidence, 1e-7, 1 - 1e-7)
     loss = -(agrees * np.log(clipped) + (1 - agrees) * np.log(1 - clipped))
     return {
-        "ece": gap / len(known),
+        "ece": gap / len(pairs),
         "brier": float(((confidence - agrees) ** 2).mean()),
         "loss": float(loss.mean()),
         "bins": bins,

@@ -22,7 +22,7 @@ ELO = 400 / np.log(10)  # points a nat of log-odds
 
 @dataclass(frozen=True, slots=True)
 class Game:
-    """What came of holding one policy's response to a prompt against another's."""
+    """One comparison of two policies' responses to a prompt."""
 
     p_first: Value  # None where there is no verdict
     by_principle: Mapping[str, Value] = field(default_factory=dict)
@@ -30,16 +30,16 @@ class Game:
 
 
 def match(games: Sequence[Game], tie_margin: float, bootstrap: Bootstrap) -> dict[str, Any]:
-    """How the first of two did against the second, prompt by prompt. A tie counts half."""
+    """Wins, ties and losses of the first policy against the second, over prompts. A tie is half."""
     results = [outcome(game.p_first, tie_margin) for game in games]
-    known = [game for game in games if game.p_first is not None]
+    judged = [game for game in games if game.p_first is not None]
     principles: dict[str, list[float]] = {}
-    for game in known:
+    for game in judged:
         for name, p in game.by_principle.items():
             if p is not None:
                 principles.setdefault(name, []).append(outcome(p, tie_margin))
     return {
-        "n": len(known),
+        "n": len(judged),
         "wins": results.count(1.0),
         "ties": results.count(0.5),
         "losses": results.count(0.0),
@@ -47,11 +47,11 @@ def match(games: Sequence[Game], tie_margin: float, bootstrap: Bootstrap) -> dic
         "win_rate": _ends(bootstrap.rate(results)),
         "soft_win_rate": _ends(bootstrap.rate([game.p_first for game in games])),
         "length_controlled": length_controlled(
-            [outcome(game.p_first, tie_margin) for game in known],
-            [game.more_words for game in known],
+            [outcome(game.p_first, tie_margin) for game in judged],
+            [game.more_words for game in judged],
             bootstrap,
         ),
-        "by_principle": {name: float(np.mean(found)) for name, found in principles.items()},
+        "by_principle": {name: float(np.mean(outcomes)) for name, outcomes in principles.items()},
     }
 
 
@@ -71,8 +71,8 @@ def length_controlled(
         return None
     lengths_n = np.tanh(words_n / words_n.std())
     at_zero = _win_rate_at_zero(results_n, lengths_n, np.ones(n))
-    found = (_win_rate_at_zero(results_n, lengths_n, w_n) for w_n in bootstrap.weights(n))
-    fitted_R = np.array([rate for rate in found if rate is not None])
+    rates = (_win_rate_at_zero(results_n, lengths_n, w_n) for w_n in bootstrap.weights(n))
+    fitted_R = np.array([rate for rate in rates if rate is not None])
     if at_zero is None or len(fitted_R) < FITTED * len(bootstrap.weights(n)):
         return None
     low, high = bootstrap.interval(fitted_R, n)
@@ -168,5 +168,5 @@ def _connected(
     return [pair for pair in met if pair[0] in names], names
 
 
-def _ends(found: Mapping[str, Any]) -> dict[str, Value]:
-    return {key: found[key] for key in ("mean", "low", "high")}
+def _ends(estimate: Mapping[str, Any]) -> dict[str, Value]:
+    return {key: estimate[key] for key in ("mean", "low", "high")}

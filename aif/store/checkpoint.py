@@ -54,18 +54,18 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
 
 
 def sealed(folder: Path) -> dict[str, Any] | None:
-    """What `seal` was told about `folder`; None if it is not complete. Looks at no other file."""
+    """The `about` that `folder` was sealed with; None if it is not complete."""
     try:
-        found = jsonl.loads((folder / COMPLETE).read_text("ascii"))
-        return found["about"] if isinstance(found["files"], dict) else None
+        seal_row = jsonl.loads((folder / COMPLETE).read_text("ascii"))
+        return seal_row["about"] if isinstance(seal_row["files"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def fault(folder: Path, needed: Iterable[tuple[str, ...]] = ()) -> str | None:
-    """Why `folder` is not to be used, or None: it is complete and every byte is as it was.
+    """Why `folder` cannot be used; None if it is complete and every byte is unchanged.
 
-    Of each tuple of names in `needed`, one has to be among its files.
+    Each tuple of names in `needed` must have one name that is among the files.
     """
     if sealed(folder) is None:
         return "it is not complete"
@@ -86,8 +86,8 @@ def fault(folder: Path, needed: Iterable[tuple[str, ...]] = ()) -> str | None:
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint-STEP in `folder`, the newest first, whole or not."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    matches = ((_STEP.fullmatch(path.name), path) for path in found)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    matches = ((_STEP.fullmatch(path.name), path) for path in paths)
     return sorted(((int(m[1]), path) for m, path in matches if m), reverse=True)
 
 
@@ -108,7 +108,7 @@ def newest(
 
 
 def rotate(folder: Path, keep: int, best: int | None = None) -> None:
-    """Remove all but the `keep` newest checkpoints and that of step `best`."""
+    """Remove all checkpoints but the `keep` newest and the one of step `best`."""
     for step, path in checkpoints(folder)[keep:]:
         if step != best:
             shutil.rmtree(path, ignore_errors=True)

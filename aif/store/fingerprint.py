@@ -1,4 +1,4 @@
-"""What a file or a model is besides its name: a folder that is trained anew keeps its name."""
+"""Digests of files and model folders: a folder that is trained again keeps its name."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _line(path: Path) -> str:
 
 
 def _of_file(path: Path) -> str:
-    found = path.stat()
-    return _sha256(path, found.st_mtime_ns, found.st_size)
+    stat = path.stat()
+    return _sha256(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=4096)

@@ -59,12 +59,12 @@ class Index:
         """Look at a journal without touching it; a file that is not there is empty."""
         index = cls()
         if path.exists():
-            for index.lines, (offset, size, found) in enumerate(scan(path), 1):
+            for index.lines, (offset, size, row) in enumerate(scan(path), 1):
                 index.end = offset + size
-                if isinstance(found, str):
-                    index.damage.append(Damage(index.lines, found))
+                if isinstance(row, str):
+                    index.damage.append(Damage(index.lines, row))
                 else:
-                    index.note(*found, offset)
+                    index.note(*row, offset)
         return index
 
     def note(self, key: bytes, is_fault: bool, offset: int) -> None:
@@ -217,8 +217,8 @@ class Journal(Reader):
     def damage(self) -> list[str]:
         """A line for the person about every row that fails its checksum."""
         return [
-            f"{self.path}:{found.line}: damaged (key {found.key}); it is asked again if needed"
-            for found in self.index.damage
+            f"{self.path}:{damage.line}: damaged (key {damage.key}); it is asked again if needed"
+            for damage in self.index.damage
         ]
 
     def close(self) -> None:
