@@ -73,7 +73,7 @@ VPIP = .venv-vllm/bin/python -m pip --disable-pip-version-check install -q
 	@test -n "$(PYTHON)" || { echo "aif needs Python 3.11 or later with venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-vllm
 	$(VPIP) --upgrade pip
-	$(VPIP) $(FROM_TORCH_INDEX) "$(TORCH)"
+	$(VPIP) --no-deps $(FROM_TORCH_INDEX) "$(TORCH)"
 	$(VPIP) --no-deps "$(VLLM)"
 	.venv-vllm/bin/python -c "$(NEEDS)" > .venv-vllm/needs.txt
 	$(VPIP) -r .venv-vllm/needs.txt "transformers<5.20"
