@@ -27,7 +27,7 @@ from aif.run import Run
 from aif.store.records import LONE_SURROGATE, Message
 from aif.train.examples import Example
 
-CHUNK = 256  # examples given to the tokenizer at once, which works on them in parallel
+CHUNK = 256  # examples in a call of the tokenizer, which works on them in parallel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
