@@ -81,17 +81,17 @@ def errors(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("aif: ")]
 
 
-def finish(job: Job, known: set[str], labels: bytes) -> None:
-    """Resume to the end: only what is not known is asked, and the labels are as they should be."""
+def finish(job: Job, durable: set[str], labels: bytes) -> None:
+    """Resume to the end: only what is not durable is asked, and the labels are `labels`."""
     done = job.label_here("--json")
     assert done.exit_code == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["calls_kept"], summary["calls_made"]) == (
-        len(known),
-        summary["verdicts"] - len(known),
+        len(durable),
+        summary["verdicts"] - len(durable),
     )
     assert job.labels == labels
-    assert known <= answered(job)
+    assert durable <= answered(job)
     assert not list(job.run.glob(".*")), "left over"
 
 
@@ -110,12 +110,12 @@ def prompt_hashes(job: Job, base_url: str) -> dict[str, str]:
     """Call id -> what the test server calls the request of that call."""
     model = LLMSettings(model="openai:test-model", base_url=base_url)
     judge = Judge(constitutions.load(job.constitution), model, LabelSettings())
-    found = {}
+    hashes = {}
     for pair in read_pairs(str(job.pairs)):
         for call in judge.calls_for(pair.comparison):
             messages = judge.ask(call, pair.comparison).messages
-            found[call.id] = hash_of(json.dumps(messages, ensure_ascii=False, sort_keys=True))
-    return found
+            hashes[call.id] = hash_of(json.dumps(messages, ensure_ascii=False, sort_keys=True))
+    return hashes
 
 
 @pytest.mark.slow
@@ -124,8 +124,8 @@ def test_forty_kills_lose_nothing_and_nothing_durable_is_asked_twice(make_job):
     with serving(latency_ms=50, latency_sigma=0.5) as server:
         job = make_job(400, server.base_url, concurrency)
         hashes = prompt_hashes(job, server.base_url)
-        known: set[str] = set()
-        asked: Counter[str] = Counter()
+        durable: set[str] = set()
+        requests: Counter[str] = Counter()
         moments = set()
         for number in range(kills):
             process = job.start()
@@ -134,17 +134,17 @@ def test_forty_kills_lose_nothing_and_nothing_durable_is_asked_twice(make_job):
             time.sleep(draw.uniform(0, 0.5))
             process.kill()
             process.communicate()
-            before, asked = asked, Counter(server.stats(detail=True)["by_prompt"])
+            before, requests = requests, Counter(server.stats(detail=True)["by_prompt"])
             now = answered(job)
-            assert known <= now
-            assert not {hashes[key] for key in known} & (asked - before).keys()
-            lost = asked.keys() - {hashes[key] for key in now}
+            assert durable <= now
+            assert not {hashes[key] for key in durable} & (requests - before).keys()
+            lost = requests.keys() - {hashes[key] for key in now}
             assert len(lost) <= concurrency + 40, "a kill costs what was in flight or in a buffer"
-            known = now
-            moments.add(len(known))
+            durable = now
+            moments.add(len(durable))
         assert len(moments) > 5, "most kills came too early or too late to show anything"
         job.judge[-1] = "64"
-        finish(job, known, unfaulted(job).labels)
+        finish(job, durable, unfaulted(job).labels)
 
 
 @pytest.fixture
@@ -207,8 +207,8 @@ def test_a_full_disk_is_loud_and_resumes_on_a_larger_one(make_job, tiny_disk, ki
     job = job.fresh(str(tiny_disk(kilobytes) / "run"))
     done = job.label_here()
     assert done.exit_code == 1
-    (told,) = errors(done.stderr)
-    assert "No space left on device" in told
+    (message,) = errors(done.stderr)
+    assert "No space left on device" in message
     tiny_disk(4096)
     finish(job, answered(job), clean.labels)
 
@@ -220,11 +220,11 @@ def test_a_disk_that_fills_up_during_a_resume_keeps_what_was_durable(make_job, t
     job.journal.parent.mkdir(parents=True)
     with clean.journal.open("rb") as file:
         job.journal.write_bytes(b"".join(itertools.islice(file, 100)))
-    known = answered(job)
+    durable = answered(job)
     done = job.label_here()
     assert done.exit_code == 1
     assert "No space left on device" in errors(done.stderr)[0]
-    assert answered(job) >= known
+    assert answered(job) >= durable
     tiny_disk(4096)
     finish(job, answered(job), clean.labels)
 
@@ -236,8 +236,8 @@ def test_a_file_size_limit_is_loud_and_resumes_without_it(make_job, bytes_):
     limit = (bytes_, bytes_)
     done = job.label(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     assert done.returncode == 1
-    (told,) = errors(done.stderr)
-    assert "File too large" in told
+    (message,) = errors(done.stderr)
+    assert "File too large" in message
     finish(job, answered(job), clean.labels)
 
 
@@ -246,8 +246,8 @@ def test_a_journal_that_breaks_with_calls_in_flight_ends_in_one_line(make_job, s
     limit = (24_000, 24_000)  # comparisons.jsonl fits, the journal does not
     done = job.label(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     assert done.returncode == 1
-    (told,) = errors(done.stderr)
-    assert "label.jsonl: could not be written: File too large" in told
+    (message,) = errors(done.stderr)
+    assert "label.jsonl: could not be written: File too large" in message
     assert "pending" not in done.stderr, "a request was left behind"
     finish(job, answered(job), unfaulted(job).labels)
 
@@ -271,12 +271,12 @@ def test_rows_whose_fsync_failed_do_not_count(strace, make_job):
     clean = unfaulted(job)
     done = job.label(prefix=strace("fsync:error=EIO:when=2", job.journal))
     assert done.returncode == 1
-    (told,) = errors(done.stderr)
-    assert "Input/output error" in told
-    kept = int(re.search(r"\(([\d,]+) new rows\)", told)[1].replace(",", ""))
-    known = answered(job)
-    assert 0 < len(known) == kept < 600
-    finish(job, known, clean.labels)
+    (message,) = errors(done.stderr)
+    assert "Input/output error" in message
+    kept = int(re.search(r"\(([\d,]+) new rows\)", message)[1].replace(",", ""))
+    durable = answered(job)
+    assert 0 < len(durable) == kept < 600
+    finish(job, durable, clean.labels)
 
 
 # Rows 5 and 6, as the command line tells them
@@ -311,15 +311,15 @@ def test_one_signal_lets_the_calls_in_flight_come_in(make_job, number):
         assert "stopping" in stderr
         assert errors(stderr) == ["aif: interrupted; the same command resumes"]
         stats = server.stats()
-        known = answered(job)
-        assert 32 <= len(known) == stats["answered"] == stats["requests"] < 200
+        durable = answered(job)
+        assert 32 <= len(durable) == stats["answered"] == stats["requests"] < 200
         partial = read_jsonl(job.run / "labels.jsonl")
         assert 0 < len(partial) < 100
         job.judge[-1] = "64"
         clean = unfaulted(job)
         server.reset()
-        finish(job, known, clean.labels)
-        assert server.stats()["requests"] == 200 - len(known)
+        finish(job, durable, clean.labels)
+        assert server.stats()["requests"] == 200 - len(durable)
 
 
 def test_a_second_signal_leaves_at_once(make_job, server):
@@ -355,11 +355,11 @@ def test_a_drain_has_a_deadline(make_job, server):
     assert 0.9 < time.monotonic() - start < 4 * slowdown()
     assert process.returncode == 130
     assert "given up" in errors(stderr)[0]
-    known = answered(job)
-    assert len(known) == server.stats()["answered"]
+    durable = answered(job)
+    assert len(durable) == server.stats()["answered"]
     server.set_faults()
     clean = unfaulted(job)
-    finish(job, known, clean.labels)
+    finish(job, durable, clean.labels)
 
 
 def test_a_signal_while_nobody_reads_our_stderr_still_drains(make_job):
@@ -383,8 +383,8 @@ def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(make_job, se
     wait_for(lambda: server.stats()["requests"] > 0)
     second = job.label()
     assert second.returncode == 1
-    (told,) = errors(second.stderr)
-    assert f"pid {first.pid}" in told
+    (message,) = errors(second.stderr)
+    assert f"pid {first.pid}" in message
     first.kill()
     first.communicate()
     server.set_faults()
@@ -477,7 +477,7 @@ def another_speed(job):
 
 
 @pytest.mark.parametrize(
-    ("edit", "calls", "told"),
+    ("edit", "calls", "message"),
     [
         (another_question, 40, "principle 'kind' was edited"),
         (another_weight, 0, "only weights or rules of the constitution changed"),
@@ -495,14 +495,14 @@ def another_speed(job):
     ],
 )
 def test_an_edit_costs_its_own_calls_and_leaves_no_stale_label(
-    finished, server, tmp_path, edit, calls, told
+    finished, server, tmp_path, edit, calls, message
 ):
     job = copied(finished, tmp_path)
     edit(job)
     done = job.label_here()
     assert done.exit_code == 0, done.stderr
     assert server.stats()["requests"] == calls
-    assert told in done.stderr
+    assert message in done.stderr
     fresh = job.fresh("fresh")
     fresh.label_here()
     assert job.labels == fresh.labels
@@ -541,19 +541,19 @@ def test_undoing_an_edit_is_free(finished, server, tmp_path):
 
 
 def test_labels_do_not_depend_on_concurrency_order_of_arrival_or_resumes(make_job):
-    found = set()
+    labels = set()
     with serving(latency_ms=3, latency_sigma=1.5) as server:
         job = make_job(100, server.base_url)
         for concurrency in (1, 7, 64):
             one = job.fresh(f"run{concurrency}")
             one.judge = [*job.judge[:-1], str(concurrency)]
             assert one.label_here().exit_code == 0
-            found.add(one.labels)
+            labels.add(one.labels)
         one = job.fresh("resumed")
         for limit in (1, 30, 31, 80, 100):
             assert one.label_here("--limit", limit).exit_code == 0
-        found.add(one.labels)
-    assert len(found) == 1
+        labels.add(one.labels)
+    assert len(labels) == 1
 
 
 # Rows 15 and 17: strange texts
@@ -599,8 +599,8 @@ def test_odd_rows_get_an_outcome_and_the_run_goes_on(make_job, server):
     assert done.exit_code == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["data"]["rows"], summary["data"]["repeated_rows"]) == (9, 2)
-    found = [row["fault"] for row in read_jsonl(job.run / "labels.jsonl")]
-    assert found == [None, "too_long", None, None, "identical", "identical", None]
+    faults = [row["fault"] for row in read_jsonl(job.run / "labels.jsonl")]
+    assert faults == [None, "too_long", None, None, "identical", "identical", None]
     assert summary["calls_made"] == 10
 
 
@@ -609,9 +609,9 @@ def test_a_huge_answer_is_a_fault_of_its_row(make_job, server):
     job = make_job(10, server.base_url)
     done = job.label_here("--json", "--max-fault-rate", "0.2")
     assert done.exit_code == 0, done.stderr
-    found = read_jsonl(job.run / "labels.jsonl")
-    assert [row["fault"] for row in found].count("unparsed") == 1
-    assert sum(row["p_first"] is not None for row in found) == 9
+    rows = read_jsonl(job.run / "labels.jsonl")
+    assert [row["fault"] for row in rows].count("unparsed") == 1
+    assert sum(row["p_first"] is not None for row in rows) == 9
 
 
 # Row 18: the clock

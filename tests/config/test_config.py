@@ -14,18 +14,18 @@ from aif.errors import InputError
 from aif.run import Run
 
 
-def settings(tmp_path, toml: str = "", **given):
+def settings(tmp_path, toml: str = "", **overrides):
     path = tmp_path / "run.toml"
     path.write_text(toml, "utf-8")
-    return load_settings(path, {key.replace("__", "."): value for key, value in given.items()})
+    return load_settings(path, {key.replace("__", "."): value for key, value in overrides.items()})
 
 
 def test_defaults_then_file_then_command_line(tmp_path):
     assert load_settings(tmp_path / "none.toml", {}) == Settings()
     toml = "[judge]\nconcurrency = 3\nmodel = 'openai:file'\n"
-    found = settings(tmp_path, toml, judge__model="openai:flag", label__seed=None)
-    assert (found.judge.model, found.judge.concurrency) == ("openai:flag", 3)
-    assert (found.judge.attempts, found.label.seed) == (6, 0)
+    merged = settings(tmp_path, toml, judge__model="openai:flag", label__seed=None)
+    assert (merged.judge.model, merged.judge.concurrency) == ("openai:flag", 3)
+    assert (merged.judge.attempts, merged.label.seed) == (6, 0)
 
 
 def test_set_wins_over_a_flag(tmp_path, monkeypatch):
@@ -57,8 +57,8 @@ def test_set_wins_over_a_flag(tmp_path, monkeypatch):
     ],
 )
 def test_set_takes_a_toml_value_or_text(argument, value):
-    key, found = parse_set(argument)
-    assert (key, found, type(found)) == ("a.b", value, type(value))
+    key, parsed = parse_set(argument)
+    assert (key, parsed, type(parsed)) == ("a.b", value, type(value))
 
 
 @pytest.mark.parametrize("argument", ["label.seed", "=5", " =5"])
@@ -101,8 +101,8 @@ def test_an_error_on_the_command_line_names_that(tmp_path):
 
 
 def test_a_partial_policy_table_keeps_its_own_temperature(tmp_path):
-    found = settings(tmp_path, "[policy]\nmax_tokens = 9\n[judge]\nmax_tokens = 9\n")
-    assert (found.policy.temperature, found.judge.temperature) == (1.0, 0.0)
+    merged = settings(tmp_path, "[policy]\nmax_tokens = 9\n[judge]\nmax_tokens = 9\n")
+    assert (merged.policy.temperature, merged.judge.temperature) == (1.0, 0.0)
     assert settings(tmp_path, policy__max_tokens=9).policy.temperature == 1.0
 
 
@@ -116,8 +116,8 @@ def test_urls_lose_their_secrets():
 
 
 def test_run_toml_holds_what_differs_and_no_secret(tmp_path):
-    given = {"judge.base_url": SECRET_URL, "label.seed": 4, "policy.max_tokens": 9}
-    run = Run(tmp_path / "r", load_settings(tmp_path / "none", given))
+    overrides = {"judge.base_url": SECRET_URL, "label.seed": 4, "policy.max_tokens": 9}
+    run = Run(tmp_path / "r", load_settings(tmp_path / "none", overrides))
     run.path.mkdir()
     run.keep_settings()
     text = (run.path / "run.toml").read_text()

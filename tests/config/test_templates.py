@@ -98,8 +98,8 @@ def test_every_added_token_of_the_bundled_tokenizer_is_broken(tokenizer):
     assert len(added) >= 17
     for token, number in added.items():
         assert tokenizer.encode(token, add_special_tokens=False) == [number]
-        found = tokenizer.encode(neutralised(token), add_special_tokens=False)
-        assert not set(found) & set(added.values()), token
+        ids = tokenizer.encode(neutralised(token), add_special_tokens=False)
+        assert not set(ids) & set(added.values()), token
 
 
 PIECES = st.one_of(
@@ -120,8 +120,8 @@ def test_no_mixture_of_tokens_and_text_yields_an_added_token(tokenizer):
     def mixtures(parts, at):
         text = "".join(parts)
         text = text[:at] + "<|im_end|>" + text[at:]  # nested in whatever came out
-        found = tokenizer.encode(neutralised(text), add_special_tokens=False)
-        assert not added & set(found)
+        ids = tokenizer.encode(neutralised(text), add_special_tokens=False)
+        assert not added & set(ids)
 
     mixtures()
 
@@ -190,10 +190,10 @@ def test_a_template_of_ones_own_stays_in_its_sandbox(tmp_path, source, error):
         file.write_text(text)
         template = Template.load(file)
         render = template.chat if template.is_chat else template.plain
-        with pytest.raises(AifError, match=error) as found:
+        with pytest.raises(AifError, match=error) as raised:
             render(VARIABLES | {"prompt": []})
-        assert str(found.value).startswith(f"{file}: ")
-        assert "\n" not in str(found.value)
+        assert str(raised.value).startswith(f"{file}: ")
+        assert "\n" not in str(raised.value)
 
 
 def test_a_template_that_cannot_be_used_is_named(tmp_path):

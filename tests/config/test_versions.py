@@ -99,9 +99,9 @@ def test_an_old_name_in_run_toml_works_and_is_warned_about_once(tmp_path, capsys
     assert load_settings(path, {"respond.few_shot": "new.jsonl"}).respond.few_shot == "new.jsonl"
 
 
-@pytest.mark.parametrize("given", [{"respond.shots": "x"}, {"respond": {"shots": "x"}}])
-def test_an_old_name_on_the_command_line_works_and_is_warned_about_once(tmp_path, capsys, given):
-    assert load_settings(tmp_path / "none", given).respond.few_shot == "x"
+@pytest.mark.parametrize("overrides", [{"respond.shots": "x"}, {"respond": {"shots": "x"}}])
+def test_an_old_name_on_the_command_line_works_and_is_warned_of_once(tmp_path, capsys, overrides):
+    assert load_settings(tmp_path / "none", overrides).respond.few_shot == "x"
     assert capsys.readouterr().err == f"command line: {SHOTS}"
 
 

@@ -89,17 +89,17 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_defaults_and_stripped_texts(tmp_path):
-    found = load(tmp_path, HEAD + PRINCIPLE.replace("Is it", "  Is it"))
-    assert (found.principles, found.combine, found.preamble) == ("all", "mean-logit", "")
-    assert found.principle[0].weight == 1.0
-    assert found.principle[0].grade == "Is it kind?"
+    loaded = load(tmp_path, HEAD + PRINCIPLE.replace("Is it", "  Is it"))
+    assert (loaded.principles, loaded.combine, loaded.preamble) == ("all", "mean-logit", "")
+    assert loaded.principle[0].weight == 1.0
+    assert loaded.principle[0].grade == "Is it kind?"
 
 
 def test_a_protocol_that_has_no_question_is_named(tmp_path):
-    found = load(tmp_path, HEAD + PRINCIPLE + "[[principle]]\nid = 'two'\ngrade = 'Is it?'")
-    found.require("pointwise", "c.toml")
+    loaded = load(tmp_path, HEAD + PRINCIPLE + "[[principle]]\nid = 'two'\ngrade = 'Is it?'")
+    loaded.require("pointwise", "c.toml")
     with pytest.raises(InputError, match=r"c\.toml: principle\.1\.compare: got nothing.*'two'"):
-        found.require("pairwise", "c.toml")
+        loaded.require("pairwise", "c.toml")
 
 
 @pytest.mark.parametrize(
@@ -143,28 +143,28 @@ def test_the_digest_of_a_principle_is_what_its_verdicts_depend_on(tmp_path):
 def test_a_cue_stands_for_the_question_in_plain_text_alone(tmp_path):
     cued = PRINCIPLE + 'cue = "Kind"\n'
     one = load(tmp_path, HEAD + cued).principle[0]
-    asked = load(tmp_path, HEAD + cued.replace("Is it kind?", "Is it warm?")).principle[0]
+    reworded = load(tmp_path, HEAD + cued.replace("Is it kind?", "Is it warm?")).principle[0]
     other = load(tmp_path, HEAD + cued.replace("Kind", "Warm")).principle[0]
     text, chat = ("pointwise", "text"), ("pointwise", "chat")
-    assert one.digest(*text) == asked.digest(*text) != other.digest(*text)
-    assert one.digest(*chat) == other.digest(*chat) != asked.digest(*chat)
+    assert one.digest(*text) == reworded.digest(*text) != other.digest(*text)
+    assert one.digest(*chat) == other.digest(*chat) != reworded.digest(*chat)
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "constitutions").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_shipped_constitutions_load_without_a_note(path):
-    found = constitution.load(path)
-    assert found.lint() == []
-    assert found.name == path.stem
+    loaded = constitution.load(path)
+    assert loaded.lint() == []
+    assert loaded.name == path.stem
     for protocol in ("pairwise", "pointwise"):
-        found.require(protocol, path)
+        loaded.require(protocol, path)
 
 
 def test_hhh_is_complete():
-    found = constitution.load(ROOT / "constitutions" / "hhh.toml")
-    assert len(found.principle) == 16
-    for principle in found.principle:
+    loaded = constitution.load(ROOT / "constitutions" / "hhh.toml")
+    assert len(loaded.principle) == 16
+    for principle in loaded.principle:
         assert all((principle.critique, principle.revision, principle.compare, principle.grade))
 
 

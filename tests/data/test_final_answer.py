@@ -176,8 +176,8 @@ noise = st.text() | st.lists(st.sampled_from(WORDS)).map(" ".join) | st.text("an
 
 @given(noise)
 def test_no_text_breaks_it(text):
-    for found in (final_answer(text), normalise(text)):
-        assert found is None or found
+    for answer in (final_answer(text), normalise(text)):
+        assert answer is None or answer
 
 
 HOSTILE = [
@@ -220,10 +220,10 @@ def test_a_pattern_that_would_never_end_is_stopped(monkeypatch):
 
 
 def test_a_pattern_works_in_a_thread():
-    found = []
+    answers = []
     thread = threading.Thread(
-        target=lambda: found.append(final_answer("so: 5", re.compile(r"so: (\d)")))
+        target=lambda: answers.append(final_answer("so: 5", re.compile(r"so: (\d)")))
     )
     thread.start()
     thread.join()
-    assert found == ["5"]
+    assert answers == ["5"]

@@ -65,14 +65,14 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_the_same_comparison(shape):
     (pair,) = pairs_of(SHAPES[shape], "row")
-    found = pair.comparison
-    assert found.prompt == HI
-    assert {found.first, found.second} == {"x", "y"}
+    row = pair.comparison
+    assert row.prompt == HI
+    assert {row.first, row.second} == {"x", "y"}
     human = shape not in ("response_a", "response_1", "llmbar", "pandalm", "messages")
     assert (pair.human is not None) == human
     if human:  # x is the better one in each of these
-        assert pair.human.p_first == (1.0 if found.first == "x" else 0.0)
-        assert pair.human.comparison_id == found.id
+        assert pair.human.p_first == (1.0 if row.first == "x" else 0.0)
+        assert pair.human.comparison_id == row.id
 
 
 def test_a_dialogue_becomes_its_turns():
@@ -118,12 +118,12 @@ def test_the_humans_choice_decides_nothing(prompt, one, other):
         ranked = {"prompt": prompt, "responses": [chosen, rejected], "ranks": [1, 2]}
         (again,) = pairs_of(ranked, "row")
         assert again.comparison == pairs[chosen, rejected].comparison
-    found = [pair.comparison for pair in pairs.values()]
-    assert found[0] == found[-1]
+    rows = [pair.comparison for pair in pairs.values()]
+    assert rows[0] == rows[-1]
     if one != other:
         assert sum(pair.human.p_first for pair in pairs.values()) == 1
     for judge in JUDGES:
-        calls = [[judge.ask(call, c) for call in judge.calls_for(c)] for c in found]
+        calls = [[judge.ask(call, c) for call in judge.calls_for(c)] for c in rows]
         assert calls[0] == calls[-1]
 
 
@@ -174,10 +174,10 @@ def test_a_bad_row_is_one_line_with_file_line_and_key(tmp_path, row, error):
     file = tmp_path / "pairs.jsonl"
     good = {"prompt": "Hi", "response_a": "x", "response_b": "y"}
     file.write_text(json.dumps(good) + "\n\n" + json.dumps(row) + "\n")
-    with pytest.raises(InputError) as found:
+    with pytest.raises(InputError) as raised:
         list(read_pairs(str(file)))
-    assert str(found.value).startswith(f"{file}:3: {error}")
-    assert "\n" not in str(found.value)
+    assert str(raised.value).startswith(f"{file}:3: {error}")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_score_that_is_no_number_is_not_a_preference():
@@ -193,10 +193,10 @@ def test_the_id_is_of_prompt_first_and_second():
     base = {"prompt": "Hi", "response_a": "x", "response_b": "y"}
     changes = [{}, {"prompt": "Bye"}, {"response_a": "z"}, {"response_b": "z"}]
     changes += [{"response_a": "y", "response_b": "x"}, {"prompt": [*ASKED]}]
-    found = [pair.comparison.id for change in changes for pair in pairs_of(base | change, "row")]
-    assert len(set(found)) == len(changes)
+    ids = [pair.comparison.id for change in changes for pair in pairs_of(base | change, "row")]
+    assert len(set(ids)) == len(changes)
     same = {"id": "7", "source": "elsewhere", "label": 1}
-    assert next(pairs_of(base | same, "row")).comparison.id == found[0]
+    assert next(pairs_of(base | same, "row")).comparison.id == ids[0]
 
 
 def test_rows_that_repeat_are_marked():

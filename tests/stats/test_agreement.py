@@ -58,25 +58,25 @@ def test_people_are_the_majority_and_no_one_where_there_is_none():
 def test_agreement_by_hand():
     judge = [1.0, 1.0, 0.0, 0.5, None, 1.0, 0.5, None]
     people = [1.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.5, None]
-    found = agreement(judge, people, BOOTSTRAP)
-    assert (found["people"], found["people_ties"], found["no_verdict"]) == (7, 2, 1)
-    assert found["agreement"]["mean"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
-    assert found["agreement"]["n"] == 4
+    figures = agreement(judge, people, BOOTSTRAP)
+    assert (figures["people"], figures["people_ties"], figures["no_verdict"]) == (7, 2, 1)
+    assert figures["agreement"]["mean"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert figures["agreement"]["n"] == 4
     # Of seven that people decided: two wins, a tie; the missing verdict is a miss and counts.
-    assert found["exact"]["mean"] == pytest.approx(3 / 7)
-    assert found["exact"]["n"] == 7
+    assert figures["exact"]["mean"] == pytest.approx(3 / 7)
+    assert figures["exact"]["n"] == 7
     # Of six with both: 3 the same; by chance 1.0: 3 x 2, 0.0: 1 x 2, 0.5: 2 x 2 of 36.
     chance = (3 * 2 + 1 * 2 + 2 * 2) / 36
-    assert found["kappa"] == pytest.approx((0.5 - chance) / (1 - chance))
+    assert figures["kappa"] == pytest.approx((0.5 - chance) / (1 - chance))
 
 
 def test_a_null_is_counted_and_enters_no_share():
     nulls = [judgement(n, None) for n in range(5)]
-    found = card([*nulls, judgement(5, 0.9), judgement(6, 0.2)])
-    assert found["null"] == {"refused": 5}
-    assert found["agreement"]["n"] == 2
-    assert found["agreement"]["mean"] == 0.5
-    assert found["exact"]["mean"] == pytest.approx(1 / 7)
+    figures = card([*nulls, judgement(5, 0.9), judgement(6, 0.2)])
+    assert figures["null"] == {"refused": 5}
+    assert figures["agreement"]["n"] == 2
+    assert figures["agreement"]["mean"] == 0.5
+    assert figures["exact"]["mean"] == pytest.approx(1 / 7)
     only = card(nulls)
     assert only["agreement"] == {"mean": None, "low": None, "high": None, "n": 0}
     assert only["kappa"] is None
@@ -88,16 +88,16 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     draw, held = random.Random(0), 0
     for _ in range(100):
         values = [float(draw.random() < 0.7) for _ in range(60)]
-        found = BOOTSTRAP.rate(values)
-        held += found["low"] <= 0.7 <= found["high"]
+        interval = BOOTSTRAP.rate(values)
+        held += interval["low"] <= 0.7 <= interval["high"]
     assert 88 <= held <= 100
 
 
 def test_many_values_are_not_bootstrapped(monkeypatch):
     monkeypatch.setattr(intervals, "MOST", 10)
-    found = Bootstrap(seed=0, resamples=0).rate([1.0] * 8 + [0.0] * 8)
-    assert (found["mean"], found["n"]) == (0.5, 16)
-    assert found["low"] == pytest.approx(0.2800, abs=1e-4)  # Wilson's, 8 of 16
+    interval = Bootstrap(seed=0, resamples=0).rate([1.0] * 8 + [0.0] * 8)
+    assert (interval["mean"], interval["n"]) == (0.5, 16)
+    assert interval["low"] == pytest.approx(0.2800, abs=1e-4)  # Wilson's, 8 of 16
 
 
 def test_krippendorffs_alpha_of_his_example():
@@ -121,11 +121,11 @@ def test_there_is_no_alpha_of_one_rater_or_one_answer():
 
 def test_annotators_by_hand():
     said = [(1.0, 1.0, 1.0), (1.0, 1.0, 0.0), (0.0, 0.5), (1.0,)]
-    found = annotators(said, BOOTSTRAP)
-    assert found["agreement"]["mean"] == pytest.approx((1 + 1 / 3 + 0) / 3)
-    assert found["agreement"]["n"] == 3
-    assert found["unanimous"] == pytest.approx(1 / 3)
-    assert found["most"] == 3
+    shares = annotators(said, BOOTSTRAP)
+    assert shares["agreement"]["mean"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert shares["agreement"]["n"] == 3
+    assert shares["unanimous"] == pytest.approx(1 / 3)
+    assert shares["most"] == 3
     assert annotators([(1.0,), ()], BOOTSTRAP) is None
 
 
@@ -133,10 +133,10 @@ def test_longer_wins_is_of_the_same_pairs_for_both():
     judge = [1.0, 1.0, 0.0, 0.5, None, 1.0]
     people = [1.0, 0.0, 1.0, 1.0, 1.0, 0.5]
     words = [3, 3, 3, 3, 3, -3]
-    found = longer_wins(judge, people, words, BOOTSTRAP)
-    assert (found["judge"]["n"], found["people"]["n"]) == (3, 3)
-    assert found["judge"]["mean"] == pytest.approx(2 / 3)
-    assert found["people"]["mean"] == pytest.approx(2 / 3)
+    shares = longer_wins(judge, people, words, BOOTSTRAP)
+    assert (shares["judge"]["n"], shares["people"]["n"]) == (3, 3)
+    assert shares["judge"]["mean"] == pytest.approx(2 / 3)
+    assert shares["people"]["mean"] == pytest.approx(2 / 3)
     alone = longer_wins(judge, [None] * 6, words, BOOTSTRAP)
     assert alone["people"] is None
     assert (alone["judge"]["n"], alone["judge"]["mean"]) == (4, 0.5)
@@ -164,12 +164,12 @@ def test_a_temperature_undoes_overconfidence():
         truth = draw.gauss(0, 1)
         chosen = float(draw.random() < probability(truth))
         rows.append(judgement(n, probability(3 * truth), (chosen,)))
-    found = card(rows, calibrate=True)
-    fitted = found["temperature"]
+    figures = card(rows, calibrate=True)
+    fitted = figures["temperature"]
     assert fitted["temperature"] == pytest.approx(3, rel=0.3)
     assert fitted["ece"] < 0.6 * fitted["ece_before"]
     assert fitted["fitted_on"] + fitted["n"] == 600
-    assert found["calibration"]["ece"] == pytest.approx(fitted["ece_before"], abs=0.03)
+    assert figures["calibration"]["ece"] == pytest.approx(fitted["ece_before"], abs=0.03)
     assert card(rows)["temperature"] is None
     assert temperature([(1.0, 1.0)] * 19) is None
 
@@ -191,8 +191,8 @@ def test_calibration_before_and_after_is_of_the_half_that_is_not_fitted():
         ]
 
     both = rows("fitted", 20, 30) + rows("held out", 40, 40)
-    found = (card(both, seed=seed, calibrate=True)["temperature"] for seed in range(20))
-    fitted = next(one for one in found if one and one["fitted_on"] == 30)
+    fits = (card(both, seed=seed, calibrate=True)["temperature"] for seed in range(20))
+    fitted = next(one for one in fits if one and one["fitted_on"] == 30)
     assert fitted["n"] == 40
     assert fitted["ece_before"] == pytest.approx(0.1)
     assert fitted["ece"] == pytest.approx(1 / 3, abs=0.01)
@@ -217,13 +217,13 @@ def test_position_by_hand():
     for n, (ab, ba) in enumerate(said):
         for order, p in (("ba", ba), ("ab", ab)):  # as they come from a journal, in any order
             add(table, verdict(n, order, p), item(n))
-    found = position(table.of(), BOOTSTRAP)
-    assert found["consistency"]["mean"] == pytest.approx(2 / 5)
-    assert (found["first"], found["second"]) == (2 / 5, 1 / 5)
+    bias = position(table.of(), BOOTSTRAP)
+    assert bias["consistency"]["mean"] == pytest.approx(2 / 5)
+    assert (bias["first"], bias["second"]) == (2 / 5, 1 / 5)
     # First shown wins: ab > 0.5 four times, ba < 0.5 thrice; the other four are for the second.
-    assert found["bias"] == pytest.approx((7 - 4) / 11)
-    assert found["right"]["ab"]["mean"] == pytest.approx(4 / 6)
-    assert found["right"]["ba"]["mean"] == pytest.approx(2 / 6)  # the missing one is not right
+    assert bias["bias"] == pytest.approx((7 - 4) / 11)
+    assert bias["right"]["ab"]["mean"] == pytest.approx(4 / 6)
+    assert bias["right"]["ba"]["mean"] == pytest.approx(2 / 6)  # the missing one is not right
     assert table.of().faults == {"refused": 1}
 
 
@@ -266,18 +266,18 @@ def test_by_principle_and_by_subset():
         rows.append(Judgement(one, Label(one.comparison_id, 0.9, None, 2, None, by_principle)))
         for name, p in by_principle.items():
             add(table, verdict(n, "ab", p, name), one)
-    found = card(rows, table)
-    assert found["by_principle"]["kind"]["agreement"]["mean"] == 1
-    assert found["by_principle"]["grim"]["agreement"] | {"low": 0, "high": 0} == {
+    figures = card(rows, table)
+    assert figures["by_principle"]["kind"]["agreement"]["mean"] == 1
+    assert figures["by_principle"]["grim"]["agreement"] | {"low": 0, "high": 0} == {
         "mean": 0, "low": 0, "high": 0, "n": 3
     }  # fmt: skip
-    assert found["by_principle"]["grim"]["fault_rate"] == pytest.approx(1 / 4)
-    assert found["by_principle"]["kind"]["faults"] == {}
-    assert {name: part["pairs"] for name, part in found["by_subset"].items()} == {
+    assert figures["by_principle"]["grim"]["fault_rate"] == pytest.approx(1 / 4)
+    assert figures["by_principle"]["kind"]["faults"] == {}
+    assert {name: part["pairs"] for name, part in figures["by_subset"].items()} == {
         "even": 2, "odd": 2
     }  # fmt: skip
-    assert found["by_subset"]["even"]["faults"] == {"refused": 1}
-    assert found["by_subset"]["odd"]["faults"] == {}
+    assert figures["by_subset"]["even"]["faults"] == {"refused": 1}
+    assert figures["by_subset"]["odd"]["faults"] == {}
     assert card(rows[:1], table)["by_subset"] == {}  # one subset is the whole
 
 
@@ -290,11 +290,11 @@ def test_self_preference():
         judgement(4, 0.9, (1.0,), models=("other", "another")),
     ]
     for model in ("gpt-x", "openai:gpt-x"):
-        found = card(rows, model=model)["self_preference"]
-        assert found["judge"]["n"] == 3
-        assert found["judge"]["mean"] == pytest.approx(2 / 3)
-        assert found["people"]["mean"] == 0
-        assert found["more"]["mean"] == pytest.approx(2 / 3)
+        share = card(rows, model=model)["self_preference"]
+        assert share["judge"]["n"] == 3
+        assert share["judge"]["mean"] == pytest.approx(2 / 3)
+        assert share["people"]["mean"] == 0
+        assert share["more"]["mean"] == pytest.approx(2 / 3)
     assert card(rows, model="nobody")["self_preference"] is None
 
 

@@ -38,8 +38,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.asarray(x)))
 
 
-def inside(found, truth) -> bool:
-    return found["low"] <= truth <= found["high"]
+def inside(interval, truth) -> bool:
+    return interval["low"] <= truth <= interval["high"]
 
 
 # --- intervals
@@ -67,9 +67,9 @@ def test_an_interval_is_a_function_of_seed_and_values(bootstrap):
 
 
 def test_nulls_are_no_numbers(bootstrap):
-    known = [1.0, 2.0, 4.0]
-    assert bootstrap.mean([None, *known, None]) == bootstrap.mean(known)
-    assert bootstrap.mean(known)["n"] == 3
+    values = [1.0, 2.0, 4.0]
+    assert bootstrap.mean([None, *values, None]) == bootstrap.mean(values)
+    assert bootstrap.mean(values)["n"] == 3
     nothing = {"mean": None, "low": None, "high": None, "n": 0}
     assert bootstrap.mean([None]) == bootstrap.rate([None]) == bootstrap.rate([]) == nothing
 
@@ -80,9 +80,9 @@ def test_one_value_has_no_interval(bootstrap):
 
 def test_to_win_or_tie_all_of_six_is_not_to_do_so_always(bootstrap):
     """Wilson's interval, where every draw is the same."""
-    found = bootstrap.rate([1.0] * 6)
-    assert (found["mean"], found["high"]) == (1.0, 1.0)
-    assert found["low"] == pytest.approx(0.6097, abs=1e-4)
+    interval = bootstrap.rate([1.0] * 6)
+    assert (interval["mean"], interval["high"]) == (1.0, 1.0)
+    assert interval["low"] == pytest.approx(0.6097, abs=1e-4)
     assert bootstrap.rate([0.0] * 6)["high"] == pytest.approx(1 - 0.6097, abs=1e-4)
     assert bootstrap.rate([1.0])["low"] == pytest.approx(0.2065, abs=1e-4)
     ties = bootstrap.rate([0.5] * 6)
@@ -103,23 +103,23 @@ def test_a_match_counts_wins_ties_losses_and_what_has_no_verdict(bootstrap):
     p_first = [0.9, 0.7, 0.5, 0.2, None]
     games = [Game(p, {"kind": p, "wise": 0.4}) for p in p_first]
     games[0] = Game(0.9, {"kind": None, "wise": 0.4})
-    found = match(games, 0.0, bootstrap)
-    counts = [found[name] for name in ("n", "wins", "ties", "losses", "null")]
+    summary = match(games, 0.0, bootstrap)
+    counts = [summary[name] for name in ("n", "wins", "ties", "losses", "null")]
     assert counts == [4, 2, 1, 1, 1]
-    assert found["win_rate"]["mean"] == pytest.approx(2.5 / 4)
-    assert found["soft_win_rate"]["mean"] == pytest.approx((0.9 + 0.7 + 0.5 + 0.2) / 4)
-    assert found["by_principle"] == {"kind": pytest.approx(0.5), "wise": 0.0}
-    assert inside(found["win_rate"], 2.5 / 4)
+    assert summary["win_rate"]["mean"] == pytest.approx(2.5 / 4)
+    assert summary["soft_win_rate"]["mean"] == pytest.approx((0.9 + 0.7 + 0.5 + 0.2) / 4)
+    assert summary["by_principle"] == {"kind": pytest.approx(0.5), "wise": 0.0}
+    assert inside(summary["win_rate"], 2.5 / 4)
     wider = match(games, 0.25, bootstrap)
     assert [wider[name] for name in ("wins", "ties", "losses")] == [1, 2, 1]
 
 
 def test_a_match_without_a_verdict_has_no_win_rate(bootstrap):
-    found = match([Game(None)] * 3, 0.0, bootstrap)
-    assert (found["n"], found["null"]) == (0, 3)
-    assert found["win_rate"] == {"mean": None, "low": None, "high": None}
-    assert found["length_controlled"] is None
-    assert found["by_principle"] == {}
+    summary = match([Game(None)] * 3, 0.0, bootstrap)
+    assert (summary["n"], summary["null"]) == (0, 3)
+    assert summary["win_rate"] == {"mean": None, "low": None, "high": None}
+    assert summary["length_controlled"] is None
+    assert summary["by_principle"] == {}
 
 
 # --- length
@@ -135,35 +135,35 @@ def biased(draw, n, advantage, liking, longer):
 def test_a_win_rate_that_is_length_alone_is_gone_at_equal_length(draw, bootstrap):
     results, words = biased(draw, 1500, advantage=0.0, liking=2.5, longer=15)
     assert results.mean() > 0.65
-    found = length_controlled(results, words, Bootstrap(0, 100))
-    assert found["mean"] == pytest.approx(0.5, abs=0.06)
-    assert inside(found, 0.5)
+    estimate = length_controlled(results, words, Bootstrap(0, 100))
+    assert estimate["mean"] == pytest.approx(0.5, abs=0.06)
+    assert inside(estimate, 0.5)
 
 
 def test_a_real_advantage_stays_though_length_hides_it(draw):
     results, words = biased(draw, 1500, advantage=1.0, liking=2.5, longer=-15)
     assert results.mean() < 0.55
-    found = length_controlled(results, words, Bootstrap(0, 100))
-    assert found["mean"] == pytest.approx(sigmoid(1.0), abs=0.06)
-    assert found["low"] > 0.6
+    estimate = length_controlled(results, words, Bootstrap(0, 100))
+    assert estimate["mean"] == pytest.approx(sigmoid(1.0), abs=0.06)
+    assert estimate["low"] > 0.6
 
 
 def test_length_control_is_the_same_from_both_sides(draw):
     results, words = biased(draw, 80, advantage=0.5, liking=1.0, longer=5)
     results[:20] = 0.5
     few = Bootstrap(0, 100)
-    found, turned = (
+    estimate, turned = (
         length_controlled(results, words, few),
         length_controlled(1 - results, -words, few),
     )
-    assert turned["mean"] == pytest.approx(1 - found["mean"], abs=1e-4)
-    assert turned["low"] == pytest.approx(1 - found["high"], abs=1e-3)
+    assert turned["mean"] == pytest.approx(1 - estimate["mean"], abs=1e-4)
+    assert turned["low"] == pytest.approx(1 - estimate["high"], abs=1e-3)
 
 
 def test_without_any_liking_for_length_it_is_the_win_rate(draw):
     results, words = biased(draw, 1500, advantage=0.6, liking=0.0, longer=30)
-    found = length_controlled(results, words, Bootstrap(0, 100))
-    assert found["mean"] == pytest.approx(results.mean(), abs=0.06)
+    estimate = length_controlled(results, words, Bootstrap(0, 100))
+    assert estimate["mean"] == pytest.approx(results.mean(), abs=0.06)
 
 
 def test_length_control_is_null_where_it_cannot_be_fitted(draw, bootstrap):
@@ -194,37 +194,37 @@ ALL = [*STAR, ("base", "ppo"), ("base", "best"), ("ppo", "best")]
 
 @pytest.mark.parametrize("pairs", [STAR, ALL], ids=["star", "all"])
 def test_ratings_recover_known_strengths(draw, bootstrap, pairs):
-    found = ratings(played(draw, STRENGTHS, pairs, 4000), bootstrap)
+    elo = ratings(played(draw, STRENGTHS, pairs, 4000), bootstrap)
     for name, strength in STRENGTHS.items():
-        assert found[name]["mean"] == pytest.approx(ELO * strength, abs=25)
-        assert found[name]["low"] < found[name]["mean"] < found[name]["high"]
-        assert found[name]["high"] - found[name]["low"] < 60
-    assert sum(one["mean"] for one in found.values()) == pytest.approx(0, abs=1e-6)
+        assert elo[name]["mean"] == pytest.approx(ELO * strength, abs=25)
+        assert elo[name]["low"] < elo[name]["mean"] < elo[name]["high"]
+        assert elo[name]["high"] - elo[name]["low"] < 60
+    assert sum(one["mean"] for one in elo.values()) == pytest.approx(0, abs=1e-6)
 
 
 def test_intervals_of_ratings_hold_the_truth(draw):
     few = Bootstrap(0, 200)
     held = []
     for _ in range(60):
-        found = ratings(played(draw, STRENGTHS, STAR, 60), few)
-        held += [inside(found[name], ELO * strength) for name, strength in STRENGTHS.items()]
+        elo = ratings(played(draw, STRENGTHS, STAR, 60), few)
+        held += [inside(elo[name], ELO * strength) for name, strength in STRENGTHS.items()]
     assert np.mean(held) > 0.9
 
 
 def test_two_players_by_hand(bootstrap):
     """3 of 4 won, and the tie that is added: 3.5 to 1.5."""
-    found = ratings({("a", "b"): [1.0, 1.0, 1.0, 0.0]}, bootstrap)
+    elo = ratings({("a", "b"): [1.0, 1.0, 1.0, 0.0]}, bootstrap)
     apart = 400 * math.log10(3.5 / 1.5)
-    assert found["a"]["mean"] == pytest.approx(apart / 2)
-    assert found["b"]["mean"] == pytest.approx(-apart / 2)
+    assert elo["a"]["mean"] == pytest.approx(apart / 2)
+    assert elo["b"]["mean"] == pytest.approx(-apart / 2)
     drawn = ratings({("a", "b"): [0.5, 0.5]}, bootstrap)
     assert drawn["a"]["mean"] == pytest.approx(0)
 
 
 def test_who_won_all_has_a_rating_and_who_met_nobody_has_none(bootstrap):
-    found = ratings({("a", "b"): [1.0] * 9, ("c", "b"): [None] * 9}, bootstrap)
-    assert set(found) == {"a", "b"}
-    assert found["a"]["mean"] == pytest.approx(200 * math.log10(9.5 / 0.5))
+    elo = ratings({("a", "b"): [1.0] * 9, ("c", "b"): [None] * 9}, bootstrap)
+    assert set(elo) == {"a", "b"}
+    assert elo["a"]["mean"] == pytest.approx(200 * math.log10(9.5 / 0.5))
     assert ratings({("a", "b"): [None]}, bootstrap) == {}
     assert ratings({}, bootstrap) == {}
     lone = ratings({("a", "b"): [1.0]}, bootstrap)["a"]

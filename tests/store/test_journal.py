@@ -59,7 +59,7 @@ def fill(path: Path, count: int = 5) -> list[dict]:
     return rows
 
 
-def found(path: Path) -> list[dict]:
+def rows_in(path: Path) -> list[dict]:
     """What counts now, in the order of ids."""
     with Journal.open(path) as journal:
         return sorted_rows(journal.newest(raw.hex()) for raw in journal.index.answered)
@@ -71,7 +71,7 @@ def sorted_rows(rows) -> list[dict]:
 
 def test_what_is_written_is_read_back(path):
     rows = fill(path, 300)
-    assert found(path) == sorted_rows(rows)
+    assert rows_in(path) == sorted_rows(rows)
 
 
 def test_a_row_counts_only_once_it_is_durable(path, monkeypatch):
@@ -123,8 +123,8 @@ def test_torn_anywhere_in_the_last_row_only_that_row_is_lost(path):
         path.write_bytes(whole[:-cut])
         with Journal.open(path) as journal:
             assert len(journal.index.answered) == len(rows) - 1, cut
-            told = [(d.line, d.key in (key(4), "?")) for d in journal.index.damage]
-            assert told == ([(5, True)] if cut < last else [])
+            damage = [(d.line, d.key in (key(4), "?")) for d in journal.index.damage]
+            assert damage == ([(5, True)] if cut < last else [])
             journal.append(rows[-1])
         assert path.read_bytes() == whole, cut
 
@@ -151,10 +151,10 @@ def test_a_flipped_bit_is_reported_with_line_and_key_and_costs_that_row_alone(pa
             lost = {number, number + 1} if place == "newline" else {number}
             left = {bytes.fromhex(r["id"]) for n, r in enumerate(rows) if n not in lost}
             assert journal.index.answered.keys() == left
-            told = " ".join(f"{d.line}:{d.key}" for d in journal.index.damage)
-            assert told.startswith(f"{number + 1}:")
+            damage = " ".join(f"{d.line}:{d.key}" for d in journal.index.damage)
+            assert damage.startswith(f"{number + 1}:")
             if place != "id":
-                assert all(key(n) in told for n in lost)
+                assert all(key(n) in damage for n in lost)
 
 
 @given(data=st.binary(max_size=400), at=st.floats(0, 1))
@@ -166,7 +166,7 @@ def test_garbage_in_the_middle_costs_no_whole_row_elsewhere(tmp_path, data, at):
     lines = path.read_bytes().splitlines(keepends=True)
     number = int(at * len(lines))
     path.write_bytes(b"".join([*lines[:number], data + b"\n", *lines[number:]]))
-    assert found(path) == sorted_rows(rows)
+    assert rows_in(path) == sorted_rows(rows)
 
 
 def failing(monkeypatch, name: str, number: int, left: int = 0):
@@ -204,7 +204,7 @@ def test_a_failed_write_is_loud_and_leaves_what_was_durable(path, monkeypatch, n
     assert path.read_bytes() == before
     with Journal.open(path) as again:
         again.append(row(7))
-    assert found(path) == sorted_rows([*rows, row(7)])
+    assert rows_in(path) == sorted_rows([*rows, row(7)])
 
 
 def test_nobody_waits_for_a_writer_that_died_of_something_else(path, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_row_of_ten_megabytes(path):
     with Journal.open(path) as journal:
         for one in rows:
             journal.append(one)
-    assert found(path) == sorted_rows(rows)
+    assert rows_in(path) == sorted_rows(rows)
 
 
 @given(st.lists(texts, max_size=8))
@@ -260,7 +260,7 @@ def test_any_text_survives_the_journal(tmp_path, said):
     with Journal.open(path) as journal:
         for one in rows:
             journal.append(one)
-    assert found(path) == sorted_rows(rows)
+    assert rows_in(path) == sorted_rows(rows)
     assert path.read_bytes().count(b"\n") == len(rows) if rows else True
 
 
