@@ -153,9 +153,9 @@ class TrainSettings(Strict):
     LORA_RATE: ClassVar[float] = 2e-4  # adapters begin at zero and take about ten times the rate
     model: str | None = None  # None: the policy
     epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)  # of the optimizer; None: as the epochs come to
+    max_steps: int | None = Field(None, ge=1)  # of the optimizer; None: by epochs
     batch_size: int = Field(32, ge=1)  # sequences an optimizer step, over all devices
-    micro_tokens: int | None = Field(None, ge=1)  # run at once; None: 16,384, on a CPU 2,048
+    micro_tokens: int | None = Field(None, ge=1)  # per forward pass; None: 16,384, on a CPU 2,048
     learning_rate: float | None = Field(None, ge=0)  # None: 2e-5, with LoRA 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
@@ -185,7 +185,7 @@ class SFTSettings(TrainSettings):
     filtered: bool = False  # only revisions that `aif filter` kept
     loss_on: Literal["response", "assistant"] = "response"  # the last turn, or every assistant's
     max_tokens: int = Field(1024, ge=8)  # of an example
-    packing: bool | None = None  # no padding; None: where the attention is for it
+    packing: bool | None = None  # no padding; None: if the attention allows it
 
 
 class RequireAudit(Strict):
@@ -199,7 +199,7 @@ class RequireAudit(Strict):
 class RewardSettings(TrainSettings):
     """The reward model. `data` maps a source to how often an epoch shows each prompt of it."""
 
-    model: str | None = None  # None: RUN/sft where it is there, else the policy
+    model: str | None = None  # None: RUN/sft if it exists, else the policy
     objective: Literal["pairs", "ranking", "grades"] = "pairs"
     head: Literal["random", "fitted"] = "random"  # fitted: to the body's features, before training
     data: dict[str, Annotated[float, Field(gt=0)]] = Field({"labels": 1.0})
@@ -208,10 +208,10 @@ class RewardSettings(TrainSettings):
     max_tokens: int = Field(1024, ge=8)  # of a prompt and one response
     hard: bool = False  # learn who won, not by how much
     confidence_weights: bool = False  # weigh a comparison by |2p - 1|
-    margin: float = Field(0.0, ge=0)  # to win by, where the label is certain
+    margin: float = Field(0.0, ge=0)  # of the scores, for a certain label
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     centering: float = Field(0.0, ge=0)  # pulls the mean score of a pair to zero
-    share_prompt: bool | None = None  # run a prompt once; None: where the attention can
+    share_prompt: bool | None = None  # run a prompt once; None: if the attention allows it
     members: int = Field(1, ge=1, le=16)  # models in the ensemble, of seeds seed, seed + 1, ...
     combine: Literal["mean", "min", "lower"] = "mean"  # lower: mean less one standard deviation
     curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field([])  # shares to train on besides
@@ -223,12 +223,12 @@ class PPOSettings(TrainSettings):
 
     FULL_RATE: ClassVar[float] = 3e-6
     LORA_RATE: ClassVar[float] = 1e-4
-    model: str | None = None  # None: RUN/sft where it is there, else the policy
+    model: str | None = None  # None: RUN/sft if it exists, else the policy
     algorithm: Literal["ppo", "rloo", "reinforce"] = "ppo"  # the latter two without a critic
     prompts: str | None = None  # None: the run's own
     reward: dict[str, float] = Field({"model": 1.0})  # model, judge, MODULE:FUNCTION
     reward_model: str | None = None  # None: RUN/reward
-    critic: str | None = None  # None: the reward model where it is a reward, else the policy
+    critic: str | None = None  # None: the reward model if it is a reward, else the policy
     batch_size: int = Field(32, ge=1)  # prompts a step
     samples: int = Field(1, ge=1)  # responses a prompt
     ppo_epochs: int = Field(4, ge=1)  # passes over a step's responses
@@ -253,7 +253,7 @@ class PPOSettings(TrainSettings):
     normalise: bool = True  # the reward model's scores, by its reference mean and std
     scale_scores: bool = False  # by the running standard deviation
     score_clip: float | None = Field(None, gt=0)  # scores are kept in +-score_clip
-    missing_eos_penalty: float = Field(1.0, ge=0)  # off the score of a response without an end
+    missing_eos_penalty: float = Field(1.0, ge=0)  # subtracted for a response without an end
     whiten_rewards: bool = False
     rollouts: Literal["transformers", "vllm"] = "transformers"  # what samples responses
     vllm_memory: float = Field(0.3, gt=0, lt=1)  # share of a GPU's memory for vLLM
@@ -297,8 +297,8 @@ class LabelSettings(Strict):
     consensus: Literal["mean", "majority", "unanimous"] = "mean"  # of the judge and its panel
     judge_weights: dict[str, Annotated[float, Field(ge=0)]] = Field({})  # a judge that has none: 1
     weights_from: str | None = None  # an audit.json, whose weights these are unless given above
-    escalate_below: float | None = Field(None, ge=0, le=1)  # |2p - 1| under which more is asked
-    escalate: Literal["orders", "panel", "reasoned"] = "orders"  # what is asked then
+    escalate_below: float | None = Field(None, ge=0, le=1)  # more calls if |2p - 1| is below it
+    escalate: Literal["orders", "panel", "reasoned"] = "orders"  # the calls to add then
 
     @field_validator("clamp")
     @classmethod
@@ -309,12 +309,12 @@ class LabelSettings(Strict):
 
 
 class AuditSettings(Strict):
-    """Judges held against people."""
+    """Judges compared with people."""
 
     pairs: str | None = None  # with people's choices; None: label.pairs, or the runs' own
     judges: list[str] = Field([])  # by name; recorded:COLUMN is one whose verdicts the pairs have
     runs: list[str] = Field([])  # folders that are labelled; none, and no judge: this one
-    canaries: int = Field(0, ge=0)  # pairs that are attacked, each in every way
+    canaries: int = Field(0, ge=0)  # pairs to attack, each in every way
     calibrate: bool = False  # fit a temperature on half of the prompts
     resamples: int = Field(1000, ge=100)  # of the pairs, for an interval
     seed: int = 0
@@ -324,10 +324,10 @@ class EvaluateSettings(Strict):
     """Policies against each other on prompts that they have not learned from."""
 
     policies: list[str] = Field([])  # by name; none: all that the run has
-    against: str | None = None  # None: sft where it is there, else base
+    against: str | None = None  # None: sft if it exists, else base
     prompts: str | None = None  # None: those that `aif ppo` held out
-    human: str | None = None  # pairs with people's choices, to hold the judge against
-    all_pairs: bool = False  # not only against one, but each with each
+    human: str | None = None  # pairs with people's choices, to check the judge
+    all_pairs: bool = False  # each policy against each, not only against one
     tie_margin: float = Field(0.0, ge=0, lt=0.5)  # a tie is within this of even
     resamples: int = Field(1000, ge=100)  # of the prompts, for an interval
     seed: int = 0
@@ -343,7 +343,7 @@ class PipelineSettings(Strict):
 
 
 class Settings(Strict):
-    """Everything a run can be told, table by table."""
+    """All settings of a run, table by table."""
 
     pipeline: PipelineSettings = PipelineSettings()
     policy: PolicySettings = PolicySettings()

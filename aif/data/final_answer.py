@@ -104,9 +104,9 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
     for match in _MARKER.finditer(text):
         start = _LEAD.match(text, match.end()).end()
         line = text[start : start + 3 * PHRASE].partition("\n")[0]
-        said = _CLAUSE.split(line, maxsplit=1)[0]
-        if len(said) <= PHRASE and not _NOTHING.match(said) and not denied(match):
-            yield match.start(), said
+        statement = _CLAUSE.split(line, maxsplit=1)[0]
+        if len(statement) <= PHRASE and not _NOTHING.match(statement) and not denied(match):
+            yield match.start(), statement
     for match in _GSM8K.finditer(text):
         # "#### Step 2" is a Markdown heading; a number alone, or the end of the text, is none.
         if _ALONE.fullmatch(match[1]) or match.end() == len(text):

@@ -110,10 +110,10 @@ def _choices(row: dict[str, Any], place: str) -> list[float]:
     if "annotators" not in row:
         columns = [key for key in COLUMNS if row.get(key) is not None]
         return [_choice(row[key], place, key) for key in columns[:1]]
-    said = row["annotators"]
-    if not isinstance(said, list):
-        raise InputError(place, "annotators", got=shown(said), expected="a list of choices")
-    return [_choice(one, place, "annotators") for one in said]
+    choices = row["annotators"]
+    if not isinstance(choices, list):
+        raise InputError(place, "annotators", got=shown(choices), expected="a list of choices")
+    return [_choice(one, place, "annotators") for one in choices]
 
 
 def _more_words(row: Comparison) -> int:

@@ -253,7 +253,7 @@ def _dialogue(text: str) -> list[Message]:
         return [{"role": "user", "content": text}]
     parts = _HH_TURN.split(text.rstrip())[1:]
     turns = zip(parts[::2], parts[1::2], strict=True)
-    messages = [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in turns]
+    messages = [{"role": ROLES[who.lower()], "content": text.strip()} for who, text in turns]
     return messages[:-1]
 
 

@@ -35,5 +35,5 @@ def cleaned(value: Any) -> Any:
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, dict):
-        return {visible(key): cleaned(held) for key, held in value.items()}
-    return [cleaned(held) for held in value] if isinstance(value, list) else value
+        return {visible(key): cleaned(inner) for key, inner in value.items()}
+    return [cleaned(inner) for inner in value] if isinstance(value, list) else value

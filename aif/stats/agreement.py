@@ -81,15 +81,15 @@ def annotators(choices: Sequence[Sequence[float]], bootstrap: Bootstrap) -> dict
 
     `agreement` is the share of equal choices among all twos of a pair's annotators.
     """
-    several = [said for said in choices if len(said) > 1]
+    several = [row for row in choices if len(row) > 1]
     if not several:
         return None
     shares = []
-    for said in several:
-        twos = list(combinations(said, 2))
+    for row in several:
+        twos = list(combinations(row, 2))
         shares.append(sum(a == b for a, b in twos) / len(twos))
     most = max(map(len, several))
-    columns = [[said[k] if k < len(said) else None for said in several] for k in range(most)]
+    columns = [[row[k] if k < len(row) else None for row in several] for k in range(most)]
     return {
         "most": most,
         "agreement": bootstrap.rate(shares),
