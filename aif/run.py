@@ -27,7 +27,7 @@ from aif.config.settings import Settings
 from aif.errors import AifError, InputError, RunBusy, shown
 from aif.store import jsonl
 from aif.store.journal import Index, Journal, Reader
-from aif.store.records import as_row
+from aif.store.records import Label, as_row
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 Row = TypeVar("Row")
@@ -167,6 +167,10 @@ class Run:
                 raise InputError(
                     f"{path}:{number}", "", got=shown(row), expected=f"a {kind.__name__} row"
                 ) from None
+
+    def labels(self) -> dict[str, Label]:
+        """The rows of labels.jsonl by comparison id. Raises InputError as `read` does."""
+        return {row.comparison_id: row for row in self.read("labels.jsonl", Label)}
 
     def keep_settings(self) -> None:
         """Write run.toml if there is none, so that the next command needs no flags."""

@@ -229,7 +229,7 @@ def _read(judge: AuditedJudge, items: Sequence[Item]) -> tuple[list[Judgement], 
                 table.add(verdict, item.people, item.subset)
         return [Judgement(item, _recorded_label(judge.name, item)) for item in items], table
     by_id = {item.comparison_id: item for item in items}
-    labels = _labels(judge.run)
+    labels = judge.run.labels()
     if judge.member:
         labels = {key: _member_label(row, judge.member) for key, row in labels.items()}
     for verdict in judge.run.read("verdicts.jsonl", Verdict):
@@ -239,10 +239,6 @@ def _read(judge: AuditedJudge, items: Sequence[Item]) -> tuple[list[Judgement], 
     if not labels.keys() & by_id.keys():
         raise AifError(f"{judge.run.path}: none of its labels is of one of these pairs")
     return [Judgement(item, labels.get(item.comparison_id)) for item in items], table
-
-
-def _labels(run: Run) -> dict[str, Label]:
-    return {row.comparison_id: row for row in run.read("labels.jsonl", Label)}
 
 
 def _member_label(row: Label, member: str) -> Label | None:
@@ -305,12 +301,12 @@ def _canaries(
     sub.write("comparisons.jsonl", {c.comparison.id: c.comparison for c in attacked}.values())
     progress.say(f"{judge.name}: {len(attacked):,} canaries")
     _label(sub, faults, progress)
-    return flips(attacked, _labels(sub), bootstrap)
+    return flips(attacked, sub.labels(), bootstrap)
 
 
 def _attacks(run: Run, most: int) -> Iterator[Canary]:
     """The attacks on the first `most` pairs that have any."""
-    labels = _labels(run)
+    labels = run.labels()
     pairs = 0
     for row in run.read("comparisons.jsonl", Comparison):
         attacks = list(canaries(row, labels[row.id])) if row.id in labels else []

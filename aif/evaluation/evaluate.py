@@ -247,7 +247,7 @@ def _grade(run: Run, rows: Sequence[PolicyResponse], faults: Faults) -> None:
 def _labels(run: Run, faults: Faults, progress: Progress) -> dict[str, Label]:
     """Let the judge label a run; the labels by comparison. Counts `faults`."""
     faults.include(label(run, progress))
-    return {row.comparison_id: row for row in run.read("labels.jsonl", Label)}
+    return run.labels()
 
 
 def _game(judge: Judge, row: Comparison | None, labels: Mapping[str, Label]) -> Game:

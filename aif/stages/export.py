@@ -17,7 +17,7 @@ from typing import Any
 from aif.errors import AifError, InputError
 from aif.run import Run
 from aif.store import jsonl
-from aif.store.records import Comparison, Label, Message
+from aif.store.records import Comparison, Message
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
@@ -46,7 +46,7 @@ def export(run: Run, format: str, to: Path | None) -> dict[str, Any]:
 def choices(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Message], str, str, float]]:
     """(prompt, chosen, rejected, p of chosen) of every label with a direction. Counts the others in
     `left_out`."""
-    labels = {label.comparison_id: label for label in run.read("labels.jsonl", Label)}
+    labels = run.labels()
     for comparison in run.read("comparisons.jsonl", Comparison):
         label = labels.get(comparison.id)
         if label is None:

@@ -355,7 +355,7 @@ def test_the_data_is_what_the_files_say(full):
     assert not set("<>&") & set(raw)
     data = json.loads(raw)
     rows = {row.id: row for row in run.read("comparisons.jsonl", Comparison)}
-    labels = {row.comparison_id: row for row in run.read("labels.jsonl", Label)}
+    labels = run.labels()
     assert [item["id"] for item in data["comparisons"]] == list(rows)
     for item in data["comparisons"]:
         row, label = rows[item["id"]], labels[item["id"]]

@@ -20,7 +20,7 @@ from aif.data.readers import read_pairs, read_rated
 from aif.errors import InputError, shown
 from aif.run import Run
 from aif.stats.odds import log_odds, probability
-from aif.store.records import Comparison, HumanChoice, Label, Message, Verdict, content_id
+from aif.store.records import Comparison, HumanChoice, Message, Verdict, content_id
 from aif.train.examples import answers_of, split
 from aif.train.prefix_groups import SharedPrefix
 from aif.train.reward.labeled import LabeledComparison, PromptGroup
@@ -119,7 +119,7 @@ def _compared(run: Run, source: str, left_out: Counter[str]) -> Iterator[PromptG
 def _labeled(run: Run, left_out: Counter[str]) -> Iterator[LabeledComparison]:
     """Every comparison of the run whose label is not null, with a person's choice if any."""
     run.require_labels()
-    labels = {row.comparison_id: row for row in run.read("labels.jsonl", Label)}
+    labels = run.labels()
     human = run.read("human.jsonl", HumanChoice, missing_ok=True)
     choices = {row.comparison_id: row.p_first for row in human}
     for comparison in run.read("comparisons.jsonl", Comparison):
