@@ -19,7 +19,7 @@ from aif.errors import InputError
 from aif.judge.protocols import LEAD, PROTOCOLS, STRUCTURED_TOKENS
 from aif.llm import Answer, Ask
 from aif.store.journal import Reader
-from aif.store.records import Comparison, Verdict, content_id
+from aif.store.records import Comparison, Verdict, content_id, other
 
 PaidVerdict = tuple[Verdict, dict[str, Any]]  # a verdict with its journal row
 
@@ -228,7 +228,7 @@ class Judge:
             order=call.order,
             judge=self.name,
             text="\n".join(answer.texts) if answer.texts else None,
-            p_first=1 - p_option if flipped and p_option is not None else p_option,
+            p_first=other(p_option) if flipped else p_option,
             fault=fault,
             usage=row["usage"],
         )

@@ -20,7 +20,7 @@ from aif.data.readers import read_pairs, read_rated
 from aif.errors import InputError, shown
 from aif.run import Run
 from aif.stats.odds import log_odds, probability
-from aif.store.records import Comparison, HumanChoice, Message, Verdict, content_id
+from aif.store.records import Comparison, HumanChoice, Message, Verdict, content_id, other
 from aif.train.examples import answers_of, split
 from aif.train.prefix_groups import SharedPrefix
 from aif.train.reward.labeled import LabeledComparison, PromptGroup
@@ -181,7 +181,7 @@ def _judge_grades(run: Run, left_out: Counter[str]) -> Iterator[tuple[list[Messa
             left_out[verdict.fault or "not compared"] += 1
             continue
         first = verdict.order == "a"
-        p = verdict.p_first if first else 1 - verdict.p_first
+        p = verdict.p_first if first else other(verdict.p_first)
         text = comparison.first if first else comparison.second
         odds[comparison.prompt_id, text][verdict.principle_id, verdict.judge] = log_odds(p)
     for (prompt_id, text), by_principle in odds.items():
