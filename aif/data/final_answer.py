@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from aif.signals import handling
 
@@ -72,7 +71,7 @@ def final_answer(text: str, pattern: re.Pattern[str] | None = None) -> str | Non
     """
     text = text.rstrip()[-TAIL:]
     if pattern is not None:
-        with _at_most(PATTERN_S):
+        with handling({signal.SIGALRM: _too_late}, alarm_s=PATTERN_S):
             statements = [match[1] for match in pattern.finditer(text) if match[1]]
         return _last_of(statements)
     stated = [raw for _, raw in sorted(_statements(text), key=lambda at: at[0])]
@@ -84,15 +83,8 @@ def _last_of(statements: list[str]) -> str | None:
     return next((answer for answer in answers if answer is not None), None)
 
 
-@contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError when the body takes longer (a match looks for signals as it goes)."""
-
-    def late(number: int, frame: object) -> None:
-        raise TimeoutError
-
-    with handling({signal.SIGALRM: late}, alarm_s=seconds):
-        yield
+def _too_late(number: int, frame: object) -> None:
+    raise TimeoutError  # it ends the match, which looks for signals as it goes
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
