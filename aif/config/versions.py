@@ -1,8 +1,9 @@
-"""What changed among the settings since version 0.1, so that files and digests of it stay valid.
+"""What changed among the settings since version 0.1, so that its files and digests stay valid.
 
-A setting in RENAMED is also read under its old name, with a warning. Digests use the old names and
-leave out a setting in ADDED at its default, so that a run folder of an older version is not made
-anew. tests/config/test_versions.py fails if a changed setting stands in neither.
+A setting in RENAMED is also read under its old name, with a warning. Digests use the old names, and
+leave out a setting or a key of a constitution that is in ADDED and has its default. So a stage of
+an older run folder is not done again. tests/config/test_versions.py fails if a changed setting is
+in neither list.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ RENAMED = {  # TABLE.KEY -> what version 0.1 called it
     "respond.few_shot": "respond.shots",
     "respond.sft_samples": "respond.resamples",
 }
-ADDED: Collection[str] = ()  # TABLE.KEY that version 0.1 did not have
+ADDED: Collection[str] = ()  # TABLE.KEY, or constitution.KEY, that version 0.1 did not have
 
 
 def use_new_names(tables: dict[str, Any], where: object) -> None:
@@ -48,8 +49,9 @@ def _rename(
 def for_digest(
     settings: BaseModel, table: str = "", mode: Literal["python", "json"] = "python"
 ) -> dict[str, Any]:
-    """The settings as they enter a digest; `table` is their place in run.toml, "" for all of it.
+    """The settings as they enter a digest.
 
+    `table` is their place in run.toml: "" for all of it, "constitution" for a constitution file.
     The two modes of `model_dump` differ in some numbers (120 and 120.0), so a digest keeps to one.
     """
     row = settings.model_dump(mode=mode)

@@ -25,12 +25,14 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from aif.config.toml import Strict, checked, read_toml
+from aif.config.versions import for_digest
 from aif.errors import InputError, shown
 from aif.store.records import content_id
 
 MAX_TEXT = 8_000  # characters in any one text
 MAX_PRINCIPLES = 200
 MAX_EXAMPLES = 64
+TABLE = "constitution"  # before a key of this file in config/versions
 
 # The question of a principle that each protocol of a judge puts.
 QUESTION = {"pairwise": "compare", "reasoned": "compare", "pointwise": "grade", "rating": "grade"}
@@ -84,7 +86,7 @@ class Principle(Strict):
         """The id of everything in this principle that a verdict depends on."""
         if QUESTION[protocol] == "compare":
             return content_id(self.compare)
-        examples = [example.model_dump() for example in self.example]
+        examples = [for_digest(one, f"{TABLE}.principle.example") for one in self.example]
         if form == "text" and self.cue:  # a cue stands in the question's place
             return content_id("cue", self.cue, examples)
         return content_id(self.grade, examples)
@@ -163,7 +165,7 @@ class Constitution(Strict):
 
     def digest(self) -> str:
         """The id of the whole constitution."""
-        return content_id(self.model_dump())
+        return content_id(for_digest(self, TABLE))
 
 
 def load(path: Path) -> Constitution:

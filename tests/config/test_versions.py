@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
 from aif.cli.verbs import app
 from aif.config import versions
 from aif.config.settings import Settings, SFTSettings, load_settings
 from aif.config.versions import RENAMED, for_digest
+from aif.constitution.file import TABLE, Constitution, Example, Principle
 from aif.errors import InputError
 from aif.store.records import content_id
 from tests.conftest import write_jsonl
@@ -39,9 +40,10 @@ def keys(model: type[BaseModel], table: str = "") -> Iterator[str]:
 
 def test_every_change_of_a_setting_is_written_down():
     """A new key has to stand in ADDED, and a renamed one in RENAMED, or old runs are made anew."""
-    now = {RENAMED.get(key, key) for key in keys(Settings)} - set(versions.ADDED)
+    every = {*keys(Settings), *keys(Constitution, TABLE)}
+    now = {RENAMED.get(key, key) for key in every} - set(versions.ADDED)
     assert now == set(OLD_KEYS)
-    assert set(RENAMED) | set(versions.ADDED) <= set(keys(Settings))
+    assert set(RENAMED) | set(versions.ADDED) <= every
 
 
 @pytest.mark.parametrize("mode", ["python", "json"])
@@ -85,6 +87,80 @@ def test_training_digests_leave_a_later_setting_out(monkeypatch, tmp_path):
     monkeypatch.setattr(versions, "ADDED", {"sft.sharpness"})
     assert digest(LaterSFT()) == digest(SFTSettings())
     assert digest(LaterSFT(sharpness=2.0)) != digest(SFTSettings())
+
+
+CONSTITUTION = {
+    "name": "warm",
+    "description": "For a test.",
+    "preamble": "You judge.",
+    "principles": "sample",
+    "combine": "veto",
+    "veto": 0.2,
+    "margin": 0.05,
+    "principle": [
+        {
+            "id": "kindness",
+            "weight": 2,
+            "critique": "Criticise it.",
+            "revision": "Rewrite it.",
+            "compare": "Which is kinder?",
+            "grade": "Is it kind?",
+            "cue": "Kind",
+            "example": [{"prompt": "Hi", "text": "Hello!", "verdict": True}],
+            "revised": [{"prompt": "a", "response": "b", "critique": "c", "revision": "d"}],
+        },
+        {
+            "id": "truth",
+            "grade": "Is it true?",
+            "example": [{"text": "Yes.", "verdict": True}],
+        },
+    ],
+}
+DIGESTS = [
+    "a8499f9a2907c11a",
+    "b93d94ae87aebe7d",
+    "88346e732728244f",
+    "0fd7b6ef97345e8b",
+    "0fd7b6ef97345e8b",
+]
+
+
+class LaterExample(Example):
+    tone: str | None = None
+
+
+class LaterPrinciple(Principle):
+    example: list[LaterExample] = Field([])
+    sharpness: float = 1.0
+
+
+class LaterConstitution(Constitution):
+    draws: int = 1
+    principle: list[LaterPrinciple]
+
+
+NEW_KEYS = {f"{TABLE}.{key}" for key in ("draws", "principle.sharpness", "principle.example.tone")}
+
+
+def digests(kind: type[Constitution], **keys) -> list[str]:
+    """The digest of the whole, and of each principle in each way to put it."""
+    constitution = kind.model_validate(CONSTITUTION | keys)
+    ways = [("pointwise", "text"), ("pointwise", "chat")]
+    return [constitution.digest(), *(p.digest(*w) for p in constitution.principle for w in ways)]
+
+
+def test_the_digests_of_a_constitution_are_those_of_version_0_1():
+    assert [digest[:16] for digest in digests(Constitution)] == DIGESTS
+    loaded = Constitution.model_validate(CONSTITUTION)
+    assert loaded.digest() == content_id(loaded.model_dump())
+
+
+def test_a_later_key_of_a_constitution_counts_where_it_differs_from_its_default(monkeypatch):
+    before = digests(Constitution)
+    assert digests(LaterConstitution)[0] != before[0]
+    monkeypatch.setattr(versions, "ADDED", NEW_KEYS)
+    assert digests(LaterConstitution) == before
+    assert digests(LaterConstitution, draws=2)[0] != before[0]
 
 
 def test_an_old_name_in_run_toml_works_and_is_warned_about_once(tmp_path, capsys):
