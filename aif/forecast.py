@@ -123,7 +123,7 @@ def _revised(run: Run) -> int:
 
 
 def _revise(run: Run) -> list[Work]:
-    reviser = run.settings.reviser or run.settings.policy
+    reviser = run.settings.reviser_model
     calls = _revised(run) * run.settings.revise.rounds * 2
     each = REQUEST + run.settings.policy.response_tokens
     return [Work(reviser, read=calls * each, written=calls * reviser.response_tokens)]

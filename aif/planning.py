@@ -21,7 +21,7 @@ from aif.run import Run
 from aif.stages.compare import pairs
 from aif.stages.label import STAGE, comparisons, measured_rate, own_comparisons
 from aif.stages.respond import read_few_shot, sample_asks
-from aif.stages.revise import model_of, reviser_of
+from aif.stages.revise import reviser_of
 from aif.store.journal import Index
 from aif.store.records import Comparison, Prompt
 
@@ -200,7 +200,7 @@ def _sampling_dollars(run: Run) -> dict[str, dict[str, float | None]]:
     costs = {}
     for stage, model, asks in (
         ("respond", run.settings.policy, lambda llm: _samples_asked(run)),
-        ("revise", model_of(run), lambda llm: _revisions_asked(run, llm)),
+        ("revise", run.settings.reviser_model, lambda llm: _revisions_asked(run, llm)),
     ):
         if stage in names and model.price is not None:
             with open_llm(model) as llm:

@@ -44,8 +44,8 @@ class LLMSettings(Strict):
     timeout_s: float = Field(120, gt=0)
     attempts: int = Field(6, ge=1, le=100)
     max_wait_s: float = Field(60, gt=0)
-    poll_s: float = Field(60, gt=0)  # between two looks at a batch, at most
-    # Dollars a million tokens of prompt/completion, as "0.15/0.60"; None: nobody said.
+    poll_s: float = Field(60, gt=0)  # seconds between two looks at a batch, at most
+    # Dollars a million tokens of prompt/completion, as "0.15/0.60"; None: not known.
     price: Annotated[str | None, AfterValidator(checked_price)] = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
@@ -63,10 +63,10 @@ class LLMSettings(Strict):
         return self.of_model(engine + name)
 
     def identity(self) -> dict[str, Any]:
-        """What an answer depends on; it enters every verdict's id. No secrets, no tuning.
+        """What an answer depends on, without secrets and tuning; it enters every verdict's id.
 
-        A folder counts by its files, not by where it lies: trained anew it is another model, moved
-        it is the same.
+        A folder counts by its files: a model that was trained again is another one, and a folder
+        that was moved is the same.
         """
         keys = {"model", "temperature", "max_tokens", "samples", "logprobs", "dtype"}
         parts = self.model_dump(include=keys) | {"base_url": without_secrets(self.base_url)}
@@ -77,14 +77,13 @@ class LLMSettings(Strict):
         return parts | ({"model": engine + name, "weights": weights} if weights else {})
 
     def of_model(self, model: str) -> Self:
-        """The same for another model; a price is of the one model only."""
+        """The same for another model, without the price if the name differs."""
         price = self.price if model == self.model else None
         return self.model_copy(update={"model": model, "price": price})
 
     @property
     def shown_form(self) -> Literal["chat", "text"]:
-        """How it is shown examples to go by: a model as small as the bundled one carries on a
-        text and does not follow a request."""
+        """The form of its examples: the bundled model continues a text but follows no request."""
         if self.form != "auto":
             return self.form
         return "text" if self.weights == BUNDLED else "chat"
@@ -124,17 +123,17 @@ class ReviseSettings(Strict):
 
 
 class FilterSettings(Strict):
-    """Keeping revisions only where the judge prefers them to the response they came from."""
+    """Only revisions that the judge prefers to their responses are kept."""
 
     threshold: float = Field(0.5, ge=0, lt=1)  # kept above this probability
 
 
 class VoteSettings(Strict):
-    """Majority votes over the answers that sampled responses end in."""
+    """Majority votes over the final answers of sampled responses."""
 
     answer: str | None = None  # a regex whose first group is the answer; None: the usual phrases
-    min_share: float = Field(0.0, ge=0, le=1)  # of the prompt's responses, to count as a vote
-    per_prompt: int | None = Field(None, ge=1)  # voted responses kept a prompt; None: all
+    min_share: float = Field(0.0, ge=0, le=1)  # share of a prompt's responses that an answer needs
+    per_prompt: int | None = Field(None, ge=1)  # voted responses to keep per prompt; None: all
 
 
 class LoraSettings(Strict):
@@ -147,14 +146,14 @@ class LoraSettings(Strict):
 
 
 class TrainSettings(Strict):
-    """How a model is trained, whatever it learns from. The weights that learn stay float32."""
+    """Settings that all training stages have. The weights that learn stay float32."""
 
     FULL_RATE: ClassVar[float] = 2e-5
     LORA_RATE: ClassVar[float] = 2e-4  # adapters begin at zero and take about ten times the rate
     model: str | None = None  # None: the policy
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)  # of the optimizer; None: by epochs
-    batch_size: int = Field(32, ge=1)  # sequences an optimizer step, over all devices
+    batch_size: int = Field(32, ge=1)  # sequences per optimizer step, over all devices
     micro_tokens: int | None = Field(None, ge=1)  # per forward pass; None: 16,384, on a CPU 2,048
     learning_rate: float | None = Field(None, ge=0)  # None: 2e-5, with LoRA 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -171,7 +170,7 @@ class TrainSettings(Strict):
     eval_every: int | None = Field(None, ge=1)  # steps; None: once an epoch
     load_best: bool = True  # end with the weights of the lowest eval loss
     save_every: int | None = Field(None, ge=1)  # steps between checkpoints; None: ten minutes
-    keep_checkpoints: int = Field(2, ge=1)  # the newest; the best is kept besides
+    keep_checkpoints: int = Field(2, ge=1)  # the newest ones; the best is also kept
     seed: int = 0
     lora: LoraSettings | None = None
 
@@ -189,10 +188,10 @@ class SFTSettings(TrainSettings):
 
 
 class RequireAudit(Strict):
-    """What RUN/audit.json has to say of the judge before its labels are learned from."""
+    """What RUN/audit.json must show of a judge before a reward model learns from its labels."""
 
     agreement: float | None = Field(None, ge=0, le=1)  # with people, at least
-    position_bias: float | None = Field(None, ge=0, le=1)  # either way, at most
+    position_bias: float | None = Field(None, ge=0, le=1)  # to either side, at most
     fault_rate: float | None = Field(None, ge=0, le=1)  # of its calls, at most
 
 
@@ -203,18 +202,18 @@ class RewardSettings(TrainSettings):
     objective: Literal["pairs", "ranking", "grades"] = "pairs"
     head: Literal["random", "fitted"] = "random"  # fitted: to the body's features, before training
     data: dict[str, Annotated[float, Field(gt=0)]] = Field({"labels": 1.0})
-    batch_size: int = Field(16, ge=1)  # prompts an optimizer step, each with all its comparisons
+    batch_size: int = Field(16, ge=1)  # prompts per optimizer step, each with all its comparisons
     eval_fraction: float = Field(0.1, ge=0, lt=1)  # of the prompts, held out
     max_tokens: int = Field(1024, ge=8)  # of a prompt and one response
     hard: bool = False  # learn who won, not by how much
     confidence_weights: bool = False  # weigh a comparison by |2p - 1|
-    margin: float = Field(0.0, ge=0)  # of the scores, for a certain label
+    margin: float = Field(0.0, ge=0)  # between two scores, if the label is certain
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     centering: float = Field(0.0, ge=0)  # pulls the mean score of a pair to zero
     share_prompt: bool | None = None  # run a prompt once; None: if the attention allows it
     members: int = Field(1, ge=1, le=16)  # models in the ensemble, of seeds seed, seed + 1, ...
     combine: Literal["mean", "min", "lower"] = "mean"  # lower: mean less one standard deviation
-    curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field([])  # shares to train on besides
+    curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field([])  # also train on these shares
     require_audit: RequireAudit | None = None
 
 
@@ -224,20 +223,20 @@ class PPOSettings(TrainSettings):
     FULL_RATE: ClassVar[float] = 3e-6
     LORA_RATE: ClassVar[float] = 1e-4
     model: str | None = None  # None: RUN/sft if it exists, else the policy
-    algorithm: Literal["ppo", "rloo", "reinforce"] = "ppo"  # the latter two without a critic
+    algorithm: Literal["ppo", "rloo", "reinforce"] = "ppo"  # rloo and reinforce have no critic
     prompts: str | None = None  # None: the run's own
     reward: dict[str, float] = Field({"model": 1.0})  # model, judge, MODULE:FUNCTION
     reward_model: str | None = None  # None: RUN/reward
     critic: str | None = None  # None: the reward model if it is a reward, else the policy
-    batch_size: int = Field(32, ge=1)  # prompts a step
-    samples: int = Field(1, ge=1)  # responses a prompt
+    batch_size: int = Field(32, ge=1)  # prompts per step
+    samples: int = Field(1, ge=1)  # responses per prompt
     ppo_epochs: int = Field(4, ge=1)  # passes over a step's responses
-    minibatches: int = Field(1, ge=1)  # optimizer steps a pass
+    minibatches: int = Field(1, ge=1)  # optimizer steps per pass
     response_tokens: int | None = Field(None, ge=1)  # None: as policy.max_tokens
     temperature: float | None = Field(None, gt=0)  # None: as policy.temperature
     kl_coef: float = Field(0.05, ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    kl_target: float | None = Field(None, gt=0)  # nats a response; None: kl_coef stays
+    kl_target: float | None = Field(None, gt=0)  # nats per response; None: kl_coef stays
     kl_horizon: int = Field(10_000, ge=1)  # responses over which kl_coef adapts
     gamma: float = Field(1.0, gt=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
@@ -269,13 +268,12 @@ class PPOSettings(TrainSettings):
     eval_fraction: float = Field(0.1, ge=0, lt=1)  # of the prompts, held out to watch
     eval_every: int | None = Field(None, ge=1)  # steps; None: a tenth of them
     max_tokens: int = Field(1024, ge=8)  # of a prompt and its response
-    # Run a prompt once for the samples that lie in one micro-batch; None: where the attention can.
-    share_prompt: bool | None = None
+    share_prompt: bool | None = None  # run a prompt once for its samples; None: if attention can
     load_best: bool = False  # end with the weights of the highest gold, or held-out score
 
 
 class CompareSettings(Strict):
-    """Which of a prompt's responses are put side by side."""
+    """Which pairs of a prompt's responses are compared."""
 
     per_prompt: int | None = Field(None, ge=1)  # None: every pair
     seed: int = 0
@@ -293,10 +291,10 @@ class LabelSettings(Strict):
     limit: int | None = Field(None, ge=1)
     quorum: float = Field(1.0, gt=0, le=1)
     max_fault_rate: float = Field(0.05, ge=0, le=1)
-    budget: Budget = None  # for all labelling of the run, whenever it was done
+    budget: Budget = None  # for all labelling of the run, earlier commands included
     consensus: Literal["mean", "majority", "unanimous"] = "mean"  # of the judge and its panel
-    judge_weights: dict[str, Annotated[float, Field(ge=0)]] = Field({})  # a judge that has none: 1
-    weights_from: str | None = None  # an audit.json, whose weights these are unless given above
+    judge_weights: dict[str, Annotated[float, Field(ge=0)]] = Field({})  # 1 for a judge without one
+    weights_from: str | None = None  # an audit.json; judge_weights go before its weights
     escalate_below: float | None = Field(None, ge=0, le=1)  # more calls if |2p - 1| is below it
     escalate: Literal["orders", "panel", "reasoned"] = "orders"  # the calls to add then
 
@@ -313,7 +311,7 @@ class AuditSettings(Strict):
 
     pairs: str | None = None  # with people's choices; None: label.pairs, or the runs' own
     judges: list[str] = Field([])  # by name; recorded:COLUMN is one whose verdicts the pairs have
-    runs: list[str] = Field([])  # folders that are labelled; none, and no judge: this one
+    runs: list[str] = Field([])  # labelled run folders; without runs and judges: this run
     canaries: int = Field(0, ge=0)  # pairs to attack, each in every way
     calibrate: bool = False  # fit a temperature on half of the prompts
     resamples: int = Field(1000, ge=100)  # of the pairs, for an interval
@@ -321,14 +319,14 @@ class AuditSettings(Strict):
 
 
 class EvaluateSettings(Strict):
-    """Policies against each other on prompts that they have not learned from."""
+    """Policies are compared on prompts that they did not learn from."""
 
     policies: list[str] = Field([])  # by name; none: all that the run has
     against: str | None = None  # None: sft if it exists, else base
     prompts: str | None = None  # None: those that `aif ppo` held out
     human: str | None = None  # pairs with people's choices, to check the judge
     all_pairs: bool = False  # each policy against each, not only against one
-    tie_margin: float = Field(0.0, ge=0, lt=0.5)  # a tie is within this of even
+    tie_margin: float = Field(0.0, ge=0, lt=0.5)  # p this close to 0.5 is a tie
     resamples: int = Field(1000, ge=100)  # of the prompts, for an interval
     seed: int = 0
     limit: int | None = Field(None, ge=1)
@@ -337,9 +335,9 @@ class EvaluateSettings(Strict):
 class PipelineSettings(Strict):
     """What `aif run` does."""
 
-    stages: list[str] = Field([])  # by name, in their order; none: those that the settings are for
+    stages: list[str] = Field([])  # by name, in their order; none: all that the settings need
     iterations: int = Field(1, ge=1, le=20)  # of sampling, labelling and training
-    budget: Budget = None  # for all calls of the run, whatever they are for
+    budget: Budget = None  # for all calls of the run, in every stage
 
 
 class Settings(Strict):
@@ -362,22 +360,24 @@ class Settings(Strict):
     audit: AuditSettings = AuditSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
-    def to_keep(self) -> dict[str, Any]:
-        """What differs from the defaults, as run.toml's tables.
+    @property
+    def reviser_model(self) -> PolicySettings:
+        """The model that revises: `[reviser]`, or else the policy."""
+        return self.reviser or self.policy
 
-        No secrets, and no limits: those are of one command.
-        """
+    def to_keep(self) -> dict[str, Any]:
+        """The tables of run.toml: what differs from the defaults, without secrets and limits."""
         tables = self.model_dump(exclude_defaults=True, exclude_none=True)
         for value in tables.values():
             for table in value if isinstance(value, list) else [value]:
-                table.pop("limit", None)
+                table.pop("limit", None)  # it is for one command
                 if "base_url" in table:
                     table["base_url"] = without_secrets(table["base_url"])
         return tables
 
 
 def without_secrets(url: str | None) -> str | None:
-    """A URL less its user, password, query and fragment, where keys hide."""
+    """A URL without its user, password, query and fragment, which may hold keys."""
     if url is None:
         return None
     parts = urlsplit(url)

@@ -57,7 +57,7 @@ def price_of(model: LLMSettings) -> Price | None:
 def model_of(settings: Settings, stage: str) -> LLMSettings:
     """The model that a stage asks."""
     sampled = {"respond": settings.policy, "resample": settings.policy}
-    return (sampled | {"revise": settings.reviser or settings.policy}).get(stage, settings.judge)
+    return (sampled | {"revise": settings.reviser_model}).get(stage, settings.judge)
 
 
 def journals(run: Path) -> list[Path]:

@@ -58,8 +58,8 @@ def revise(run: Run, progress: Progress) -> dict[str, Any]:
     Raises Interrupted or JudgeStopped if it ended early; the files are complete for the answers so
     far. `dispatch.check_faults` checks the summary's share of faults.
     """
-    meter = Meter.of(run, STAGE, model_of(run))
-    with open_llm(model_of(run)) as llm, run.writing():
+    meter = Meter.of(run, STAGE, run.settings.reviser_model)
+    with open_llm(run.settings.reviser_model) as llm, run.writing():
         reviser = reviser_of(run, llm)
         chains = begin(run, reviser)
         run.keep_settings()
@@ -75,18 +75,14 @@ def revise(run: Run, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def model_of(run: Run) -> Any:
-    """The settings of the model that revises: `[reviser]`, or else the policy itself."""
-    return run.settings.reviser or run.settings.policy
-
-
 def reviser_of(run: Run, llm: LLM) -> Reviser:
     """The reviser that a run's settings describe, with its constitution checked."""
-    path = run.settings.revise.constitution or run.settings.label.constitution
+    settings = run.settings
+    path = settings.revise.constitution or settings.label.constitution
     if not path:
         raise InputError("revise", "constitution", got="nothing", expected="--constitution FILE")
     constitution = constitutions.load(Path(path))
-    return Reviser(constitution, model_of(run), run.settings.revise, path, llm.control_tokens)
+    return Reviser(constitution, settings.reviser_model, settings.revise, path, llm.control_tokens)
 
 
 def begin(run: Run, reviser: Reviser) -> list[Chain]:
