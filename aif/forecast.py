@@ -84,17 +84,6 @@ def check_time(expected_s: Mapping[str, float | None], minutes: float | None, co
         )
 
 
-def lines(expected_s: Mapping[str, float | None]) -> list[str]:
-    """The forecast for a person."""
-    steps = {name: seconds for name, seconds in expected_s.items() if seconds is not None}
-    if not steps:
-        return []
-    each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in steps.items())
-    served = [name for name in expected_s if name not in steps]
-    without = f"; not {', '.join(served)}, for which a served model is asked" if served else ""
-    return [f"about {duration(sum(steps.values()))} on this machine ({each}){without}"]
-
-
 def _respond(run: Run) -> list[Work]:
     return [_sampling(run, run.settings.respond.samples)]
 

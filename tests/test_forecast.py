@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("torch")
 
 from aif import forecast
+from aif.cli.run import forecast_lines
 from aif.config.settings import load_settings
 from aif.errors import TooSlow
 from aif.models import speed
@@ -71,7 +72,7 @@ def test_a_served_model_has_no_forecast(tmp_path, demo, monkeypatch):
     assert [name for name, value in seconds.items() if value is None] == [
         "filter", "label", "evaluate",
     ]  # fmt: skip
-    (line,) = forecast.lines(seconds)
+    (line,) = forecast_lines(seconds)
     assert line.endswith("; not filter, label, evaluate, for which a served model is asked")
 
 

@@ -13,6 +13,7 @@ from aif.cli.options import Console, RunFolder, budget, existing_run, verb
 from aif.cli.render import counts, tokens
 from aif.config.price import dollars
 from aif.data.visible import visible
+from aif.progress import duration
 
 if TYPE_CHECKING:
     from aif.run import Run
@@ -46,7 +47,6 @@ def run_(
     A second call does what is missing or has changed: it skips a stage whose inputs are the same.
     """
     from aif.forecast import check_time, forecast
-    from aif.forecast import lines as forecast_lines
     from aif.pipeline import remaining, run_all, select, steps
 
     opened = existing_run(run, settings)
@@ -60,6 +60,17 @@ def run_(
             progress.say(line)
         summaries = run_all(todo, progress, expected_s)
     console.show(summaries, lambda summaries: run_lines(opened, summaries))
+
+
+def forecast_lines(expected_s: Mapping[str, float | None]) -> list[str]:
+    """The forecast, in one line; none if no step has one."""
+    steps = {name: seconds for name, seconds in expected_s.items() if seconds is not None}
+    if not steps:
+        return []
+    each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in steps.items())
+    served = [name for name in expected_s if name not in steps]
+    without = f"; not {', '.join(served)}, for which a served model is asked" if served else ""
+    return [f"about {duration(sum(steps.values()))} on this machine ({each}){without}"]
 
 
 def run_lines(run: Run, summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
