@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -61,6 +62,15 @@ class Progress:
         self._due = self._began + (0 if self._live else PLAIN_EVERY_S)
         if self._live and total:
             self._bar, self._task = _bar(what, total, done)
+
+    @contextmanager
+    def work(self, what: str, total: int, done: int = 0) -> Iterator[None]:
+        """`start` at the beginning of the `with` and `finish` at its end."""
+        self.start(what, total, done)
+        try:
+            yield
+        finally:
+            self.finish()
 
     def update(self, done: int, faults: int = 0, note: str = "") -> None:
         """So many calls are durable, so many of them faults. Cheap enough to call for each.

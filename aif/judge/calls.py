@@ -116,11 +116,10 @@ def ask_missing(
         for judge, missing in schedule(panel, due, part, journal):
             meter = Meter.of(run, stage, judge.model)
             name = f"{stage}, {judge.name}" if panel.several else stage
-            progress.start(name, len(missing))
-            with open_llm(judge.model) as llm:  # in memory for these calls and no longer
+            # The model is in memory for these calls and no longer; loading it counts as work.
+            with progress.work(name, len(missing)), open_llm(judge.model) as llm:
                 asks = judge.asks(part(), missing, llm.control_tokens)
                 tally.add(ask_all(llm, asks, journal, judge.journal_row, progress, meter))
-            progress.finish()
             costs += [] if meter.cost is None else [meter.cost]
             if tally.stopped:
                 if panel.several and isinstance(tally.stopped, JudgeStopped):

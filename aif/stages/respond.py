@@ -67,9 +67,8 @@ def _sample(run: Run, kept: Run, stage: str, file: str, progress: Progress) -> d
                 for ask in sample_asks(settings, prompt, few_shot)
                 if bytes.fromhex(ask.key) not in journal.index.answered
             ]
-            progress.start(stage, len(asks))
-            tally = ask_all(llm, asks, journal, _journal_row, progress, meter)
-            progress.finish()
+            with progress.work(stage, len(asks)):
+                tally = ask_all(llm, asks, journal, _journal_row, progress, meter)
             rows = list(_responses(settings, prompts, few_shot, journal))
         run.write(file, rows)
         summary = {

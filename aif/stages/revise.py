@@ -129,11 +129,10 @@ def ask_in_waves(
         if not pending:
             break
         step = min(2 * chain.round - (chain.critique is None) for _, chain in pending.values())
-        progress.start(f"revise, step {step} of {2 * reviser.settings.rounds}", len(pending))
         asks = (ask for ask, _ in pending.values())
         scheduled |= pending.keys()
-        total.add(ask_all(llm, asks, journal, reviser.journal_row, progress, meter))
-        progress.finish()
+        with progress.work(f"revise, step {step} of {2 * reviser.settings.rounds}", len(pending)):
+            total.add(ask_all(llm, asks, journal, reviser.journal_row, progress, meter))
     else:  # answers that came in before it stopped count too
         for chain in chains:
             advance(reviser, chain, journal, scheduled)

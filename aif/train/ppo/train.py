@@ -101,12 +101,11 @@ class TrainingLoop:
         """Train to the end. Returns the step that it resumed from (0: none) and the step whose
         weights the policy ends with (None: the last)."""
         resumed_from = self._resume()
-        self.progress.start(STAGE, len(self.ppo.prompts), done=resumed_from)
-        try:
-            with stopping(self.stop, self.progress):
-                self._train()
-        finally:
-            self.progress.finish()
+        with (
+            self.progress.work(STAGE, len(self.ppo.prompts), done=resumed_from),
+            stopping(self.stop, self.progress),
+        ):
+            self._train()
         return resumed_from, self._load_best()
 
     def _train(self) -> None:
