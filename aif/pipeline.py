@@ -102,9 +102,8 @@ def stage(name: str) -> Stage:
     for stage in STAGES:
         if stage.name == name:
             return stage
-    raise InputError(
-        "pipeline", "stages", got=shown(name), expected=f"of {', '.join(s.name for s in STAGES)}"
-    )
+    names = ", ".join(stage.name for stage in STAGES)
+    raise InputError("pipeline", "stages", got=shown(name), expected=f"one of {names}")
 
 
 def steps(run: Run) -> list[Step]:

@@ -172,7 +172,7 @@ def test_a_part_of_it(fresh):
     with pytest.raises(InputError, match=r"--until.*respond.*compare or a stage after it"):
         select(steps(run), "compare", "respond", None)
     wrong = opened(fresh, **{"pipeline.stages": ["respond", "tea"]})
-    with pytest.raises(InputError, match=r"pipeline.*stages.*tea"):
+    with pytest.raises(InputError, match=r"pipeline.*stages.*tea.*expected one of respond"):
         steps(wrong)
 
 

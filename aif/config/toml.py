@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from aif.errors import AifError, InputError, shown
 
 T = TypeVar("T", bound=BaseModel)
+# What pydantic's messages begin with, before they say what is expected.
+LEAD = re.compile(r"(Value error, |Input should be |(String|List|Dictionary|Tuple) should have )")
 
 
 class Strict(BaseModel):
@@ -75,9 +78,13 @@ def _explained(model: type[BaseModel], error: Any, where: object) -> InputError:
         near = difflib.get_close_matches(str(path[-1]), names, n=1)
         expected = f"{near[0]} perhaps; known keys: " if near else "one of "
         return InputError(where, key, got="an unknown key", expected=expected + ", ".join(names))
-    expected = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] == "missing":
         return InputError(where, key, got="nothing", expected="a value")
+    expected = LEAD.sub("", error["msg"], count=1)
+    if error["type"] == "string_pattern_mismatch":
+        expected = f"a text that matches {error['ctx']['pattern']}"
+    if error["type"] in ("model_type", "dict_type"):
+        expected = "a table"
     return InputError(where, key, got=shown(error["input"]), expected=expected)
 
 

@@ -172,7 +172,6 @@ def load(path: Path) -> Constitution:
     """Read and check a constitution. Raises InputError, one line."""
     data = read_toml(path)
     if not data.get("principle"):
-        raise InputError(
-            path, "principle", got=shown(data.get("principle")), expected="[[principle]] tables"
-        )
+        got = shown(data["principle"]) if "principle" in data else "nothing"
+        raise InputError(path, "principle", got=got, expected="[[principle]] tables")
     return checked(Constitution, data, path)

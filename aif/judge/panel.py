@@ -224,7 +224,7 @@ def _weights(label: LabelSettings, names: Sequence[str]) -> dict[str, float]:
     unknown = label.judge_weights.keys() - set(names)
     if unknown:
         raise InputError(
-            "label", "judge_weights", got=shown(min(unknown)), expected=f"of {', '.join(names)}"
+            "label", "judge_weights", got=shown(min(unknown)), expected=f"one of {', '.join(names)}"
         )
     defaults = dict.fromkeys(names, 1.0)
     if label.weights_from:

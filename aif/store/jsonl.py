@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import jsonlines
 
-from aif.errors import AifError, InputError
+from aif.errors import AifError, InputError, shown
 
 dumps = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
 
@@ -75,7 +75,12 @@ def _rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _reason(error: jsonlines.InvalidLineError) -> str:
-    return str(error).removesuffix(f" (line {error.lineno})").removeprefix("line ")
+    cause = error.__cause__
+    if isinstance(cause, json.JSONDecodeError):
+        return f"bad JSON: {cause.msg} at character {cause.pos + 1}"
+    if cause is None:  # JSON, but null, a list, a number or a text
+        return shown(loads(error.line))
+    return f"bad {'UTF-8' if isinstance(cause, UnicodeDecodeError) else 'JSON'}: {cause}"
 
 
 @contextmanager

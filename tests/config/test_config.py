@@ -76,10 +76,10 @@ def test_set_without_key_and_value_is_refused(argument):
         ("[label]\nseed = 1.0", "label.seed: got 1.0, expected a valid integer"),
         ("[label]\nquorum = 0", "label.quorum: got 0, expected greater than 0"),
         ("[label]\nprotocol = 'both'", "label.protocol: got 'both', expected 'auto', 'pairwise'"),
-        ("[judge]\nmodel = ''", "judge.model: got '', expected"),
+        ("[judge]\nmodel = ''", "judge.model: got '', expected at least 1 character"),
         ("[judge]\nlogprobs = 1", "judge.logprobs: got 1, expected a valid boolean"),
         ("[judge]\ntimeout_s = 0", "judge.timeout_s: got 0, expected greater than 0"),
-        ("judge = 3", "judge: got 3, expected"),
+        ("judge = 3", "judge: got 3, expected a table"),
         ("[judge\n", "got bad TOML"),
     ],
 )

@@ -251,7 +251,7 @@ def test_a_second_judge_that_is_gone_leaves_what_the_first_said(place):
     [
         (["--judge", "scripted:a.jsonl"], "scripted:a.jsonl twice, expected judges that differ"),
         (["--judge", "scripted:gone.jsonl"], "gone.jsonl: got no such file"),
-        (["--set", 'label.judge_weights={"x"=1.0}'], "judge_weights: got 'x'"),
+        (["--set", 'label.judge_weights={"x"=1.0}'], "judge_weights: got 'x', expected one of "),
         (["--set", 'label.judge_weights={"scripted:a.jsonl"=0.0}'], "got 0 for all"),
         (["--set", "label.weights_from=no.json"], "no.json: got no such JSON"),
         (["--set", "label.weights_from=odd.json"], "odd.json: weights: got"),

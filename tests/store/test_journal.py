@@ -274,13 +274,22 @@ def test_any_text_survives_a_jsonl_file(tmp_path, rows):
 
 
 @pytest.mark.parametrize(
-    "line",
-    [b'{"a":NaN}', b'{"a":1,"a":2}', b'{"a":' + b"9" * 5000 + b"}", b"[" * 100_000, b"7", b"\xff"],
+    ("line", "got"),
+    [
+        (b'{"a":', "bad JSON: Expecting value at character "),
+        (b'{"a":NaN}', "bad JSON: NaN is not JSON, "),
+        (b'{"a":1,"a":2}', "bad JSON: a key stands twice in one object, "),
+        (b'{"a":' + b"9" * 5000 + b"}", "bad JSON: "),
+        (b"[" * 100_000, "bad JSON: nested too deeply, "),
+        (b"7", "7, expected a JSON object on one line"),
+        (b"null", "None, "),
+        (b"\xff", "bad UTF-8: "),
+    ],
 )
-def test_a_bad_line_is_an_error_that_names_it(tmp_path, line):
+def test_a_bad_line_is_an_error_that_names_it(tmp_path, line, got):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"{}\n" + line + b"\n")
-    with pytest.raises(InputError, match=r"rows\.jsonl:2: got"):
+    with pytest.raises(InputError, match=rf"rows\.jsonl:2: got {got}"):
         list(jsonl.read(path))
 
 

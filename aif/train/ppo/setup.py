@@ -336,4 +336,5 @@ def memory_line(ppo: PPO) -> str:
 
 
 def _wrong(key: str, got: Any, expected: str) -> InputError:
-    return InputError("ppo", key, got=shown(got), expected=expected)
+    got = "nothing" if got is None else shown(got)
+    return InputError("ppo", key, got=got, expected=expected)

@@ -266,7 +266,7 @@ def test_what_is_best_is_the_first_of_the_highest():
     [
         ({"algorithm": "rloo"}, "ppo: samples: got 1, expected 2 or more for rloo"),
         ({"reward": {}}, "ppo: reward: got {}, expected model, judge or MODULE:FUNCTION"),
-        ({"load_best": True}, "ppo: gold: got None, expected judge or MODULE:FUNCTION"),
+        ({"load_best": True}, "ppo: gold: got nothing, expected judge or MODULE:FUNCTION"),
         ({"reward": {"modle": 1.0}}, "ppo: reward: got 'modle', expected model, judge or"),
         ({"reward": {"nowhere:f": 1.0}}, "ppo: reward: got 'nowhere:f' "),
         ({"reward": {"model": 1.0}}, "/reward: not there or not complete; `aif reward"),
