@@ -18,7 +18,9 @@ def status(run: Run) -> dict[str, Any]:
     stages = {}
     for stage in STAGES:
         index, state = run.index(stage.name), run.state(stage.name)
-        if state or index.answered or index.failed:
+        written = all(run.file(name).exists() for name in stage.writes.split())
+        page = stage.name == "report" and written  # the report keeps no state of its own
+        if state or index.answered or index.failed or page:
             stages[stage.name] = {
                 **{key: state[key] for key in COUNTS if key in state},
                 "null": sum(state.get("labels_null", {}).values()),
@@ -28,15 +30,15 @@ def status(run: Run) -> dict[str, Any]:
                 "tokens": state.get("tokens", {}),
                 "cost": cost_of(run, stage.name),
                 **_outcome(stage.name, state),
-                "written": all(run.file(name).exists() for name in stage.writes.split()),
+                "written": written,
             }
     due = [step.name for step in steps(run)]
     return {"run": str(run.path), "stages": stages, "due": due, "next": _next(run, stages)}
 
 
 def _outcome(name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """The results of training and evaluation, in a few words."""
-    lines = []
+    """The results of training, evaluation and report, in a few words."""
+    lines = ["report.html"] if name == "report" else []
     ai = state.get("card", {}).get("ai") if name == "reward" else None
     if ai and ai["accuracy"] is not None:
         lines.append(f"{ai['accuracy']:.2f} of {ai['n']:,} held-out labels right")
@@ -55,7 +57,7 @@ def _next(run: Run, stages: dict[str, Any]) -> str:
     """The command that takes the run further: for the first stage that is not complete or was
     never begun."""
     due = {step.name for step in steps(run)} - {"report"}
-    begun = [stage.name in stages for stage in STAGES]
+    begun = [stage.name in stages.keys() - {"report"} for stage in STAGES]
     for number, stage in enumerate(STAGES):
         row = stages.get(stage.name)
         if not row and (stage.name not in due or any(begun[number:])):

@@ -139,6 +139,9 @@ def test_the_verb_and_a_run_without_labels(make_job):
     done = aif_here("report", job.run)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{job.run}/report.html"
+    status = aif_here("status", job.run).stdout
+    assert "  report   report.html\n" in status
+    assert status.endswith(f"next: aif export {job.run}\n")
     page = (job.run / "report.html").read_text("ascii")
     assert len(data_of(page)["comparisons"]) == 6
     assert "Which response is kinder?" in Parsed(page).text()
