@@ -26,11 +26,11 @@ def test_silent_work_is_reported(monkeypatch, capsys):
 
 
 def test_work_that_reports_gets_no_line_besides(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "BEAT_S", 0.4)
+    monkeypatch.setattr(progress, "BEAT_S", 2.0)
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.05)
     with Progress() as shown:
-        shown.start("label", 10)
-        for done in range(10):
+        shown.start("label", 40)
+        for done in range(40):
             shown.update(done)
             time.sleep(0.06)
     lines = capsys.readouterr().err.splitlines()
