@@ -54,6 +54,8 @@ def read_toml(path: Path, max_bytes: int = 1_000_000) -> dict[str, Any]:
         return tomllib.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise InputError(path, "", got="no such file", expected="a TOML file") from None
+    except IsADirectoryError:
+        raise InputError(path, "", got="a folder", expected="a TOML file") from None
     except OSError as error:
         raise AifError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -53,6 +53,8 @@ def read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield from _rows(file, path)
     except FileNotFoundError:
         raise InputError(path, "", got="no such file", expected="a JSONL file") from None
+    except IsADirectoryError:
+        raise InputError(path, "", got="a folder", expected="a JSONL file") from None
     except OSError as error:
         raise AifError(f"{path}: {error.strerror}") from None
 

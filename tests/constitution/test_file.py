@@ -79,6 +79,8 @@ def test_bad_toml_is_reported_with_its_line(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match=r"gone\.toml: got no such file"):
         constitution.load(tmp_path / "gone.toml")
+    with pytest.raises(InputError, match=r": got a folder, expected a TOML file"):
+        constitution.load(tmp_path)
     with pytest.raises(InputError, match=r"got a larger file, expected at most 1,000,000 bytes"):
         load(tmp_path, HEAD + PRINCIPLE + "#" * 2_000_000)
     (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')

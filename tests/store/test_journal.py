@@ -293,6 +293,11 @@ def test_a_bad_line_is_an_error_that_names_it(tmp_path, line, got):
         list(jsonl.read(path))
 
 
+def test_a_folder_is_no_file_of_rows(tmp_path):
+    with pytest.raises(InputError, match=": got a folder, expected a JSONL file"):
+        list(jsonl.read(tmp_path))
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "rows.jsonl"
     jsonl.write(path, [{"a": 1}])
