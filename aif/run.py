@@ -4,10 +4,10 @@
       run.toml            settings, yours to edit
       comparisons.jsonl   what is judged                      human.jsonl  what people chose
       verdicts.jsonl      one row a call that counts now      labels.jsonl one row a comparison
-      label.json          what the last labelling used and came to
+      label.json          what the last labelling used, and its summary
       journal/label.jsonl every paid answer, append-only
 
-Everything but run.toml and the journals can be made again from these two.
+All other files can be made again from run.toml and the journals.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aif.store.records import Label, as_row
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 Row = TypeVar("Row")
-MADE_BY = {  # file -> what stands between `aif` and the run's folder
+MADE_BY = {  # file -> the words between `aif` and the run's folder
     "prompts.jsonl": "respond",
     "responses.jsonl": "respond",
     "votes.jsonl": "vote",
@@ -45,7 +45,7 @@ MADE_BY = {  # file -> what stands between `aif` and the run's folder
 
 
 class Run:
-    """A folder and the settings that hold in it; `root` is the run that it is a part of."""
+    """A folder with its settings; `root` is the whole run, if this is a part of one."""
 
     leads = True  # whether this process may write into it
 
@@ -62,7 +62,7 @@ class Run:
         self.root = root or path
 
     def file(self, name: str) -> Path:
-        """A file of the run. Raises if somebody put a symbolic link in its place."""
+        """The path of a file of the run. Raises InputError for a symbolic link."""
         path = self.path / name
         for part in (path, path.parent):
             if part.is_symlink():
@@ -70,15 +70,15 @@ class Run:
         return path
 
     def using(self, **tables: Any) -> Self:
-        """The same folder under other settings: its own, but for these tables."""
+        """The same folder, with these tables of the settings replaced."""
         return type(self)(self.path, self.settings.model_copy(update=tables), self.root)
 
     def child(self, name: str, **tables: Any) -> Self:
-        """A run in the folder `name` of this one, with the settings of `using`."""
+        """A run in the subfolder `name`, with these tables of the settings replaced."""
         return type(self)(self.file(name), self.settings.model_copy(update=tables), self.root)
 
     def require(self, name: str) -> Path:
-        """A file of the run. Raises InputError, which names the verb to run, if it is missing."""
+        """The path of a file. If it is missing, raises InputError that names the verb to run."""
         path = self.file(name)
         if not path.exists():
             verb = MADE_BY.get(name)
@@ -87,7 +87,7 @@ class Run:
         return path
 
     def require_labels(self) -> Path:
-        """The same for labels.jsonl. Raises AifError if the labelling was cut off."""
+        """The path of labels.jsonl. Raises AifError if it is missing or the labelling was cut off."""
         if self.state("label").get("in_progress"):
             again = f"`aif label --out {self.path}`"
             raise AifError(f"{self.path}: labelling was cut off; {again} first")
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def sampled(self) -> str:
-        """The file of the responses to compare: of the fine-tuned policy after `aif resample`."""
+        """The file with the responses to compare; after `aif resample` the fine-tuned policy's."""
         later = "resampled.jsonl"
         return later if self.file(later).exists() else "responses.jsonl"
 
@@ -122,7 +122,7 @@ class Run:
                 os.close(descriptor)
 
     def _hold(self, lock: int) -> None:
-        """Lock it and leave the process id in it, for whoever comes second."""
+        """Lock the file and write the process id into it, for the message of `RunBusy`."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -135,27 +135,29 @@ class Run:
         os.pwrite(lock, str(os.getpid()).encode("ascii"), 0)
 
     def journal(self, stage: str) -> Journal:
-        """The stage's paid answers, open for writing; hold the run first."""
+        """The stage's journal of paid answers, open for writing. Call it within `writing`."""
         return Journal.open(self.file("journal") / f"{stage}.jsonl")
 
     def answers(self, stage: str, missing_ok: bool = False) -> AbstractContextManager[Reader]:
-        """The stage's paid answers, for reading in a `with`. Raises AifError if there is no
-        journal; with `missing_ok` it is then empty."""
+        """The stage's journal of paid answers, to read in a `with`.
+
+        Raises AifError for a missing journal; with `missing_ok` it counts as empty.
+        """
         return Reader.reading(self.file("journal") / f"{stage}.jsonl", missing_ok)
 
     def index(self, stage: str) -> Index:
-        """Which of the stage's answers are there; touches nothing."""
+        """The ids of the stage's paid answers; changes nothing on the disk."""
         return Index.read(self.file("journal") / f"{stage}.jsonl")
 
     def write(self, name: str, rows: Iterable[Any]) -> int:
-        """Replace a JSONL file by these records, atomically; returns how many there were."""
+        """Replace a JSONL file by these records, atomically; returns their number."""
         return jsonl.write(self.file(name), map(as_row, rows))
 
     def read(self, name: str, kind: type[Row], missing_ok: bool = False) -> Iterator[Row]:
-        """The records of a JSONL file of this run, as they are asked for.
+        """The records of a JSONL file of this run, one at a time.
 
-        Raises InputError for a row that is no such record, and for a missing file; with
-        `missing_ok` a missing file has no rows.
+        Raises InputError for a row that is not a `kind`, and for a missing file; with `missing_ok`
+        a missing file has no rows.
         """
         if missing_ok and not self.file(name).exists():
             return
@@ -180,13 +182,13 @@ class Run:
                 file.write(tomli_w.dumps(self.settings.to_keep()))
 
     def write_state(self, stage: str, state: dict[str, Any]) -> None:
-        """Keep what a stage used and its summary, as STAGE.json."""
+        """Write STAGE.json: what a stage used, and its summary."""
         with jsonl.replacing(self.file(f"{stage}.json")) as file:
             json.dump(state, file, indent=1)
             file.write("\n")
 
     def state(self, stage: str) -> dict[str, Any]:
-        """What `write_state` kept, or {}: it is a note about the run, never its truth."""
+        """The content of STAGE.json; {} if it is missing or is not valid."""
         try:
             return jsonl.loads(self.file(f"{stage}.json").read_text("ascii"))
         except (FileNotFoundError, ValueError):
@@ -194,7 +196,7 @@ class Run:
 
 
 class Follower(Run):
-    """A run for all but the first of several processes that train together: it only reads."""
+    """A run in the other processes of a distributed training: it only reads."""
 
     leads = False
 

@@ -1,8 +1,8 @@
-"""What an edit to a constitution changed, and which calls it costs, without a run to look at.
+"""What an edit of a constitution changes, and which calls it costs; it needs no run.
 
-A call depends on the preamble and on `Principle.digest`, not on ids, weights or rules, so what is
-asked again follows from these, protocol by protocol; where principles are sampled, from the draws
-as well. It holds for a labelling that is complete under the first file.
+A call depends on the preamble and on `Principle.digest`, not on ids, weights or rules. So these
+decide which calls are made again, for each protocol. If principles are sampled, the draws decide
+too. All this is for a labelling that is complete under the first file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from aif.constitution.file import Constitution, Principle
 
 HEAD = tuple(key for key in Constitution.model_fields if key != "principle")
-# How principles may be put: name -> (protocol, form). Of `reasoned` the same holds as of pairwise,
-# of `rating` as of pointwise: they put the same questions.
+# How to ask about principles: name -> (protocol, form). `reasoned` asks the same questions as
+# pairwise, and `rating` the same as pointwise.
 WAYS = {
     "pairwise": ("pairwise", "chat"),
     "pointwise, as chat": ("pointwise", "chat"),
@@ -26,7 +26,7 @@ MOVED, REST = "comparisons that draw it only now", "comparisons that had not dra
 def constitution_diff(a: Constitution, b: Constitution) -> dict[str, Any]:
     """{"changed": {key: [old, new]}, "principles": [...], "asks_again": {way: {id: which}}}.
 
-    A way is null in `asks_again` where `b` lacks a question that it puts.
+    A way is null in `asks_again` if `b` lacks a question that it asks.
     """
     before, now = ({p.id: p for p in one.principle} for one in (a, b))
     principles = []
@@ -78,9 +78,9 @@ def _asks_again(a: Constitution, b: Constitution, protocol: str, form: str) -> d
 
 
 def _draws_more(principle: Principle, a: Constitution, b: Constitution) -> bool:
-    """Whether a principle wins draws that it lost: its weight grew, or another's fell.
+    """Whether a principle wins draws that it lost before: its weight grew, or another's fell.
 
-    `Constitution.drawn` is a race in which each has a clock of its own, by its id.
+    In `Constitution.drawn` each principle has its own clock, which depends on its id.
     """
     before, now = ({p.id: p.weight for p in one.principle} for one in (a, b))
     others = (name for name in before if name != principle.id)

@@ -1,4 +1,4 @@
-"""A constitution: the TOML file that says what a judge is to look for.
+"""A constitution: the TOML file with the principles that a judge applies.
 
     name = "warm"
     preamble = "..."                 # read before everything else
@@ -11,7 +11,7 @@
     compare = "Which response is kinder to the person?"
     grade = "Is the response kind to the person?"
 
-`load` checks all of it and names file, key, what it got and what it expected.
+`load` checks the whole file; an error names file, key, got and expected.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_PRINCIPLES = 200
 MAX_EXAMPLES = 64
 TABLE = "constitution"  # before a key of this file in config/versions
 
-# The question of a principle that each protocol of a judge puts.
+# protocol of a judge -> the question of a principle that it asks
 QUESTION = {"pairwise": "compare", "reasoned": "compare", "pointwise": "grade", "rating": "grade"}
 
 
@@ -49,7 +49,7 @@ Cue = Annotated[str, Field(max_length=64), AfterValidator(_said)]
 
 
 class Example(Strict):
-    """A graded response, shown to the judge before the one it is asked about."""
+    """A graded response, as an example before the judge's own task."""
 
     prompt: Text | None = None
     text: Text
@@ -57,7 +57,7 @@ class Example(Strict):
 
 
 class Revised(Strict):
-    """A worked example of critique and revision, shown to the reviser before its own task."""
+    """A critique and a revision, as an example before the reviser's own task."""
 
     prompt: Text
     response: Text
@@ -66,7 +66,7 @@ class Revised(Strict):
 
 
 class Principle(Strict):
-    """One thing to look for, as an instruction to critique and revise and as questions."""
+    """One principle: how to critique and revise by it, and the questions for judges."""
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
     weight: float = Field(1.0, gt=0, le=1e6, allow_inf_nan=False)
@@ -74,20 +74,20 @@ class Principle(Strict):
     revision: Text | None = None
     compare: Text | None = None
     grade: Text | None = None
-    cue: Cue | None = None  # what plain text ends in before Yes or No; default: the question
+    cue: Cue | None = None  # in plain text it stands before Yes or No; default: the question
     example: list[Example] = Field([], max_length=MAX_EXAMPLES)
     revised: list[Revised] = Field([], max_length=MAX_EXAMPLES)
 
     def question(self, protocol: str) -> str:
-        """The question that a protocol puts; `Constitution.require` has seen that it is there."""
+        """The question that a protocol asks. Call `Constitution.require` first: "" means none."""
         return getattr(self, QUESTION.get(protocol, "grade")) or ""
 
     def digest(self, protocol: str, form: str) -> str:
-        """The id of everything in this principle that a verdict depends on."""
+        """A digest of all that a verdict under this principle depends on."""
         if QUESTION[protocol] == "compare":
             return content_id(self.compare)
         examples = [for_digest(one, f"{TABLE}.principle.example") for one in self.example]
-        if form == "text" and self.cue:  # a cue stands in the question's place
+        if form == "text" and self.cue:  # the cue replaces the question
             return content_id("cue", self.cue, examples)
         return content_id(self.grade, examples)
 
@@ -113,10 +113,10 @@ class Constitution(Strict):
         return principles
 
     def drawn(self, principles: Sequence[Principle], *draw: object) -> list[Principle]:
-        """`principles` in the order in which they are drawn, without replacement, by weight.
+        """`principles` in a random order, drawn by weight without replacement.
 
-        A race of exponential clocks seeded by `draw` and the principle's id, so that editing,
-        adding or re-weighting one principle changes no order between two others.
+        Each principle has an exponential clock, seeded by `draw` and its id; the first to ring is
+        the first in order. So a change of one principle never changes the order of two others.
         """
 
         def arrival(principle: Principle) -> float:
@@ -126,7 +126,7 @@ class Constitution(Strict):
         return sorted(principles, key=arrival)
 
     def require(self, protocol: str, where: object) -> None:
-        """Raise InputError unless every principle has the question that `protocol` puts."""
+        """Raise InputError unless every principle has the question that `protocol` asks."""
         key = QUESTION[protocol]
         for number, principle in enumerate(self.principle):
             if not principle.question(protocol):
@@ -138,7 +138,7 @@ class Constitution(Strict):
                 )
 
     def lint(self) -> list[str]:
-        """What is allowed but probably not meant, a line each."""
+        """Notes on what is valid but probably a mistake, one line each."""
         notes = []
         for principle in self.principle:
             for key in ("compare", "grade"):
@@ -164,7 +164,7 @@ class Constitution(Strict):
         return notes
 
     def digest(self) -> str:
-        """The id of the whole constitution."""
+        """A digest of the whole constitution."""
         return content_id(for_digest(self, TABLE))
 
 

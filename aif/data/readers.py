@@ -1,14 +1,13 @@
-"""Reading preference data: the field's usual shapes become comparisons.
+"""Read preference data: rows in any of the usual shapes become comparisons.
 
     {"prompt": "...", "response_a": "...", "response_b": "..."}
     {"prompt": [{"role": "user", "content": "..."}], "chosen": "...", "rejected": "..."}
     {"prompt": "...", "responses": ["...", "...", "..."], "scores": [3, 1, 2]}
 
-also HH (whole dialogues as text), UltraFeedback and TRL (standard, conversational, with the prompt
-left implicit), and `instruction`/`input`, `response1`/`response2`, `conversations` as names.
+Other shapes are HH (whole dialogues as text), UltraFeedback and TRL (standard, conversational,
+implicit prompt). Other names are `instruction`/`input`, `response1`/`response2`, `conversations`.
 
-What a human chose is returned apart from the comparison, and does not decide which response comes
-first either.
+The choice of a human is not part of the comparison, and it does not decide which response is first.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ PAIR_NAMES = (
     ("output_1", "output_2"),
 )
 MAX_RESPONSES = 64
-# What stands for a demonstration's answer: the first of these that a row has.
+# A demonstration's answer is under the first of these names that the row has.
 RESPONSE_NAMES = ("response", "completion", "output", "answer", "demonstration", "chosen")
 _HH_ANSWER = "\n\nAssistant:"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -42,7 +41,7 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A comparison with what a human said of it, if one did."""
+    """A comparison with the choice of a human, if there is one."""
 
     comparison: Comparison
     human: HumanChoice | None = None
@@ -50,15 +49,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt with what its file says of it: a response, and whether it asks for harm."""
+    """A prompt with the response and the mark that its row has, if any."""
 
     prompt: Prompt
     response: str | None = None
-    harmful: bool | None = None  # None: not marked
+    harmful: bool | None = None  # whether the prompt asks for harm; None: not marked
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a JSONL file or of `hf:NAME[:SPLIT]`."""
+    """(place, row) for each row of a JSONL file or of `hf:NAME[:SPLIT]`."""
     if source.startswith("hf:"):
         yield from _hub_rows(source)
     else:
@@ -73,7 +72,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises a dozen unrelated types here
+    except Exception as error:  # the library raises many unrelated types here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AifError(f"{source}: datasets could not load it: {reason}") from error
     for number, row in enumerate(rows, 1):
@@ -81,14 +80,16 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_prompts(source: str) -> Iterator[Prompt]:
-    """The prompts of a file: `prompt` (text or messages), or a name that stands for it."""
+    """The prompts of a file: `prompt` (text or messages), or another name for it."""
     for place, row in read_rows(source):
         yield Prompt.of(_prompt(row, place), str(row.get("id", "")))
 
 
 def read_questions(source: str) -> Iterator[Question]:
-    """The prompts of a file, each with the response that stands beside it, if one does (by one of
-    RESPONSE_NAMES), and its mark: `harmful`, true or false, or `kind`, "harmful" or another."""
+    """The prompts of a file, each with its response and its mark, if it has them.
+
+    The response is under one of RESPONSE_NAMES. The mark is `harmful` (true or false) or `kind` ("harmful" or another text).
+    """
     for place, row in read_rows(source):
         name = next((n for n in RESPONSE_NAMES if isinstance(row.get(n), str | list | dict)), None)
         if name is None:
@@ -116,8 +117,11 @@ def read_pairs(source: str) -> Iterator[Pair]:
 
 
 def read_rated(source: str) -> Iterator[tuple[list[Message], str, float]]:
-    """(prompt, response, how good in [0, 1]) of a file of single responses, as TRL's unpaired
-    format has them: `completion` and a `label`, true or false or a number between 0 and 1."""
+    """(prompt, response, grade in [0, 1]) for each row of a file of single responses.
+
+    The rows are in TRL's unpaired format: `completion`, and as `label` true, false or a number from
+    0 to 1.
+    """
     for place, row in read_rows(source):
         name = next((name for name in RESPONSE_NAMES if name in row), None)
         if name is None:
@@ -156,14 +160,14 @@ def pairs_of(row: dict[str, Any], place: str) -> Iterator[Pair]:
 
 
 def _ordered(prompt: list[Message], better: str, worse: str, source: str) -> Pair:
-    """A pair whose order is decided by the texts alone, so that it tells nothing of the choice."""
+    """A pair in an order that depends on the texts alone, so it does not reveal the choice."""
     first, second = sorted((better, worse), key=lambda text: content_id("order", text))
     comparison = Comparison.of(prompt, first, second)
     return Pair(comparison, HumanChoice(comparison.id, float(first == better), source))
 
 
 def _ranked(row: dict[str, Any], place: str, source: str) -> Iterator[Pair]:
-    """K responses, each with each; `scores` (high is good) or `ranks` (1 is best) say who wins."""
+    """All pairs of K responses; `scores` (high is good) or `ranks` (1 is best) say who wins."""
     key = "responses" if "responses" in row else "completions"
     responses = row[key]
     if not isinstance(responses, list) or not 2 <= len(responses) <= MAX_RESPONSES:
@@ -230,7 +234,7 @@ def _split_dialogues(chosen: str, rejected: str, place: str) -> tuple[list[Messa
 
 
 def _prompt(row: dict[str, Any], place: str) -> list[Message]:
-    """The row's prompt as messages that end where a response is due."""
+    """The row's prompt as messages, up to where the response begins."""
     if "prompt" in row:
         key, value = "prompt", row["prompt"]
     elif "instruction" in row:
@@ -289,7 +293,7 @@ def _response(value: Any, where: str) -> str:
 
 
 def unique(pairs: Iterable[Pair]) -> Iterator[tuple[Pair, bool]]:
-    """Each pair, and whether its comparison is met for the first time."""
+    """Each pair, and whether its comparison is new in this sequence."""
     seen: set[bytes] = set()
     for pair in pairs:
         key = bytes.fromhex(pair.comparison.id)
@@ -298,11 +302,11 @@ def unique(pairs: Iterable[Pair]) -> Iterator[tuple[Pair, bool]]:
 
 
 def read_dialogues(source: str) -> Iterator[tuple[str, list[Message]]]:
-    """(place, messages that end in an assistant's turn) of each demonstration in a file.
+    """(place, messages up to an assistant's turn) for each demonstration in a file.
 
-    Shapes: `prompt` (or a name that stands for it) with one of RESPONSE_NAMES, or the whole
-    dialogue as `messages`, `conversations` or one of RESPONSE_NAMES, as chat messages or as HH's
-    text. Raises InputError at the first bad row.
+    Shapes: `prompt` (or another name for it) with one of RESPONSE_NAMES, or the whole dialogue as
+    `messages`, `conversations` or one of RESPONSE_NAMES, as chat messages or as HH's text. Raises
+    InputError at the first bad row.
     """
     for place, row in read_rows(source):
         messages = _demonstration(row, place)

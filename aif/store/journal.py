@@ -1,13 +1,13 @@
 """The append-only file that makes a paid answer durable.
 
-One line a row, with a checksum over the bytes before it:
+Each row is one line with a checksum over the bytes before it:
 
     {"id":"9f0c...","fault":null,"logprobs":{"Yes":-0.1,"No":-2.3},"crc":"5e2d91aa"}
 
-A row counts once it is on the disk (`durable`). A row with a fault is kept as a record and is
-never an answer. Opening repairs a torn last line (a crash or a full disk in mid-write) and reports
-every other line that fails its checksum; those rows simply no longer count, so they are asked
-again. One process may write at a time; the run's lock sees to that.
+A row counts as soon as it is on the disk (`durable`). A row with a fault is only a record, never an
+answer. `Journal.open` cuts off a torn last line (from a crash or a full disk) and reports every
+other line that fails its checksum. Such a row does not count, so its call is made again. Only one
+process may write at a time; the run's lock ensures that.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _LINGER_S = 0.02  # rows that arrive within this share one fsync
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A line that fails its checksum. `key` is its id as far as it can still be read.
+    """A line that fails its checksum. `key` is its id, if it can still be read.
 
-    A lost line end makes one line of two rows, which then has two ids.
+    If a line end is lost, two rows become one line; `key` then has both ids.
     """
 
     line: int
@@ -46,9 +46,9 @@ class Damage:
 
 @dataclass(slots=True)
 class Index:
-    """Which ids a journal has, and where. Ids are 32 bytes, offsets count bytes."""
+    """The ids in a journal, with their places: ids as 32 bytes, offsets in bytes."""
 
-    answered: dict[bytes, int] = field(default_factory=dict)  # -> offset of the newest good row
+    answered: dict[bytes, int] = field(default_factory=dict)  # -> offset of the newest answer
     failed: dict[bytes, int] = field(default_factory=dict)  # the same for ids with only faults
     damage: list[Damage] = field(default_factory=list)
     lines: int = 0
@@ -56,7 +56,7 @@ class Index:
 
     @classmethod
     def read(cls, path: Path) -> Index:
-        """Look at a journal without touching it; a file that is not there is empty."""
+        """Read the index of a journal and change nothing; a missing file counts as empty."""
         index = cls()
         if path.exists():
             for index.lines, (offset, size, row) in enumerate(scan(path), 1):
@@ -68,7 +68,7 @@ class Index:
         return index
 
     def note(self, key: bytes, is_fault: bool, offset: int) -> None:
-        """A row is at `offset`. An answer is never unseated by a later fault."""
+        """Add the row at `offset`. A later fault never replaces an answer."""
         if not is_fault:
             self.answered[key] = offset
             self.failed.pop(key, None)
@@ -77,9 +77,9 @@ class Index:
 
 
 class Reader:
-    """Rows by id, of a journal that another process may be writing: nothing is repaired.
+    """Reads rows by id; it repairs nothing, since another process may be writing.
 
-    What is appended later is not seen.
+    Rows that are appended later are not seen.
     """
 
     def __init__(self, path: Path, descriptor: int, index: Index):
@@ -90,9 +90,9 @@ class Reader:
     @staticmethod
     @contextlib.contextmanager
     def reading(path: Path, missing_ok: bool = False) -> Iterator[Reader]:
-        """A journal to look at, closed at the end of the `with`.
+        """Open a journal to read it in a `with`.
 
-        With `missing_ok` a file that is not there is an empty journal; else it is an AifError.
+        With `missing_ok` a missing file is an empty journal; otherwise it raises AifError.
         """
         if missing_ok and not path.exists():
             yield Reader(path, -1, Index())
@@ -107,13 +107,13 @@ class Reader:
             os.close(descriptor)
 
     def newest(self, key: str) -> dict[str, Any] | None:
-        """The row that counts for an id: its answer, else its last fault, else None."""
+        """The row of an id: its newest answer, else its newest fault, else None."""
         raw = bytes.fromhex(key)
         offset = self.index.answered.get(raw, self.index.failed.get(raw))
         return None if offset is None else self._row(offset)
 
     def _row(self, offset: int) -> dict[str, Any]:
-        # A line is rarely over 4 kB; read on where it is.
+        # Most lines are shorter than 4 kB; read on if this one is longer.
         data = os.pread(self._descriptor, 4096, offset)
         while b"\n" not in data:
             more = os.pread(self._descriptor, 1 << 20, offset + len(data))
@@ -124,12 +124,12 @@ class Reader:
 
 
 class Journal(Reader):
-    """Rows by id, durable. Build it with `Journal.open`; close it, or use it in a `with`."""
+    """Appends rows durably. Create it with `Journal.open`; close it, or use it in a `with`."""
 
     def __init__(self, path: Path, descriptor: int, index: Index):
         super().__init__(path, descriptor, index)
         self.durable = 0  # rows of this process that are on the disk
-        self._waiting: list[tuple[bytes, bytes, bool]] = []  # line, id, is it a fault
+        self._waiting: list[tuple[bytes, bytes, bool]] = []  # line, id, whether it is a fault
         self._changed = threading.Condition()
         self._busy = self._closing = False
         self._error: AifError | None = None
@@ -137,13 +137,13 @@ class Journal(Reader):
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Read what is there, repair the tail, and be ready to append."""
+        """Open or create a journal to append to it; cuts off a torn last line."""
         descriptor = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
             sync_folder(path.parent)
-            os.fsync(descriptor)  # what a killed process wrote may be in memory only; it counts now
+            os.fsync(descriptor)  # rows of a killed process may be in memory only; they count now
             index = Index.read(path)
             _cut_torn_line(descriptor, index)
         except OSError as error:
@@ -155,7 +155,7 @@ class Journal(Reader):
         return journal
 
     def append(self, row: dict[str, Any]) -> None:
-        """Take a row (`id`, `fault` and whatever else) for writing; it is not yet durable."""
+        """Put a row (`id`, `fault` and any other keys) in the queue; it is not yet durable."""
         line = encode(row)
         with self._changed:
             self._raise_if_broken()
@@ -163,7 +163,7 @@ class Journal(Reader):
             self._changed.notify_all()
 
     def commit(self) -> None:
-        """Return once every row appended so far is on the disk; raise if it cannot be."""
+        """Wait until every appended row is on the disk. Raises AifError if that fails."""
         with self._changed:
             self._changed.wait_for(lambda: self._error or not (self._waiting or self._busy))
             self._raise_if_broken()
@@ -173,7 +173,7 @@ class Journal(Reader):
             raise self._error
 
     def _write_groups(self) -> None:
-        """The writer thread: all rows that wait are one write and one fsync."""
+        """The writer thread: writes all waiting rows with one write and one fsync."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
@@ -185,7 +185,7 @@ class Journal(Reader):
                 group, self._waiting, self._busy = self._waiting, [], True
             try:
                 self._write(b"".join(line for line, _, _ in group))
-            except Exception as error:  # whatever it is, nobody may wait for it for ever
+            except Exception as error:  # of any kind, or `commit` would wait for ever
                 self._give_up(error)
                 return
             with self._changed:
@@ -204,8 +204,8 @@ class Journal(Reader):
 
     def _give_up(self, error: Exception) -> None:
         # After a failed fsync the kernel may drop the pages and report success next time
-        # (https://lwn.net/Articles/752063/), so what is not known to be durable is cut off again.
-        with contextlib.suppress(OSError):  # if not now, the next open repairs the tail
+        # (https://lwn.net/Articles/752063/), so rows that may not be durable are cut off.
+        with contextlib.suppress(OSError):  # if this fails, the next open cuts them off
             os.ftruncate(self._descriptor, self.index.end)
         with self._changed:
             self._error = AifError(
@@ -215,14 +215,14 @@ class Journal(Reader):
             self._changed.notify_all()
 
     def damage(self) -> list[str]:
-        """A line for the person about every row that fails its checksum."""
+        """A message for every row that fails its checksum."""
         return [
             f"{self.path}:{damage.line}: damaged (key {damage.key}); it is asked again if needed"
             for damage in self.index.damage
         ]
 
     def close(self) -> None:
-        """Write what waits and close the file; an error in that is raised."""
+        """Write the waiting rows and close the file. Raises AifError if that fails."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -237,21 +237,22 @@ class Journal(Reader):
         try:
             self.close()
         except AifError:
-            if kind is None:  # do not hide the error that is already on its way
+            if kind is None:  # the first error matters more
                 raise
 
 
 def encode(row: dict[str, Any]) -> bytes:
-    """A row as its line: `id` and `fault` first (the scan relies on it), the checksum last."""
+    """The line of a row: `id` and `fault` first (`scan` relies on this), the checksum last."""
     body = dumps({"id": row["id"], "fault": row["fault"]} | row)[:-1].encode("ascii")
     return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
 
 def scan(path: Path) -> Iterator[tuple[int, int, tuple[bytes, bool] | str]]:
-    """(offset, size, (id, is it a fault)) of every whole line; a torn tail is left out.
+    """(offset, size, (id, whether it is a fault)) of every whole line; a torn last line is left
+    out.
 
-    A line that fails its checksum has the ids that can still be read instead. Reads only, so a run
-    can be looked at while another process writes it.
+    For a line that fails its checksum, the third item is a text with the ids that can still be
+    read. It only reads, so another process may be writing.
     """
     offset = 0
     with open(path, "rb") as file:
@@ -272,7 +273,7 @@ def _ids_in(damaged: bytes) -> str:
 
 
 def _cut_torn_line(descriptor: int, index: Index) -> None:
-    """Cut off what stands after the last whole line: it is no answer, but it is reported."""
+    """Cut off the text after the last whole line, and report it as damage."""
     torn = os.fstat(descriptor).st_size - index.end
     if torn:
         index.damage.append(Damage(index.lines + 1, _ids_in(os.pread(descriptor, torn, index.end))))
