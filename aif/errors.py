@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class AifError(Exception):
-    """What went wrong, in one line; the command line prints it and exits with `exit_code`."""
+    """An error in one line. The command line prints it and exits with `exit_code`."""
 
     exit_code = 1
 
@@ -48,7 +48,7 @@ class TooSlow(AifError):
 
 
 class TooManyFaults(AifError):
-    """The run is complete but more of its calls failed than `--max-fault-rate` allows."""
+    """The stage is complete, but more of its calls failed than `--max-fault-rate` allows."""
 
     exit_code = 3
 

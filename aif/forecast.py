@@ -3,7 +3,8 @@
     models -> models/speed (a few seconds) -> tokens a second
     run.toml -> tokens that each stage reads, writes and learns from -> seconds
 
-Texts are taken to be as long as they may be. A stage that asks a served model has no forecast.
+It assumes that texts are as long as the settings allow. A stage with a served model has no
+forecast.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ LETTERS = 4  # characters of a token, in English
 TEMPLATE = 20  # tokens that a chat template adds to a prompt
 REQUEST = 300  # tokens of a request to criticise or to revise, without the response
 SERVED = ("openai:", "openai-batch:", "vllm:", "scripted:")
-STARTUP_S = 4.0  # a stage loads its model and writes its files
+STARTUP_S = 4.0  # for a stage to load its model and write its files
 ADAPTERS = 0.7  # the time of learning with LoRA: frozen weights have no gradients
 WATCHED = 10  # evaluations of `aif ppo`, unless `ppo.eval_every` says otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a stage has a model do, in tokens."""
+    """The work of a model in a stage, in tokens."""
 
     model: LLMSettings
     read: float = 0.0
@@ -52,7 +53,7 @@ class Work:
 
 
 def forecast(run: Run, todo: Sequence[Step], progress: Progress) -> dict[str, float | None]:
-    """Seconds of each step; None where a served model takes part. Each model that runs in this
+    """The seconds of each step; None if it uses a served model. Each model that runs in this
     process is timed for a few seconds."""
 
     @cache
@@ -142,7 +143,7 @@ def _judging(run: Run, rows: Iterable[Comparison], model: LLMSettings | None = N
 
 
 def _new_tokens(asks: Iterable[Ask]) -> float:
-    """The tokens of some calls, what two in a row begin with alike counted once."""
+    """The tokens of some calls; a prefix that two calls in a row share counts once."""
     letters, before = 0, ""
     for ask in asks:
         text = ask.text or "".join(message["content"] for message in ask.messages or [])
@@ -159,7 +160,7 @@ def _sft(run: Run) -> list[Work]:
 
 
 def _learned(settings: TrainSettings, rows: float, tokens: float) -> float:
-    """Tokens learned from, as if all weights learned; `rows` of an epoch, `tokens` of a row."""
+    """Tokens to learn from, scaled to full fine-tuning; `rows` per epoch, `tokens` per row."""
     learned = rows * settings.epochs
     if settings.max_steps:
         learned = min(learned, settings.max_steps * settings.batch_size)

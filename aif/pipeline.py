@@ -2,8 +2,8 @@
 
     aif run runs/demo [--from STAGE] [--until STAGE] [--only STAGE]
 
-`STAGES` has them all. A stage is done again only if a file that it reads or a setting that it
-depends on has changed; RUN/pipeline.json has the digests of both, and of the files it wrote.
+`STAGES` is the list of all. A stage runs again only if a file that it reads, or a setting that it
+depends on, has changed. RUN/pipeline.json has the digests of these and of the files that it wrote.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ STAGES = (
           "report.html"),
 )
 # fmt: on
-AGAIN = ("respond", "compare", "label", "reward", "ppo")  # what another iteration does
+AGAIN = ("respond", "compare", "label", "reward", "ppo")  # the stages of each later iteration
 STATE = "pipeline"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A stage of a run or of a later iteration; `name` is as 2/ppo."""
+    """A stage of a run, or of a later iteration with a name like 2/ppo."""
 
     run: Run
     stage: Stage
@@ -107,8 +107,11 @@ def stage(name: str) -> Stage:
 
 
 def steps(run: Run) -> list[Step]:
-    """The steps of `aif run` in their order. An iteration after the first is a run in a folder of
-    its own; it starts with the policy of the iteration before it."""
+    """The steps of `aif run` in their order.
+
+    Each iteration after the first is a run in its own folder. It starts with the policy of the
+    previous iteration.
+    """
     names = run.settings.pipeline.stages or due(run.settings)
     last = [name for name in names if name in ("evaluate", "report")]
     first = [Step(run, stage(name), name) for name in names if name not in last]
@@ -123,7 +126,7 @@ def due(settings: Settings) -> list[str]:
     """The stages that a run with these settings has by default."""
     left_out = set() if settings.sft.filtered else {"filter"}
     left_out |= set() if "votes" in settings.sft.data else {"vote"}
-    if not settings.respond.prompts:  # it has pairs of its own
+    if not settings.respond.prompts:  # the run has pairs, not prompts
         return ["label", "report"]
     return [stage.name for stage in STAGES if stage.name not in left_out]
 
@@ -156,7 +159,8 @@ def select(
 
 
 def remaining(todo: Sequence[Step]) -> Sequence[Step]:
-    """The steps from the first that is not done on: it may change what later steps read."""
+    """The steps that are left: the first that is not done, and all after it, since they may read
+    what it writes."""
     first = next((n for n, step in enumerate(todo) if not _is_done(step, _inputs(step))), len(todo))
     return todo[first:]
 
@@ -164,10 +168,10 @@ def remaining(todo: Sequence[Step]) -> Sequence[Step]:
 def run_all(
     todo: Sequence[Step], progress: Progress, expected_s: Mapping[str, float | None] | None = None
 ) -> dict[str, Any]:
-    """Do the steps that are not done, in their order; returns their summaries by name.
+    """Run the steps that are not done, in their order; returns their summaries by name.
 
-    Raises TooManyFaults after a stage whose calls failed too often, so that nothing is trained on
-    its results. `expected_s` has the seconds that a step is expected to take.
+    Raises TooManyFaults after a stage with too many failed calls, so no model is trained on its
+    results. `expected_s` has the seconds that a step is expected to take.
     """
     summaries, expected_s = {}, expected_s or {}
     for number, step in enumerate(todo, 1):
@@ -204,8 +208,8 @@ def _keep_done(step: Step, inputs: str, seconds: float) -> None:
 
 
 def _inputs(step: Step) -> str:
-    """The digest of everything that a step depends on. A setting that names a file or a model
-    counts by its content; a file that the step also writes is one of its outputs."""
+    """The digest of all that a step depends on. A setting that names a file or a model counts by
+    the content; a file that the step itself writes is an output and does not count."""
     tables = for_digest(step.run.settings, mode="json")
     for table in filter(None, (tables[name] for name in ("policy", "reviser", "judge", "label"))):
         table.pop("price", None)  # the answers do not depend on what calls cost

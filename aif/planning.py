@@ -1,4 +1,4 @@
-"""The calls that a run would make and what they would cost. It makes none and writes nothing."""
+"""The calls that a run would make, and their cost. It makes no call and writes nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CallTokens:
     """The tokens of some calls."""
 
     prompt: int
-    exact: bool  # a tokenizer's count, or else an estimate
+    exact: bool  # whether a tokenizer counted them; else it is an estimate
     prompt_most: int  # an upper bound
     completion_most: int
 
@@ -57,9 +57,9 @@ class CallTokens:
 
 
 def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
-    """What `aif label` would do with the same settings, and the stages before it in `aif run`.
+    """The calls of `aif label` with these settings, and of the stages before it in `aif run`.
 
-    If the responses are not sampled yet, it counts as many and as long ones as the settings allow:
+    If the responses are not sampled yet, it takes the most and the longest that the settings allow;
     calls and tokens are then upper bounds. `rate` is calls per second; None: the rate of the last
     labelling by the same judges. Raises InputError for a budget without a price.
     """
@@ -97,8 +97,8 @@ def plan(run: Run, rate: float | None = None) -> dict[str, Any]:
 
 
 def _of_judge(run: Run, judge: Judge, pending: PendingCalls, index: Index) -> dict[str, Any]:
-    """The calls of one judge and their cost; `at_most` includes the calls that depend on the
-    answers to others."""
+    """The calls of one judge and their cost; `at_most` includes the calls that other answers may
+    make necessary."""
     missing, perhaps = pending.missing[judge.name], pending.conditional[judge.name]
     price = price_of(judge.model)
     with open_llm(judge.model) as llm:
@@ -122,7 +122,8 @@ def _of_judge(run: Run, judge: Judge, pending: PendingCalls, index: Index) -> di
 
 
 def _dollars(run: Run, judges: list[dict[str, Any]], sampling: dict[str, Any]) -> dict[str, Any]:
-    """The dollars to pay and paid, and the budgets. A judge without a price adds nothing."""
+    """The dollars to pay, the dollars paid, and the budgets. A judge without a price adds
+    nothing."""
     priced = [judge["dollars"] for judge in judges if judge["price"] is not None]
     labels = {key: sum(cost[key] for cost in priced) for key in ("about", "at_most")}
     whole = {key: labels[key] + sum(c[key] for c in sampling.values()) for key in labels}

@@ -1,7 +1,7 @@
-"""How far a stage is: a live bar on a terminal, a plain line every few seconds elsewhere.
+"""Progress of a stage: a live bar on a terminal, or else a plain line every few seconds.
 
-Work that reports nothing for BEAT_S seconds (a model loads, a batch is sampled) gets a line with
-the time that it has taken.
+If work reports nothing for BEAT_S seconds (a model loads, a batch is sampled), a line says how long
+it has taken.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Reports on stderr, so that stdout stays clean for results. `quiet` reports nothing.
+    """Reports on stderr, since stdout is for results. `quiet` reports nothing.
 
-    As a context manager it also reports work that is silent.
+    As a context manager it also reports work that reports nothing itself.
     """
 
     def __init__(self, quiet: bool = False):
@@ -48,13 +48,13 @@ class Progress:
         self._ended = threading.Event()
 
     def stage(self, name: str, expected_s: float | None = None) -> None:
-        """A new stage, and the seconds that it is expected to take."""
+        """Begin a stage; `expected_s` is how many seconds it will probably take."""
         self.say(f"{name}, about {duration(expected_s)}" if expected_s else name)
         self._what, self._note, self._since = name, "", time.monotonic()
         self._expected_s = expected_s
 
     def start(self, what: str, total: int, done: int = 0) -> None:
-        """A new piece of work of `total` calls or steps, `done` of them by an earlier run."""
+        """Begin a piece of work of `total` calls or steps; `done` are done by an earlier run."""
         self.finish()
         self._what, self._total, self._done, self._note = what, total, done, ""
         self._before = done
@@ -73,9 +73,9 @@ class Progress:
             self.finish()
 
     def update(self, done: int, faults: int = 0, note: str = "") -> None:
-        """So many calls are durable, so many of them faults. Cheap enough to call for each.
+        """Report that `done` calls are durable, `faults` of them with a fault. It is cheap.
 
-        A `note`, as "loss 1.2", stands in the place of the faults.
+        A `note` ("loss 1.2") is shown in place of the faults.
         """
         self._done, self._note = done, note or f"{faults:,} faults"
         now = time.monotonic()
@@ -84,7 +84,7 @@ class Progress:
         self._show(now)
 
     def note(self, line: str) -> None:
-        """How far the work is between two updates, as "token 3 of 64"."""
+        """Report progress between two updates, as "token 3 of 64"."""
         self._note = line
         now = time.monotonic()
         if self._bar is not None and now >= self._due:
@@ -117,7 +117,7 @@ class Progress:
                     print(line, file=sys.stderr, flush=True)
 
     def finish(self) -> None:
-        """End the current piece of work and show where it stands."""
+        """End the current piece of work and show its counts."""
         if self._bar is not None:
             self._show(time.monotonic())
             self._bar.stop()

@@ -87,7 +87,7 @@ class Run:
         return path
 
     def require_labels(self) -> Path:
-        """The path of labels.jsonl. Raises AifError if it is missing or the labelling was cut off."""
+        """The path of labels.jsonl. Raises AifError if it is missing or labelling was cut off."""
         if self.state("label").get("in_progress"):
             again = f"`aif label --out {self.path}`"
             raise AifError(f"{self.path}: labelling was cut off; {again} first")

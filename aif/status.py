@@ -1,4 +1,4 @@
-"""Where a run stands: its stages, what they made, and the command that comes next."""
+"""The status of a run: its stages, their results, and the next command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COUNTS += ("comparisons", "labels", "pairs", "unfinished")
 
 
 def status(run: Run) -> dict[str, Any]:
-    """The stages that were begun. Reads only, so it may run while a stage is writing."""
+    """The status of the stages that have begun. It only reads, so a stage may be writing."""
     stages = {}
     for stage in STAGES:
         index, state = run.index(stage.name), run.state(stage.name)
@@ -54,8 +54,7 @@ def _outcome(name: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _next(run: Run, stages: dict[str, Any]) -> str:
-    """The command that takes the run further: for the first stage that is not complete or was
-    never begun."""
+    """The next command: for the first stage that is not complete."""
     due = {step.name for step in steps(run)} - {"report"}
     begun = [stage.name in stages.keys() - {"report"} for stage in STAGES]
     for number, stage in enumerate(STAGES):

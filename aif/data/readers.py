@@ -88,7 +88,8 @@ def read_prompts(source: str) -> Iterator[Prompt]:
 def read_questions(source: str) -> Iterator[Question]:
     """The prompts of a file, each with its response and its mark, if it has them.
 
-    The response is under one of RESPONSE_NAMES. The mark is `harmful` (true or false) or `kind` ("harmful" or another text).
+    The response is under one of RESPONSE_NAMES. The mark is `harmful` (true or false) or `kind`
+    ("harmful" or another text).
     """
     for place, row in read_rows(source):
         name = next((n for n in RESPONSE_NAMES if isinstance(row.get(n), str | list | dict)), None)

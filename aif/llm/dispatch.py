@@ -1,7 +1,7 @@
-"""The one loop under every stage that calls a model: asks go to it, answers into the journal.
+"""The loop of every stage that calls a model: asks go to the model, answers go to the journal.
 
-It ends early, with every answer so far kept, on a signal, when the model is gone, or when the
-budget is spent.
+It ends early on a signal, when the model is gone, or when the budget is spent. All answers so far
+are kept.
 """
 
 from __future__ import annotations

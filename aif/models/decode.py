@@ -100,8 +100,8 @@ def decode(
     stop_when: StopWhen | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> list[SampledTokens | None]:
-    """The text that the model writes after each prompt (one token or more). None if its logits
-    are not finite numbers.
+    """The text that the model samples after each prompt, of one token or more; None if its logits
+    are not finite.
 
     A text ends at a token of `ends` (EOS) or where `stop_when` says so. It depends on its seed and
     its prompt; the shape of the batch changes only the rounding. Prompts are padded on the left to

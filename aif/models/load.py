@@ -50,7 +50,7 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
 
 
 def load_model(name: str, dtype: str, device: str) -> Any:
-    """The model in eval mode on its device; of its generation settings only the EOS ids stay."""
+    """The model in eval mode on its device, without its generation settings except the EOS ids."""
     quiet()
     keep_freed_memory()
     place = usable_device(device)
@@ -101,7 +101,7 @@ def load_reward_model(name: str, dtype: str, device: str, new_head: int | None =
 
 
 def quiet() -> None:
-    """Turn off the libraries' progress bars and warnings; the terminal is the command line's."""
+    """Turn off the libraries' progress bars and warnings; aif shows its own."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("huggingface_hub", "accelerate"):  # accelerate names every tied weight it saves
@@ -109,7 +109,7 @@ def quiet() -> None:
 
 
 def set_pad(tokenizer: Any) -> None:
-    """Set a padding token that is not EOS, if there is a spare one (masks decide anyway)."""
+    """Set a padding token that is not EOS, if there is a spare one; masks do not depend on it."""
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return
     in_use = {tokenizer.eos_token, tokenizer.bos_token, None}

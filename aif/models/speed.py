@@ -1,8 +1,8 @@
-"""How fast this machine runs a model: tokens a second that are read, written and learned from.
+"""How fast this machine runs a model: tokens per second to read, to write and to learn from.
 
-A model with random weights is timed. A large one is cut to the first of its layers, so that it
-costs seconds too, and its rates are scaled by the number of weights. The rates are for planning:
-right within a factor of two or so.
+It times a model with random weights. A large model is cut to its first layers, so that this takes
+only seconds, and its rates are scaled by the number of weights. The rates are for planning: right
+within a factor of about two.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from aif.models.load import load_config, quiet, torch_dtype, usable_device
 
 MOST_WEIGHTS = 300e6  # of the model that is timed
 LENGTH = 128  # tokens of a text
-ROWS, STEPS = 16, 4  # texts that are written together, and tokens of each
-SECONDS = 0.7  # a measurement is repeated for so long
+ROWS, STEPS = 16, 4  # texts that are sampled together, and tokens of each
+SECONDS = 0.7  # a measurement is repeated for this time
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens a second of one model on this machine."""
+    """Tokens per second of one model on this machine."""
 
     read: float  # a forward pass
     written: float  # sampled, ROWS texts together
@@ -52,13 +52,13 @@ def measure(name: str, dtype: str = "auto", device: str = "auto") -> Speed:
 
 
 def _weights(config: Any) -> int:
-    """Weights of a model of this shape; none is made."""
+    """The number of weights of a model of this shape; the model is not built."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def _cut(config: Any) -> Any:
-    """The config with as many layers as come to MOST_WEIGHTS, at least one."""
+    """The config with as many layers as fit in MOST_WEIGHTS, at least one."""
     text = config.get_text_config()
     layers, weights = text.num_hidden_layers, _weights(config)
     if weights <= MOST_WEIGHTS:
@@ -72,7 +72,7 @@ def _cut(config: Any) -> Any:
 
 
 def _rate(work: Callable[[], object], tokens: int, place: torch.device) -> float:
-    """Tokens a second of `work`, after one run that is not counted unless it is slow."""
+    """Tokens per second of `work`. The first run is not counted unless it is slow."""
     seconds = runs = 0
     for attempt in range(100):
         began = time.perf_counter()

@@ -1,8 +1,8 @@
 """Pair the responses of each prompt: responses.jsonl -> comparisons.jsonl. No model is asked.
 
-Responses of the fine-tuned policy (resampled.jsonl) are used if there are any. Responses with a
-fault are left out, equal texts count once, and each pair of the rest is a comparison, or
-`compare.per_prompt` of the pairs, drawn by seed.
+It uses the responses of the fine-tuned policy (resampled.jsonl) if there are any. Responses with a
+fault are left out, and equal texts count once. All pairs of the rest become comparisons, or
+`compare.per_prompt` of them, drawn by seed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A reviser: what a critique and a revision ask, and how their answers are read.
+"""A reviser: the calls for critiques and revisions, and how their answers are read.
 
 Constitutional AI (Bai et al. 2022, 2212.08073, section 3): a model critiques a response by one
 principle and then rewrites it to meet the critique; this repeats, with one principle per round.
@@ -7,8 +7,8 @@ Both steps see the conversation so far and the principle's worked examples.
     system, [example: request a critique -> critique, request a revision -> revision] ...,
     request a critique -> CRITIQUE, request a revision -> REVISION
 
-The id of a call is a digest of all its text. So it is made again if, and only if, something in it
-changed: a principle's wording, an example, the template, an earlier round.
+The id of a call is a digest of all its text. So a call is made again if, and only if, its text
+changed: a principle, an example, the template or an earlier round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aif.llm import Answer, Ask
 from aif.llm.verdict_text import is_refusal
 from aif.store.records import SERVICE_FAULTS, Message, content_id
 
-END = "\n###"  # ends a worked example in the plain-text template, and so an answer to it
+END = "\n###"  # ends an example in the plain-text template, so the model ends its answer with it
 # Faults of the call, not of the text in its answer: the call is made again by the next run.
 RETRIED = SERVICE_FAULTS | {"malformed", "wrong_model", "rejected", "too_long"}
 
@@ -61,7 +61,7 @@ class Reviser:
         self._examples = [e.revision for p in self.principles for e in p.revised]
 
     def principle(self, response_id: str, round: int) -> Principle:
-        """The principle of a response's round (from 1): each once in random order, then again."""
+        """The principle of a response's round (from 1): all in random order, then all again."""
         cycle, place = divmod(round - 1, len(self.principles))
         drawn = self.constitution.drawn(self.principles, self.settings.seed, response_id, cycle)
         return drawn[place]
@@ -136,7 +136,7 @@ class Reviser:
 
     def journal_row(self, answer: Answer) -> dict[str, Any]:
         """The journal row of an answer. It has a fault only if the call failed and must be made
-        again; a bad text is an answer all the same."""
+        again; a bad text is no fault here."""
         return {
             "id": answer.key,
             "fault": answer.fault if answer.fault in RETRIED else None,
@@ -203,5 +203,5 @@ def _fault(row: dict[str, Any], text: str) -> str | None:
 
 
 def _same(text: str, other: str) -> bool:
-    """Whether two texts are the same but for spaces and case."""
+    """Whether two texts differ only in spaces and case."""
     return text.casefold().split() == other.casefold().split()

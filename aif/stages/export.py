@@ -4,7 +4,7 @@
     hh       {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "..."}
     dataset  the trl rows as a folder for `datasets.load_from_disk`
 
-Null labels and even ones (p = 0.5) have no direction: they are left out, and counted.
+Null labels and ties (p = 0.5) have no direction: they are left out and counted.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     responses.jsonl + revisions.jsonl -> (calls, journal/filter.jsonl) -> kept.jsonl
 
-The judge is `[judge]` alone, by the full protocol, under the constitution of `[label]`. So a weak
-reviser cannot make the training data worse than the responses. A revision without a label is not
-kept.
+The judge is `[judge]` without the panel, with the full protocol and the constitution of `[label]`.
+With this filter, a weak reviser cannot make the training data worse than the responses. A revision
+without a label is not kept.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def filter(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def revised_pairs(run: Run) -> list[tuple[Revision, Comparison]]:
-    """Every revision without a fault, and its comparison: the response first, it second."""
+    """Every revision without a fault, and its comparison with the response: the response is
+    first."""
     prompts = {prompt.id: prompt.messages for prompt in run.read("prompts.jsonl", Prompt)}
     texts = {row.id: row.text for row in run.read("responses.jsonl", Response)}
     path = run.file("revisions.jsonl")
@@ -86,7 +87,7 @@ def kept_rows(
     threshold: float,
     faults: Faults,
 ) -> Iterator[Kept]:
-    """A row for each revision; none yet if one of its calls was never made. Counts `faults`."""
+    """A row for each revision, unless one of its calls was never made. Counts `faults`."""
     for revision, comparison in pairs:
         verdicts, label = panel.judged(comparison, journal)
         for _, row in verdicts:

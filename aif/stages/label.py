@@ -2,8 +2,8 @@
 
     pairs -> comparisons.jsonl -> (calls, journal/label.jsonl) -> verdicts.jsonl + labels.jsonl
 
-A call whose id is in the journal is never made again; a call whose id is not there is made. So a
-new run, a killed run and an edited constitution need no code of their own.
+A call is made only if its id is not in the journal. So a new run, a killed run and an edited
+constitution are all the same case.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def measured_rate(run: Run, used: dict[str, Any]) -> float | None:
 
 
 def take_in(run: Run) -> dict[str, Any]:
-    """Read `label.pairs` into comparisons.jsonl and human.jsonl; a wrong row leaves both as they
-    are. Without `label.pairs`, use the comparisons of an earlier stage. Returns the facts.
+    """Read `label.pairs` into comparisons.jsonl and human.jsonl; on a wrong row both stay
+    unchanged. Without `label.pairs`, use the comparisons of an earlier stage. Returns the facts.
     """
     source = run.settings.label.pairs
     if source is None:

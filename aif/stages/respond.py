@@ -2,8 +2,8 @@
 
 {"id": "...", "prompt_id": "...", "policy": "smollm2-135m", "sample": 0, "text": "...", ...}
 
-`respond.few_shot` is a file of solved examples (rows with `prompt` and `response`). They stand
-before every prompt as earlier turns, and are not stored with it: training does not see them.
+`respond.few_shot` is a file of solved examples (rows with `prompt` and `response`). They are
+earlier turns before every prompt. They are not stored with it, so training does not see them.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def sample_asks(settings: Settings, prompt: Prompt, few_shot: list[Message]) -> 
     policy, respond = settings.policy, settings.respond
     messages = _with_few_shot(prompt.messages, few_shot)
     identity, is_text = policy.identity(), policy.form == "text"
-    more: list[Any] = [few_shot] if few_shot else []  # none: the id as before there were any
+    more: list[Any] = [few_shot] if few_shot else []  # none: ids stay as in version 0.1
     if is_text and is_padded(messages):
-        more.append("stripped")  # version 0.1 sampled them with the space around them
+        more.append("stripped")  # version 0.1 sampled with the space around turns
     for sample in range(respond.samples):
         key = content_id("response", prompt.id, identity, policy.form, respond.seed, sample, *more)
         yield Ask(

@@ -5,10 +5,10 @@
     {"id": "...", "response_id": "...", "round": 1, "principle_id": "kindness",
      "critique": "...", "revision": "...", "fault": null, ...}
 
-The rounds of a response are a chain: each round revises the text of the last one without a fault. A
-chain goes as far as the journal has answers, and the next calls of all chains are made together. So
-a killed run goes on where it stopped, and an edited principle is asked again in each chain, from
-the round that drew it on.
+The rounds of a response are a chain: each round revises the text of the last round without a fault.
+Each chain is replayed from the answers in the journal, and then the next calls of all chains are
+made together. So a killed run goes on where it stopped. After an edit of a principle, a chain asks
+again from the first round that uses it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def ask_in_waves(
     """Ask until no chain needs a call; returns the number of answers from earlier runs, and the
     tally.
 
-    A failed call is made once here: its chain waits for the next run.
+    A failed call is not made again here; its chain goes on in the next run.
     """
     scheduled: set[str] = set()
     total = CallTally()
@@ -149,8 +149,8 @@ def next_ask(reviser: Reviser, chain: Chain) -> Ask | None:
 
 
 def advance(reviser: Reviser, chain: Chain, journal: Reader, scheduled: set[str]) -> int:
-    """Take a chain as far as the journal has answers; returns how many of them are from an earlier
-    run, that is, not of `scheduled` calls. An earlier run's fault is asked again."""
+    """Replay a chain from the answers in the journal; returns how many of these are from an earlier
+    run, that is, not of `scheduled` calls. A call that failed in an earlier run is made again."""
     kept = 0
     while ask := next_ask(reviser, chain):
         row = journal.newest(ask.key)
@@ -165,7 +165,7 @@ def advance(reviser: Reviser, chain: Chain, journal: Reader, scheduled: set[str]
 
 
 def take(reviser: Reviser, chain: Chain, row: dict[str, Any]) -> None:
-    """Take one answer into a chain: it goes on to its revision, or to the next round."""
+    """Add one answer to a chain, which then needs its revision or is in its next round."""
     chain.usage.update(row["usage"])
     if chain.critique is None:
         text, fault = reviser.critique(row)

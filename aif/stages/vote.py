@@ -3,8 +3,8 @@
 {"prompt_id": "...", "answer": "42", "fault": null, "share": 0.75, "responses": 8, ...}
 
 The responses with the most common final answer become training data (Huang et al. 2022, 2210.11610;
-the vote is the self-consistency of Wang et al. 2022, 2203.11171). Every sample has one vote; of
-samples with the same text one is kept. A response with a fault or without an answer has no vote,
+the vote is the self-consistency of Wang et al. 2022, 2203.11171). Every sample has one vote;
+samples with the same text are kept once. A response with a fault or without an answer has no vote,
 but counts in `share`; a tie has no winner. A reference `answer` in the prompts file never affects a
 vote: the summary only says how often the two agree.
 """
@@ -137,10 +137,10 @@ def reference_answers(run: Run, progress: Progress) -> dict[str, str]:
     if source is None:
         return answers
     try:
-        # Two readers of one file, row by row: a prompt does not keep the other keys of its row.
+        # Read the file twice, row by row: a Prompt does not keep the other keys of its row.
         for (_, row), prompt in zip(read_rows(source), read_prompts(source), strict=True):
             if isinstance(row.get("answer"), str | int | float):
-                solution = str(row["answer"])  # in GSM8K with all its steps
+                solution = str(row["answer"])  # in GSM8K it includes all steps
                 answer = final_answer(solution) or normalise(solution)
                 if answer is not None:
                     answers.setdefault(prompt.id, answer)
