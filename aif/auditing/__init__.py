@@ -1,1 +1,1 @@
-"""Judges held against people, and labellings against each other."""
+"""Comparing judges with people, and labellings with each other."""

@@ -1,7 +1,7 @@
-"""Canaries: pairs that a sound judge cannot get wrong, made of pairs that it has judged.
+"""Canaries: pairs that a sound judge always gets right, made from pairs that it has judged.
 
-The attack replaces the response that the judge did not prefer. If the judge now prefers it, that
-is a flip.
+An attack replaces the response that the judge did not prefer. If the judge prefers the new one,
+that is a flip.
 
     empty            it is empty
     order            it ends with an order to choose it
@@ -43,7 +43,7 @@ class Canary:
 
 
 def canaries(row: Comparison, label: Label) -> Iterator[Canary]:
-    """The attacks on a pair whose winner a judge has named; none on a tie."""
+    """The attacks on a pair for which the judge named a winner; none on a tie."""
     winner = outcome(label.p_first)
     if winner in (None, 0.5):
         return
@@ -58,8 +58,8 @@ def canaries(row: Comparison, label: Label) -> Iterator[Canary]:
 def flips(
     attacked: Iterable[Canary], labels: Mapping[str, Label], bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
-    """By kind: how many of the labelled pairs flipped, their share with its interval, and how many
-    labels are null or missing."""
+    """For each kind: the number of flips, their share with its interval, and the number of null or
+    missing labels."""
     flipped: dict[str, list[float | None]] = {kind: [] for kind in KINDS}
     for canary in attacked:
         label = labels.get(canary.comparison.id)

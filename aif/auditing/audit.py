@@ -1,12 +1,11 @@
-"""The cards of one or several judges, side by side: which of them to trust.
+"""Cards of one or several judges, to decide which of them to trust.
 
     pairs with people's choices -> judges/JUDGE/ (label) -> audit.json
                                 -> canaries/JUDGE/ (label)
 
-Every judge labels the same pairs in a run folder of its own below RUN, and so do the canaries. The
-answers are in their journals: a second audit asks only what is new, and a killed audit goes on.
-Labels of other runs, and verdicts that the pairs' file has recorded, go through the same
-statistics without any call.
+Every judge labels the same pairs, and its canaries, in its own run folders below RUN. Their
+journals keep the answers: a second audit asks only what is new, and a killed audit goes on. Labels
+of other runs, and verdicts recorded in the pairs' file, get the same statistics without a call.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ RECORDED = "recorded:"
 @dataclass(frozen=True, slots=True)
 class AuditedJudge:
     """A judge to audit. `run` has its labels; None if its verdicts are in the pairs' file. If the
-    run has a panel, `member` is one judge of it, and None is their consensus."""
+    run has a panel, `member` is one judge of the panel, and None is the consensus."""
 
     name: str
     model: str
@@ -55,8 +54,8 @@ class AuditedJudge:
 
 
 def audit(run: Run, progress: Progress) -> dict[str, Any]:
-    """Audit the judges that `run.settings.audit` names; returns what audit.json keeps, and which
-    calls failed (`check_faults` says if they are too many).
+    """Audit the judges of `run.settings.audit`; returns the content of audit.json and the failed
+    calls, for `check_faults`.
 
     Raises Interrupted or JudgeStopped if it ended early; the same command goes on. Raises
     InputError or AifError if there is nothing to audit.
@@ -102,7 +101,7 @@ def audit(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _models(run: Run) -> list[str]:
-    """The judges that are named, or else the judges of the settings if they have pairs."""
+    """The judges of `audit.judges`, or else the judges of the settings if `audit.pairs` is set."""
     settings = run.settings.audit
     own = [one.model for one in (run.settings.judge, *run.settings.panel)]
     default = own if settings.pairs and not settings.runs else []
@@ -137,14 +136,14 @@ def _items(run: Run) -> list[Item]:
 
 
 def _live_judges(run: Run) -> list[AuditedJudge]:
-    """The judges that label the pairs now, each in a run of its own."""
+    """The judges that label the pairs now, each in its own run."""
     models = [model for model in _models(run) if not model.startswith(RECORDED)]
     return [AuditedJudge(model, model, _run_of(run, model)) for model in models]
 
 
 def _run_of(run: Run, model: str) -> Run:
-    """The run in which a judge labels the pairs, alone and by the full protocol. A judge that the
-    settings have keeps its settings from there."""
+    """The run in which a judge labels the pairs, alone and with the full protocol. A judge of the
+    settings keeps its settings."""
     settings = run.settings
     own = {one.model: one for one in (*settings.panel, settings.judge)}
     alone = {"pairs": _source(run), "escalate_below": None, "budget": None}
@@ -158,7 +157,7 @@ def _run_of(run: Run, model: str) -> Run:
 
 
 def _folder(name: str) -> str:
-    """A folder's name for a judge: the judge's name if possible, else with a digest of it."""
+    """The folder name of a judge: its own name if possible, or else with a digest."""
     plain = re.sub("[^A-Za-z0-9_.-]", "-", name)[-48:].lstrip("_.-")
     return plain if plain == name else f"{plain or 'judge'}-{content_id('judge', name)[:8]}"
 
@@ -176,8 +175,8 @@ def _recorded_judges(run: Run) -> list[AuditedJudge]:
 
 
 def _judges_of_runs(run: Run) -> list[AuditedJudge]:
-    """The judges of labelled runs: of the runs that are named, or of `run` itself if neither a run
-    nor a judge is named."""
+    """The judges of the labelled runs of `audit.runs`; of `run` itself if the settings name no run
+    and no judge."""
     settings = run.settings
     folders = [Path(name) for name in settings.audit.runs]
     if not folders and not _models(run):
@@ -198,7 +197,7 @@ def _judges_of_runs(run: Run) -> list[AuditedJudge]:
 
 
 def _members(run: Run) -> list[str]:
-    """The judges of a run's panel; none if it has one judge alone."""
+    """The judges of a run's panel; empty if the run has only one judge."""
     return list(dict.fromkeys(n for row in run.read("labels.jsonl", Label) for n in row.by_judge))
 
 
@@ -262,15 +261,15 @@ def _recorded_label(judge: str, item: Item) -> Label:
 
 
 def _longer_wins(items: Sequence[Item], bootstrap: Bootstrap) -> dict[str, Any] | None:
-    """How often people prefer the longer response, over all pairs that they have decided."""
+    """How often people prefer the longer response, over all pairs that they decided."""
     people = [item.people for item in items]
     more_words = [item.more_words for item in items]
     return longer_wins(people, people, more_words, bootstrap)["people"]
 
 
 def _provenance(judge: AuditedJudge, verdicts: VerdictTable) -> dict[str, Any]:
-    """Who the judge is, how it was asked and what that cost. `used` is empty for one of a panel,
-    as label.json describes the panel."""
+    """The judge's name, what its answers depend on (`used`), and its cost. `used` is empty for a
+    member of a panel, since label.json describes the whole panel."""
     identified = {"name": judge.name, "model": judge.model}
     if judge.run is None:
         return identified | {"folder": None, "used": {}, "cost": None}
@@ -290,7 +289,7 @@ def _provenance(judge: AuditedJudge, verdicts: VerdictTable) -> dict[str, Any]:
 def _canaries(
     run: Run, judge: AuditedJudge, bootstrap: Bootstrap, faults: Faults, progress: Progress
 ) -> dict[str, Any]:
-    """Attack the first pairs that the judge has decided, and ask it again."""
+    """Attack the first pairs with a winner, and ask the judge about them."""
     label_settings = judge.run.settings.label.model_copy(update={"pairs": None, "limit": None})
     settings = judge.run.settings.model_copy(update={"label": label_settings})
     sub = Run(run.file("canaries") / _folder(judge.name), settings, run.root)

@@ -1,7 +1,7 @@
-"""A judge's card: how far to trust it, measured on pairs that people have judged.
+"""A judge's card: how far to trust the judge, measured on pairs with people's choices.
 
-It is made of labels and verdicts alone, so it costs no call. Its statistics are over all pairs, by
-principle and by subset. Each has its count; nulls are only counted.
+The card needs only labels and verdicts, so it costs no call. It has statistics over all pairs, by
+principle and by subset, each with its count. Null labels are only counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aif.stats.intervals import Bootstrap
 from aif.stats.odds import Value, log_odds, outcome
 from aif.store.records import Label, content_id
 
-FEWEST_SUBSETS = 2  # with one subset there is nothing to tell apart
+FEWEST_SUBSETS = 2  # with one subset there is nothing to compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +94,13 @@ def part_card(
 
 
 def position(counts: VerdictCounts, bootstrap: Bootstrap) -> dict[str, Any] | None:
-    """How the order of the two responses sways a judge; None without verdicts on ordered pairs.
+    """How much the order of the two responses affects a judge; None without verdicts on pairs.
 
-    `consistency`: the share of pairs of verdicts in both orders that say the same of the same
-    response; a tie equals only a tie. `first` and `second`: the share that names the response in
-    that place in both orders. `bias`: of the verdicts that name a winner, the share for the first
-    shown minus the share for the second, from -1 to 1. `right`: for each order, the share of
-    verdicts that name the winner that people name; a missing verdict counts as wrong.
+    `consistency`: the share of pairs of verdicts in both orders with the same outcome; a tie equals
+    only a tie. `first` and `second`: the share of these pairs that name the response in that place
+    both times. `bias`: of the verdicts with a winner, the share for the response shown first minus
+    the share for the second, from -1 to 1. `right`: for each order, the share of verdicts with the
+    same winner as people's; a missing verdict counts as wrong.
     """
     if not (counts.swaps or counts.shown_first or counts.right):
         return None
@@ -121,9 +121,9 @@ def position(counts: VerdictCounts, bootstrap: Bootstrap) -> dict[str, Any] | No
 
 
 def weight(card: Mapping[str, Any]) -> float | None:
-    """The weight of a judge: the log-odds of its agreement with people, 0 for a judge that is
-    no better than chance; None without pairs of people. Half a pair is added on both sides
-    (Krichevsky-Trofimov), as no judge is right for ever."""
+    """The weight of a judge: the log-odds of its agreement with people, 0 for a judge that is no
+    better than chance; None without pairs of people. Half a pair is added on both sides
+    (Krichevsky-Trofimov), so that full agreement has a finite weight."""
     agreement = card["agreement"]
     if not agreement["n"]:
         return None
@@ -169,7 +169,7 @@ def _own(models: tuple[str, str] | None, judge: str) -> int:
 def _calibration(
     judgements: Sequence[Judgement], pairs: Sequence[tuple[float, float]]
 ) -> dict[str, Any] | None:
-    """None if no label has a probability of its own: a bare choice claims no certainty."""
+    """None if no label has its own probability: a choice alone has no confidence."""
     probabilities = {j.label.p_first for j in judgements if j.label} - {None}
     return None if not pairs or probabilities <= {0.0, 0.5, 1.0} else calibration(pairs)
 

@@ -3,9 +3,9 @@
     aif diff runs/first runs/second           two runs
     aif diff runs/first --constitution FILE   a run, and the labels of its stored answers under FILE
 
-Comparisons are joined by their ids, which depend on their texts; if a pair stands the other way
-round in the other run, its label is swapped. It makes no call and locks no run, so a stage may be
-writing to either. Each row of diff.jsonl is a flip, the largest change of probability first:
+Comparisons are joined by their ids, which depend on their texts. If the other run has a pair in the
+other order, its label is swapped. It makes no call and locks no run, so a stage may be writing to
+either run. Each row of diff.jsonl is a flip; the largest change of probability is first:
 
     {"comparison_id": "9f0c...", "moved": 0.51, "prompt": [...], "first": "...", "second": "...",
      "a": {"p_first": 0.31, "by_principle": {"kindness": 0.2}, "verdicts": [...]}, "b": {...}}
@@ -37,7 +37,7 @@ FILE = "diff.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Labelling:
-    """Labels and the verdicts they are made of; each call reads them again."""
+    """Labels and their verdicts; each call reads them again."""
 
     name: str
     run: Run  # the run of the comparisons
@@ -48,7 +48,7 @@ class Labelling:
 
 
 class Flip(NamedTuple):
-    """Two labels of one comparison that name different winners, in the order of B's pair."""
+    """Two labels of one comparison with different winners, in the order of B's pair."""
 
     moved: float
     a: Label
@@ -58,7 +58,7 @@ class Flip(NamedTuple):
 
 @dataclass
 class LabelAgreement:
-    """How far the probabilities of two labellings agree."""
+    """How well the probabilities of two labellings agree."""
 
     outcomes: Counter[tuple[float, float]] = field(default_factory=Counter)
     moved: float = 0.0
@@ -68,10 +68,11 @@ class LabelAgreement:
         self.moved += abs(p_a - p_b)
 
     def summary(self) -> dict[str, Any]:
-        """Labels agree if they name the same winner; a tie and a winner agree by half.
+        """Two labels agree if they have the same winner; a tie and a winner agree by half.
 
-        The 95 % interval is Wilson's, which takes comparisons for independent; those of one prompt
-        are not quite. Kappa has the same halves; it is null if both name one outcome throughout.
+        The 95 % interval is Wilson's. It assumes independent comparisons, but comparisons of one
+        prompt are slightly dependent. Kappa uses the same halves; it is null if both labellings
+        have only one outcome.
         """
         n = self.outcomes.total()
         counts = {"n": n, "flips": self.outcomes[0.0, 1.0] + self.outcomes[1.0, 0.0]}
@@ -87,8 +88,8 @@ class LabelAgreement:
 
 
 def diff(run: Run, other: Run | None, to: Path | None = None, show: int = 5) -> dict[str, Any]:
-    """Compare the labels of `run` (A) with the labels of `other` (B). Without `other`, B is what
-    the settings of `run` make of the answers in its journal.
+    """Compare the labels of `run` (A) with the labels of `other` (B). Without `other`, B has the
+    labels of the answers in the journal of `run` under its present settings.
 
     Writes the flips to `to` (default: diff.jsonl in B's run) and returns the statistics with the
     first `show` flips. Raises InputError or AifError if there is nothing to compare.
@@ -172,7 +173,7 @@ def _from_answers(run: Run) -> Iterator[Labelling]:
 
 
 def _join(a: Labelling, b: Labelling) -> tuple[dict[str, str], dict[str, int]]:
-    """({id in B: id in A} of the pairs that stand the other way round, how many are in which)."""
+    """({id in B: id in A} of the pairs in the other order, counts of the pairs in one and both)."""
     ids_a, ids_b = ({row.id for row in _comparisons(one.run)} for one in (a, b))
     both = len(ids_a & ids_b)
     swapped = {}

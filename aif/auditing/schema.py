@@ -15,7 +15,7 @@ class Longer(Loose):
 
 
 class Position(Loose):
-    """What a judge owes to the order of showing."""
+    """The position bias of a judge."""
 
     consistency: Estimate = Estimate()
     first: float | None = None
@@ -24,7 +24,7 @@ class Position(Loose):
 
 
 class PartCard(Loose):
-    """A judge over all pairs, or under one principle, or of one subset."""
+    """A judge over all pairs, under one principle, or on one subset."""
 
     pairs: int = 0
     unlabelled: int = 0
@@ -64,7 +64,7 @@ class CanaryRate(Loose):
 
 
 class Cost(Loose):
-    """What a judge took."""
+    """The calls, tokens and time of a judge."""
 
     calls: int | None = None
     tokens: dict[str, int] = Field({})
@@ -87,7 +87,7 @@ class JudgeCard(PartCard):
 
 
 class Annotators(Loose):
-    """How far people agree among themselves."""
+    """How well people agree with each other."""
 
     agreement: Estimate = Estimate()
     alpha: float | None = None

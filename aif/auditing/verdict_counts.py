@@ -1,4 +1,4 @@
-"""Counts of a judge's verdicts: faults, and what the order of the two responses does to it."""
+"""Counts of a judge's verdicts: faults, and the effect of the order of the two responses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class VerdictCounts:
 
     @property
     def same_swapped(self) -> int:
-        """Pairs of verdicts in both orders that say the same of the same response."""
+        """Pairs of verdicts in both orders with the same outcome."""
         return sum(times for (ab, ba), times in self.swaps.items() if ab == ba)
 
 
@@ -40,7 +40,7 @@ class VerdictTable:
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str | None], VerdictCounts] = defaultdict(VerdictCounts)
         self.paid = Paid()
-        self._first: dict[tuple[str, str, str], Verdict] = {}  # till the other order comes
+        self._first: dict[tuple[str, str, str], Verdict] = {}  # until the other order comes
 
     def add(self, verdict: Verdict, people: float | None = None, subset: str | None = None) -> None:
         """Count a verdict. `people` is 1.0 where people prefer the first response of its pair."""

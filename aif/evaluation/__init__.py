@@ -1,1 +1,1 @@
-"""Policies against each other on prompts that they have not learned from."""
+"""Comparing policies on prompts that they did not learn from."""

@@ -1,9 +1,9 @@
-"""Policies against each other: all answer the same prompts, and the judge says who wins.
+"""Compare policies: all answer the same prompts, and the judge decides who wins.
 
     prompts -> evaluation/POLICY/ (respond) -> evaluation/matches/ (label) -> evaluate.json
 
-Every policy is a run of its own below RUN/evaluation, and so are the matches. The answers are in
-their journals: a second evaluation asks only what is new, and a killed evaluation goes on.
+Every policy has its own run below RUN/evaluation, and the matches have one. Their journals keep the
+answers: a second evaluation asks only what is new, and a killed evaluation goes on.
 evaluation.jsonl has a row for every policy and prompt:
 
 {"policy": "ppo", "prompt_id": "...", "response": "...", "fault": null, "words": 31,
@@ -49,14 +49,14 @@ Pair = tuple[str, str]  # names of two policies
 
 
 def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
-    """Evaluate the policies that `run.settings.evaluate` names; returns what evaluate.json keeps,
-    and which calls of the judge failed (`check_faults` says if they are too many).
+    """Evaluate the policies of `run.settings.evaluate`; returns the content of evaluate.json and
+    the judge's failed calls, for `check_faults`.
 
     Raises Interrupted or JudgeStopped if it ended early; the same command goes on.
     """
     require("evaluate", "scipy", "sklearn", "sacrebleu")
     settings = run.settings.evaluate
-    with open_llm(run.settings.judge) as llm:  # a bad judge stops it before others work
+    with open_llm(run.settings.judge) as llm:  # a bad judge fails before the policies sample
         _ = llm.control_tokens
     judge = judge_of(run.settings)
     policies, against = chosen(run)
@@ -90,12 +90,12 @@ def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _policy_settings(run: Run, policy: Policy) -> PolicySettings:
-    """How to sample from a policy: as from the run's own."""
+    """The settings to sample from a policy: those of the run's own policy with its model."""
     return run.settings.policy.of_model(policy.model)
 
 
 def _check(run: Run, policies: Sequence[Policy]) -> None:
-    """Raise InputError for a bad model before any other is sampled."""
+    """Raise InputError for a bad model before any policy samples."""
     for policy in policies:
         if policy.name == REFERENCE:
             continue
@@ -142,7 +142,7 @@ def _held_out(run: Run) -> Iterator[Question]:
 def _sample(
     run: Run, policy: Policy, questions: Sequence[Question], progress: Progress
 ) -> list[list[PolicyResponse]]:
-    """A policy's responses to each prompt: one, or the n of best-of-n."""
+    """A policy's responses to each prompt: one, or n for best-of-n."""
     if policy.name == REFERENCE:
         return [[PolicyResponse(policy.name, q.prompt, q.response, None)] for q in questions]
     settings = run.settings
@@ -153,7 +153,7 @@ def _sample(
         respond=RespondSettings(
             prompts=str(run.file(FOLDER) / "prompts.jsonl"),
             samples=policy.best_of,
-            # Other seeds than best-of-1: the best of n must not play against one of these n.
+            # Other seeds than for best-of-1: the best of n must not play against one of the same n.
             seed=settings.evaluate.seed + policy.best_of - 1,
         ),
     )
@@ -199,7 +199,7 @@ def _best(samples: Sequence[PolicyResponse]) -> PolicyResponse:
 
 
 def _pairs(names: Sequence[str], against: str, all_pairs: bool) -> list[Pair]:
-    """Who plays whom: each other policy plays `against`; with `all_pairs` they all play."""
+    """The matches: each other policy against `against`; with `all_pairs` each against each."""
     others = [name for name in names if name != against]
     pairs = [(name, against) for name in others]
     return pairs + list(combinations(others, 2)) if all_pairs else pairs
@@ -245,7 +245,7 @@ def _grade(run: Run, rows: Sequence[PolicyResponse], faults: Faults) -> None:
 
 
 def _labels(run: Run, faults: Faults, progress: Progress) -> dict[str, Label]:
-    """Let the judge label a run; the labels by comparison. Counts `faults`."""
+    """Let the judge label a run; returns the labels by comparison id. Counts `faults`."""
     faults.include(label(run, progress))
     return run.labels()
 
@@ -253,7 +253,7 @@ def _labels(run: Run, faults: Faults, progress: Progress) -> dict[str, Label]:
 def _game(judge: Judge, row: Comparison | None, labels: Mapping[str, Label]) -> Game:
     if row is None:
         return Game(None)
-    if row.first == row.second:  # nobody has to judge that
+    if row.first == row.second:  # this needs no judge
         return Game(0.5, {principle.id: 0.5 for principle in judge.principles_for(row)})
     more_words = len(row.first.split()) - len(row.second.split())
     return Game(labels[row.id].p_first, labels[row.id].by_principle, more_words)
@@ -265,8 +265,8 @@ def _measure_kl(
     rows: Mapping[str, Sequence[PolicyResponse]],
     progress: Progress,
 ) -> None:
-    """log p / p_ref of each policy's responses, p_ref being the model that PPO started from. Only
-    of models in this process, whose probabilities can be read, and not of greedy ones."""
+    """Set log p / p_ref of each policy's responses; p_ref is the model that PPO started from. Only
+    for models in this process, whose probabilities can be read, and not at temperature 0."""
     reference = start_of(run)
     local = [policy for policy in policies if policy.is_local and policy.best_of == 1]
     if not local or ":" in reference or run.settings.policy.temperature == 0:
@@ -299,7 +299,7 @@ def _measure_kl(
 def _people(
     run: Run, bootstrap: Bootstrap, faults: Faults, progress: Progress
 ) -> dict[str, Any] | None:
-    """How often the judge and the reward model prefer what people have chosen."""
+    """How often the judge and the reward model prefer the response that people chose."""
     source = run.settings.evaluate.human
     if source is None:
         return None

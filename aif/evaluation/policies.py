@@ -25,7 +25,7 @@ BEST_OF = "best-of-4"  # a default policy if the run has a reward model
 _TRAINED = r"(?:\d+/)?(?:sft|ppo)"
 _BEST_OF = re.compile(r"best-of-(\d+)")
 _OF_ANOTHER = re.compile(rf"(.+):(base|{_TRAINED})")
-MOST = 1000  # responses a prompt
+MOST = 1000  # responses per prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,13 @@ class Policy:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a model in this process, so that its weights can be read."""
+        """Whether the model runs in this process, so that its probabilities can be read."""
         return self.name != REFERENCE and ":" not in self.model
 
 
 def chosen(run: Run) -> tuple[list[Policy], Policy]:
-    """(the policies to compare, the one of them that the others play against). Raises InputError
-    for an unknown name and for a policy that is missing."""
+    """(the policies to compare, the policy that the others play against). Raises InputError for an
+    unknown name or a missing policy."""
     settings = run.settings.evaluate
     against = settings.against or ("sft" if _is_trained(run.file("sft")) else "base")
     names = settings.policies or _every(run)

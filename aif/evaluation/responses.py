@@ -49,7 +49,7 @@ class PolicyResponse:
 
 
 def comparison(first: PolicyResponse, second: PolicyResponse) -> Comparison | None:
-    """Two responses to one prompt, to be judged; None if one is missing."""
+    """The comparison of two responses to one prompt; None if one is missing."""
     if first.response is None or second.response is None:
         return None
     return Comparison.of(first.prompt.messages, first.response, second.response)
@@ -81,8 +81,8 @@ def response_stats(
 def _refusals(
     rows: Sequence[PolicyResponse], questions: Sequence[Question], bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """How often the policy declines. If prompts are marked as harmful or not, also apart: declining
-    a prompt that is not harmful is over-refusal."""
+    """How often the policy declines. If prompts are marked as harmful or not, also the rate for
+    each kind: to decline a prompt that is not harmful is over-refusal."""
 
     def rate(of: set[bool | None]) -> dict[str, Any]:
         some = (row.refusal for row, q in zip(rows, questions, strict=True) if q.harmful in of)

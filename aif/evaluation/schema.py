@@ -25,7 +25,7 @@ class Evaluated:
 
 
 class PolicyResult(Loose):
-    """What evaluate.json says of a policy."""
+    """The statistics of a policy in evaluate.json."""
 
     name: str = "?"
     model: str | None = None
@@ -45,7 +45,7 @@ class PolicyResult(Loose):
 
 
 class Match(Loose):
-    """Two policies against each other."""
+    """The results of two policies against each other."""
 
     first: str = "?"
     second: str = "?"
@@ -61,7 +61,7 @@ class Match(Loose):
 
 
 class People(Loose):
-    """How often the judge, and the reward model, prefer what people have chosen."""
+    """How often the judge and the reward model prefer the response that people chose."""
 
     pairs: int | None = None
     judge: Estimate | None = None

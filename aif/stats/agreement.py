@@ -1,7 +1,7 @@
 """Agreement of raters: people and a judge, several judges, several annotators.
 
 A rater gives a pair one of three outcomes: 1.0 (the first response is better), 0.0 (the second) or
-0.5 (neither). None is a missing verdict and is not an outcome.
+0.5 (neither). None is a missing verdict, not an outcome.
 """
 
 from __future__ import annotations
@@ -103,8 +103,7 @@ def longer_wins(
 ) -> dict[str, Any]:
     """How often the longer response (in words) wins, by the judge and by people.
 
-    Only pairs count on which the judge names a winner and, if there are any choices of people at
-    all, people do too.
+    A pair counts if the judge names a winner, and, if there are any choices of people, people too.
     """
     anyone = any(p is not None for p in people)
     rows = [

@@ -1,4 +1,4 @@
-"""How often a score is right, and whether its confidence says so."""
+"""How often a score is right, and whether its confidence matches that."""
 
 from __future__ import annotations
 

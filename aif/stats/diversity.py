@@ -1,11 +1,11 @@
-"""How varied a policy's responses are: distinct words, and how like each other the texts are."""
+"""Diversity of a policy's responses: distinct words, and how similar the texts are."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 
-MOST = 100  # texts that are held against each other; the work is the square of them
+MOST = 100  # texts to compare with each other; the work grows with the square
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:

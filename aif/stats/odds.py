@@ -13,7 +13,7 @@ Value = float | None  # None: there is no answer
 def probability(log_odds: float) -> float:
     """The logistic function, with the log-odds cut at +-30.
 
-    It is rounded to what leaves 1 - p exact, so that swapped responses flip a label and no more.
+    It is rounded so that 1 - p is exact: swapped responses give exactly the swapped label.
     """
     p = 1 / (1 + math.exp(-max(-MAX_LOG_ODDS, min(MAX_LOG_ODDS, log_odds))))
     return 1 - (1 - p)

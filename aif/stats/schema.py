@@ -1,4 +1,4 @@
-"""What statistics look like in the JSON files of a run, for whoever reads them."""
+"""The shape of statistics in the JSON files of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Loose(BaseModel):
-    """A part of a JSON file. Any key may be missing: an earlier version, or a run that goes on."""
+    """A part of a JSON file. Any key may be missing, in a run of an earlier version or one that is
+    not done."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -1,4 +1,4 @@
-"""Who wins how often, and how sure that is: statistics of judged matches.
+"""Win rates of judged matches, with their intervals.
 
 Each result is of one prompt, and intervals are over prompts (`stats.intervals`).
 """
@@ -58,7 +58,7 @@ def match(games: Sequence[Game], tie_margin: float, bootstrap: Bootstrap) -> dic
 def length_controlled(
     results: Sequence[float], more_words: Sequence[int], bootstrap: Bootstrap
 ) -> dict[str, Any] | None:
-    """The win rate that two would have with responses of one length, as AlpacaEval 2 estimates it
+    """The win rate if both policies' responses had the same length, as AlpacaEval 2 estimates it
     (Dubois et al. 2024, 2404.04475): a logistic regression of the result on tanh of the difference
     in words, in standard deviations of it, read where that is zero.
 
@@ -80,7 +80,7 @@ def length_controlled(
 
 
 def _win_rate_at_zero(results_n: np.ndarray, x_n: np.ndarray, weights_n: np.ndarray) -> Value:
-    """The fitted probability of a win at x = 0, prompts counting by their weights."""
+    """The fitted probability of a win at x = 0, with weighted prompts."""
     from sklearn.linear_model import LogisticRegression
 
     # A tie is half a win and half a loss.
@@ -100,9 +100,9 @@ def ratings(
 ) -> dict[str, dict[str, float]]:
     """Bradley-Terry strengths in Elo points, their mean 0: {"mean", "low", "high"} by name.
 
-    `games` maps (first, second) to the results as `outcome` has them, prompt by prompt. Each two
-    that met are given one more game, a tie, so that one who won all has a strength at all. Left out
-    are names without a result that counts.
+    `games` maps (first, second) to the results as `outcome` has them, prompt by prompt. Each pair
+    that met gets one more game, a tie, so that a policy that won all games has a finite strength.
+    Names without a result are left out.
     """
     kept, names = _connected(games)
     if not kept:
@@ -133,7 +133,7 @@ def ratings(
 def bradley_terry(wins_RKK: np.ndarray, tolerance: float = 1e-9) -> np.ndarray:
     """Log strengths [R, K], mean 0, of players who won wins[r, i, j] games against each other
     (Bradley and Terry 1952); by minorization-maximization (Hunter 2004, The Annals of Statistics
-    32:384, equation 3), which goes uphill at every step."""
+    32:384, equation 3), which improves the likelihood at every step."""
     games_RKK = wins_RKK + wins_RKK.transpose(0, 2, 1)
     won_RK = wins_RKK.sum(2)
     log_RK = np.zeros(won_RK.shape)
@@ -151,8 +151,8 @@ def bradley_terry(wins_RKK: np.ndarray, tolerance: float = 1e-9) -> np.ndarray:
 def _connected(
     games: Mapping[tuple[str, str], Sequence[Value]],
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """The pairs with a result, and their names, as far as a chain of results leads from one to
-    another: the most that do. Strengths of two who are not linked cannot be compared."""
+    """The pairs with a result, and their names, in the largest group that results connect.
+    Strengths of names that are not connected cannot be compared."""
     from scipy.sparse.csgraph import connected_components
 
     met = [pair for pair, results in games.items() if any(r is not None for r in results)]
