@@ -97,8 +97,8 @@ def _counts(summary: Mapping[str, Any]) -> list[str]:
     comparisons, labels = summary["comparisons"], summary["labels"]
     names = {"both": "comparisons in both", "only_a": "only in A", "only_b": "only in B"}
     names |= {"turned": "the other way round"}
-    shown = {name: n for key, name in names.items() if (n := comparisons[key]) or key == "both"}
-    lines = [counts(shown)]
+    kept = {name: n for key, name in names.items() if (n := comparisons[key]) or key == "both"}
+    lines = [counts(kept)]
     if labels["both"] < comparisons["both"]:
         lines.append(f"{labels['both']:,} labelled in both (A {labels['a']:,}, B {labels['b']:,})")
     if summary["all"]["n"]:

@@ -38,14 +38,14 @@ TABLE = "constitution"  # before a key of this file in config/versions
 QUESTION = {"pairwise": "compare", "reasoned": "compare", "pointwise": "grade", "rating": "grade"}
 
 
-def _said(text: str) -> str:
+def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("a text that is not empty")
     return text.strip()
 
 
-Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_said)]
-Cue = Annotated[str, Field(max_length=64), AfterValidator(_said)]
+Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_not_blank)]
+Cue = Annotated[str, Field(max_length=64), AfterValidator(_not_blank)]
 
 
 class Example(Strict):

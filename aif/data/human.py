@@ -30,7 +30,7 @@ CHOICES = {
     SECOND: (2, "2", "b", "B", "second", "model_b"),
     TIE: (0, "0", "tie", "Tie", "both", "neither", "tie (bothbad)"),
 }
-_SAID = {name: choice for choice, names in CHOICES.items() for name in names}
+_CHOICE_OF = {name: choice for choice, names in CHOICES.items() for name in names}
 COLUMNS = ("label", "winner", "preference")
 MODELS = (("model_a", "model_b"), ("chosen_model", "rejected_model"))
 
@@ -121,8 +121,8 @@ def _more_words(row: Comparison) -> int:
 
 
 def _choice(value: Any, place: str, key: str) -> float:
-    if isinstance(value, str | int) and not isinstance(value, bool) and value in _SAID:
-        return _SAID[value]
+    if isinstance(value, str | int) and not isinstance(value, bool) and value in _CHOICE_OF:
+        return _CHOICE_OF[value]
     raise InputError(
         place, key, got=shown(value), expected="1, 2, 0, 'a', 'b', 'tie', 'model_a' or 'model_b'"
     )

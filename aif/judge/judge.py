@@ -108,16 +108,16 @@ class Judge:
         """
         if comparison.first == comparison.second:
             return []
-        shown = [
+        texts = [
             (order, content_id("shown", comparison.prompt_id, *texts_in_order(comparison, order)))
             for order in orders or self.orders
         ]
         return [
             JudgeCall(
-                content_id("cell", self.question_ids[principle.id], shown_id), principle, order
+                content_id("cell", self.question_ids[principle.id], texts_id), principle, order
             )
             for principle in self.principles_for(comparison)
-            for order, shown_id in shown
+            for order, texts_id in texts
         ]
 
     def one_order(self, comparison: Comparison) -> Sequence[str]:

@@ -147,8 +147,8 @@ def _side_by_side(series: Mapping[str, Points]) -> list[tuple[Any, ...]]:
     """A row for each x (but no more than MOST_ROWS) with every line's y."""
     of = {label: dict(points) for label, points in series.items()}
     steps = sorted({x for points in series.values() for x, _ in points})
-    shown = thinned([(step, 0.0) for step in steps], MOST_ROWS)
-    return [(f"{x:g}", *(of[label].get(x) for label in series)) for x, _ in shown]
+    rows = thinned([(step, 0.0) for step in steps], MOST_ROWS)
+    return [(f"{x:g}", *(of[label].get(x) for label in series)) for x, _ in rows]
 
 
 def forest(

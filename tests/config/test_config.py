@@ -68,7 +68,7 @@ def test_set_without_key_and_value_is_refused(argument):
 
 
 @pytest.mark.parametrize(
-    ("toml", "said"),
+    ("toml", "message"),
     [
         ("[jugde]\n", "jugde: got an unknown key, expected judge perhaps"),
         ("[judge]\nmodle = 'x'", "judge.modle: got an unknown key, expected model perhaps"),
@@ -83,21 +83,21 @@ def test_set_without_key_and_value_is_refused(argument):
         ("[judge\n", "got bad TOML"),
     ],
 )
-def test_an_error_in_run_toml_names_it(tmp_path, toml, said):
+def test_an_error_in_run_toml_names_it(tmp_path, toml, message):
     with pytest.raises(InputError) as error:
         settings(tmp_path, toml, label__limit=1)
-    assert str(error.value).startswith(f"{tmp_path}/run.toml: {said}")
+    assert str(error.value).startswith(f"{tmp_path}/run.toml: {message}")
 
 
 def test_an_error_on_the_command_line_names_that(tmp_path):
-    for key, said in [
+    for key, message in [
         ("label.limt", "command line: label.limt: got an unknown key, expected limit perhaps"),
         ("label.limit.x", "command line: label.limit"),
         ("label.limit", "command line: label.limit: got 0, expected greater than or equal to 1"),
     ]:
         with pytest.raises(InputError) as error:
             load_settings(tmp_path / "run.toml", {key: 0})
-        assert str(error.value).startswith(said)
+        assert str(error.value).startswith(message)
 
 
 def test_a_partial_policy_table_keeps_its_own_temperature(tmp_path):

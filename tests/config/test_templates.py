@@ -143,7 +143,7 @@ def test_neutralising_leaves_nothing_to_neutralise(parts):
 
 
 ATTACKS = ["{{ 7*7 }}", "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{# gone #}"]
-SHOWN = ("first", "second", "response", "critique_request", "revision_request")
+JUDGED = ("first", "second", "response", "critique_request", "revision_request")
 VARIABLES = {"delimiter": "0123", "examples": [], "preamble": "", "question": "?"}
 
 
@@ -159,7 +159,7 @@ def test_template_syntax_in_data_is_inert(name, attack):
         "question": attack,
         "cue": attack,
         "examples": [example],
-    } | dict.fromkeys(SHOWN, attack)
+    } | dict.fromkeys(JUDGED, attack)
     if template.has("critique"):
         text = template.block("critique", variables) + template.block("revision", variables)
     elif template.is_chat:
@@ -197,14 +197,14 @@ def test_a_template_of_ones_own_stays_in_its_sandbox(tmp_path, source, error):
 
 
 def test_a_template_that_cannot_be_used_is_named(tmp_path):
-    for text, said in [
+    for text, message in [
         (b"a\n{% if %}", r"mine\.jinja:2: got .*, expected a Jinja template"),
         (b"{{ x | nofilter }}", r"mine\.jinja:1: got No filter named 'nofilter'"),
         (b"\xff", r"mine\.jinja: got not UTF-8"),
         (b"x" * 100_001, r"mine\.jinja: got a larger file, expected at most 100,000"),
     ]:
         (tmp_path / "mine.jinja").write_bytes(text)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             Template.load(tmp_path / "mine.jinja")
     with pytest.raises(InputError, match=r"none\.jinja: got No such file"):
         Template.load(tmp_path / "none.jinja")

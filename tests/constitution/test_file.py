@@ -64,11 +64,11 @@ def load(tmp_path: Path, text: str) -> constitution.Constitution:
 def test_an_error_names_file_key_got_and_expected(tmp_path, text, key, got, expected):
     with pytest.raises(InputError) as error:
         load(tmp_path, text)
-    said = str(error.value)
-    assert said.startswith(f"{tmp_path}/c.toml: {key}: got {got}")
-    assert expected in said.partition(", expected ")[2]
-    assert "\n" not in said
-    assert len(said) < 400
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/c.toml: {key}: got {got}")
+    assert expected in message.partition(", expected ")[2]
+    assert "\n" not in message
+    assert len(message) < 400
 
 
 def test_bad_toml_is_reported_with_its_line(tmp_path):

@@ -13,14 +13,14 @@ from aif.errors import AifError, InputError
 from aif.judge.judge import Judge
 
 HI = [{"role": "user", "content": "Hi"}]
-ASKED = [
+QUESTION = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello"},
     {"role": "user", "content": "Bye"},
 ]
 
 
-def said(text: str) -> list[dict[str, str]]:
+def answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
@@ -29,7 +29,7 @@ SHAPES = {
     "response_1": {"prompt": "Hi", "response_1": "x", "response_2": "y"},
     "llmbar": {"prompt": "Hi", "output_1": "x", "output_2": "y", "label": 1},
     "pandalm": {"instruction": "Hi", "input": "", "response1": "x", "response2": "y"},
-    "messages": {"prompt": HI, "response_a": said("x"), "response_b": {"content": "y"}},
+    "messages": {"prompt": HI, "response_a": answer("x"), "response_b": {"content": "y"}},
     "chosen": {"prompt": "Hi", "chosen": "x", "rejected": "y"},
     "hh": {
         "chosen": "\n\nHuman: Hi\n\nAssistant: x",
@@ -38,9 +38,9 @@ SHAPES = {
     "hh with prompt": {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "x", "rejected": "y"},
     "ultrafeedback binarized": {
         "prompt": "Hi",
-        "messages": HI + said("x"),
-        "chosen": HI + said("x"),
-        "rejected": HI + said("y"),
+        "messages": HI + answer("x"),
+        "chosen": HI + answer("x"),
+        "rejected": HI + answer("y"),
         "score_chosen": 9.0,
     },
     "ultrafeedback": {
@@ -50,8 +50,8 @@ SHAPES = {
             {"response": "x", "overall_score": 8.5},
         ],
     },
-    "trl": {"prompt": HI, "chosen": said("x"), "rejected": said("y")},
-    "trl implicit": {"chosen": HI + said("x"), "rejected": HI + said("y")},
+    "trl": {"prompt": HI, "chosen": answer("x"), "rejected": answer("y")},
+    "trl implicit": {"chosen": HI + answer("x"), "rejected": HI + answer("y")},
     "sharegpt": {
         "conversations": [{"from": "human", "value": "Hi"}],
         "chosen": {"from": "gpt", "value": "x"},
@@ -78,9 +78,9 @@ def test_every_shape_is_the_same_comparison(shape):
 def test_a_dialogue_becomes_its_turns():
     text = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"
     (pair,) = pairs_of({"prompt": text, "response_a": "x", "response_b": "y"}, "row")
-    assert pair.comparison.prompt == ASKED
+    assert pair.comparison.prompt == QUESTION
     (pair,) = pairs_of({"chosen": text + " x", "rejected": text + " y"}, "row")
-    assert pair.comparison.prompt == ASKED
+    assert pair.comparison.prompt == QUESTION
     plain = "About \n\nHuman: rights"
     (pair,) = pairs_of({"prompt": plain, "response_a": "x", "response_b": "y"}, "row")
     assert pair.comparison.prompt == [{"role": "user", "content": plain}]
@@ -167,7 +167,10 @@ def test_the_order_of_chosen_and_rejected_is_about_even():
         ({"prompt": "Hi", "responses": ["x", "y"], "scores": [1, "2"]}, "scores: got [1, '2']"),
         ({"prompt": "Hi", "responses": ["x", None]}, "responses.1: got None"),
         ({"chosen": "no dialogue", "rejected": "at all"}, "chosen: got texts without a common"),
-        ({"chosen": HI + said("x"), "rejected": ASKED + said("y")}, "chosen: got conversations"),
+        (
+            {"chosen": HI + answer("x"), "rejected": QUESTION + answer("y")},
+            "chosen: got conversations",
+        ),
     ],
 )
 def test_a_bad_row_is_one_line_with_file_line_and_key(tmp_path, row, error):
@@ -192,7 +195,7 @@ def test_a_score_that_is_no_number_is_not_a_preference():
 def test_the_id_is_of_prompt_first_and_second():
     base = {"prompt": "Hi", "response_a": "x", "response_b": "y"}
     changes = [{}, {"prompt": "Bye"}, {"response_a": "z"}, {"response_b": "z"}]
-    changes += [{"response_a": "y", "response_b": "x"}, {"prompt": [*ASKED]}]
+    changes += [{"response_a": "y", "response_b": "x"}, {"prompt": [*QUESTION]}]
     ids = [pair.comparison.id for change in changes for pair in pairs_of(base | change, "row")]
     assert len(set(ids)) == len(changes)
     same = {"id": "7", "source": "elsewhere", "label": 1}

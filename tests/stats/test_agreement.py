@@ -51,8 +51,8 @@ def card(judgements, table=None, model="judge", **options):
 def test_people_are_the_majority_and_no_one_where_there_is_none():
     assert item(0, (1.0, 0.0, 1.0)).people == 1.0
     assert item(0, (0.5, 0.5, 0.0)).people == 0.5
-    for said in ((), (1.0, 0.0), (1.0, 0.5, 0.0)):
-        assert item(0, said).people is None
+    for choices in ((), (1.0, 0.0), (1.0, 0.5, 0.0)):
+        assert item(0, choices).people is None
 
 
 def test_agreement_by_hand():
@@ -85,12 +85,12 @@ def test_a_null_is_counted_and_enters_no_share():
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
-    draw, held = random.Random(0), 0
+    draw, covered = random.Random(0), 0
     for _ in range(100):
         values = [float(draw.random() < 0.7) for _ in range(60)]
         interval = BOOTSTRAP.rate(values)
-        held += interval["low"] <= 0.7 <= interval["high"]
-    assert 88 <= held <= 100
+        covered += interval["low"] <= 0.7 <= interval["high"]
+    assert 88 <= covered <= 100
 
 
 def test_many_values_are_not_bootstrapped(monkeypatch):
@@ -120,8 +120,8 @@ def test_there_is_no_alpha_of_one_rater_or_one_answer():
 
 
 def test_annotators_by_hand():
-    said = [(1.0, 1.0, 1.0), (1.0, 1.0, 0.0), (0.0, 0.5), (1.0,)]
-    shares = annotators(said, BOOTSTRAP)
+    choices = [(1.0, 1.0, 1.0), (1.0, 1.0, 0.0), (0.0, 0.5), (1.0,)]
+    shares = annotators(choices, BOOTSTRAP)
     assert shares["agreement"]["mean"] == pytest.approx((1 + 1 / 3 + 0) / 3)
     assert shares["agreement"]["n"] == 3
     assert shares["unanimous"] == pytest.approx(1 / 3)
@@ -212,9 +212,9 @@ def verdict(n: int, order: str, p: float | None, principle: str = "kind") -> Ver
 def test_position_by_hand():
     """ab and ba of six pairs: twice the same winner, twice whatever is shown first, once whatever
     is shown second, and one verdict missing."""
-    said = [(0.9, 0.8), (0.2, 0.1), (0.9, 0.1), (0.8, 0.3), (0.1, 0.9), (0.9, None)]
+    verdicts = [(0.9, 0.8), (0.2, 0.1), (0.9, 0.1), (0.8, 0.3), (0.1, 0.9), (0.9, None)]
     table = VerdictTable()
-    for n, (ab, ba) in enumerate(said):
+    for n, (ab, ba) in enumerate(verdicts):
         for order, p in (("ba", ba), ("ab", ab)):  # as they come from a journal, in any order
             add(table, verdict(n, order, p), item(n))
     bias = position(table.of(), BOOTSTRAP)

@@ -48,14 +48,16 @@ def inside(interval, truth) -> bool:
 @pytest.mark.parametrize("n", [8, 20, 100])
 def test_an_interval_of_a_mean_holds_the_truth_in_95_of_100_samples(draw, bootstrap, n):
     """Plain percentiles would in 88 of 100, of eight prompts; these in 93 or 94."""
-    held = [inside(bootstrap.mean(draw.normal(3, 2, n)), 3) for _ in range(1000)]
-    assert 0.92 <= np.mean(held) <= 0.97
+    covered = [inside(bootstrap.mean(draw.normal(3, 2, n)), 3) for _ in range(1000)]
+    assert 0.92 <= np.mean(covered) <= 0.97
 
 
 @pytest.mark.parametrize("n", [6, 20, 100])
 def test_an_interval_of_a_win_rate_holds_the_truth_too(draw, bootstrap, n):
-    held = [inside(bootstrap.rate((draw.random(n) < 0.6).astype(float)), 0.6) for _ in range(500)]
-    assert np.mean(held) >= 0.91
+    covered = [
+        inside(bootstrap.rate((draw.random(n) < 0.6).astype(float)), 0.6) for _ in range(500)
+    ]
+    assert np.mean(covered) >= 0.91
 
 
 def test_an_interval_is_a_function_of_seed_and_values(bootstrap):
@@ -204,11 +206,11 @@ def test_ratings_recover_known_strengths(draw, bootstrap, pairs):
 
 def test_intervals_of_ratings_hold_the_truth(draw):
     few = Bootstrap(0, 200)
-    held = []
+    covered = []
     for _ in range(60):
         elo = ratings(played(draw, STRENGTHS, STAR, 60), few)
-        held += [inside(elo[name], ELO * strength) for name, strength in STRENGTHS.items()]
-    assert np.mean(held) > 0.9
+        covered += [inside(elo[name], ELO * strength) for name, strength in STRENGTHS.items()]
+    assert np.mean(covered) > 0.9
 
 
 def test_two_players_by_hand(bootstrap):

@@ -253,10 +253,10 @@ def test_a_row_of_ten_megabytes(path):
 
 @given(st.lists(texts, max_size=8))
 @anywhere
-def test_any_text_survives_the_journal(tmp_path, said):
+def test_any_text_survives_the_journal(tmp_path, contents):
     path = tmp_path / "journal" / "label.jsonl"
     path.unlink(missing_ok=True)
-    rows = [row(number, text=text) for number, text in enumerate(said)]
+    rows = [row(number, text=text) for number, text in enumerate(contents)]
     with Journal.open(path) as journal:
         for one in rows:
             journal.append(one)
