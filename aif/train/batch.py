@@ -1,11 +1,11 @@
-"""Which sequences an optimizer step learns from, and how they lie in memory.
+"""The sequences of each optimizer step, and their layout in memory.
 
-Step k of a run is a pure function of (rows, settings, k): the data order needs no state, so a
-resumed run goes on in the middle of an epoch with exactly the rows that it would have had.
+Step k of a run is a pure function of (rows, settings, k). So the data order needs no state, and a
+resumed run goes on in the middle of an epoch with the same rows as an uninterrupted one.
 
-Each step's rows are a uniform draw. Only within a step are they sorted by length and cut into
-micro-batches. This saves padding, and no step is all short or all long, as when rows are grouped by
-length across steps.
+Each step's rows are a uniform draw. They are sorted by length and cut into micro-batches within a
+step only. This saves padding, and no step has only short or only long rows, as it does if rows are
+grouped by length across steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences that are run at once.
+    """Sequences that run in one forward pass.
 
     Padded: pads on the right, `position_ids` None. No attention mask is needed: causal attention
     sees nothing later, and padding has no loss.
@@ -65,7 +65,7 @@ class Layout:
     micro_tokens: int
     packing: bool
     pad_id: int
-    call_tokens: int = 64  # a micro-batch itself takes as long as so many tokens
+    call_tokens: int = 64  # the fixed cost of a micro-batch, in tokens
 
     def step(self, rows: Sequence[TokenRow]) -> OptimizerStep:
         """All of `rows`, the longest first."""
@@ -75,7 +75,7 @@ class Layout:
         )
 
     def batches(self, rows: Sequence[TokenRow]) -> Iterator[tuple[list[TokenRow], Batch]]:
-        """The micro-batches of `rows`, each with its rows in its order."""
+        """The micro-batches of `rows`, each with its rows."""
         for group in self.groups(rows):
             yield group, self.batch(group)
 
@@ -188,7 +188,8 @@ class Steps(torch.utils.data.Dataset):
         return self._epoch(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
 
     def _order(self, epoch: int) -> list[int]:
-        """An epoch's rows, shuffled: all of a source of weight 1.3 once, and 30 % of it twice."""
+        """The rows of an epoch, shuffled. A source of weight 1.3 has all rows once and 30 % of them
+        twice."""
         order: list[int] = []
         for source, numbers in self._by_source.items():
             share, times = math.modf(self._weights.get(source, 1.0))

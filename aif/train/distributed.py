@@ -2,8 +2,9 @@
 
     accelerate launch --num_processes 8 --module aif ppo RUN
 
-Each process has a share of a step's rows. All of them take each decision together: a process that
-stops or saves alone leaves the others waiting. The main process alone writes (`run.Follower`).
+Each process has a share of a step's rows. All processes make each decision together, since a
+process that stops or saves alone leaves the others waiting. Only the main process writes
+(`run.Follower`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def ends_process_group(stage: Callable[..., T]) -> Callable[..., T]:
 
 
 def any_rank(holds: bool) -> bool:
-    """Whether it holds in any process; all have to call this."""
+    """Whether the condition is true in any process; all processes must call this."""
     state = PartialState()
     if state.num_processes == 1:
         return holds
@@ -51,26 +52,26 @@ def any_rank(holds: bool) -> bool:
 
 
 def gather_rows(rows: list[T]) -> list[T]:
-    """The rows of all processes, in the order of the ranks; all have to call this."""
+    """The rows of all processes, in the order of the ranks; all processes must call this."""
     return gather_object(rows) if PartialState().num_processes > 1 else rows
 
 
 def all_gather(value: T) -> list[T]:
-    """The value of each process, in the order of the ranks; all have to call this."""
+    """The value of each process, in the order of the ranks; all processes must call this."""
     return gather_rows([value])
 
 
 def weighted_mean(metrics: dict[str, float], weight: int) -> dict[str, float]:
-    """Each metric's mean over the processes, by their weights; all have to call this, with the
-    same names."""
+    """Each metric's mean over the processes, by their weights. All processes must call this, with
+    the same names."""
     shares = all_gather((metrics, weight))
     total = sum(weight for _, weight in shares)
     return {name: sum(one[name] * weight for one, weight in shares) / total for name in metrics}
 
 
 def on_main_process(work: Callable[[], T]) -> T:
-    """What `work()` returns in the main process, or the AifError that it raises there, in all
-    processes; all have to call this."""
+    """Run `work()` in the main process only. All processes must call this, and all get its result
+    or its AifError."""
     state = PartialState()
     if state.num_processes == 1:
         return work()

@@ -1,4 +1,4 @@
-"""What SFT learns from: revisions, voted answers, responses, demonstrations, plain text.
+"""The data of SFT: revisions, voted answers, responses, demonstrations, plain text.
 
     [sft.data]
     revisions = 1.0                 # each once an epoch
@@ -95,7 +95,7 @@ def _revisions(run: Run) -> Iterator[Example]:
 
 
 def _votes(run: Run) -> Iterator[Example]:
-    """Responses whose final answer is the one that most responses to their prompt have."""
+    """Responses with the most common final answer to their prompt."""
     voted = {
         id for vote in run.read("votes.jsonl", Vote) if not vote.fault
         for id in vote.response_ids
@@ -158,11 +158,11 @@ def answers_of(prompt: list[Message], texts: Iterable[str], source: str = "") ->
 
 
 def split_key(messages: list[Message]) -> str:
-    """The key that decides on which side of a split a dialogue is: its opening, up to the first
-    turn of the user.
+    """The key that decides on which side of a split a dialogue is: its start, up to the first turn
+    of the user.
 
-    Data sets hold one conversation at many lengths. Its later turns must not be trained on if its
-    earlier turns are held out.
+    Data sets have one conversation at many lengths. If its early turns are held out, its later
+    turns must not be trained on.
     """
     turns = [message["role"] for message in messages]
     opening = messages[: turns.index("user") + 1] if "user" in turns else messages
@@ -183,14 +183,14 @@ def held_out(keys: Iterable[str], fraction: float, seed: int) -> set[str]:
 
 
 def split(rows: Sequence[T], settings: TrainSettings) -> tuple[list[T], list[T]]:
-    """(to train on, held out) of rows with a `split_key`, none of which is in both."""
+    """(rows to train on, rows held out), by their `split_key`; no key is in both."""
     out = held_out((row.split_key for row in rows), settings.eval_fraction, settings.seed)
     train = [row for row in rows if row.split_key not in out]
     return train, [row for row in rows if row.split_key in out]
 
 
 def mirror_mixture(rows: Sequence[Example], settings: SFTSettings) -> list[Example]:
-    """The distinct examples in the mixture of training: a tenth of a source of weight 0.1."""
+    """The distinct examples in the proportions of training: a tenth of a source of weight 0.1."""
     distinct = {row.id: row for row in rows}
     mirrored = [
         row for row in distinct.values()

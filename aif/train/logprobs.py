@@ -1,4 +1,4 @@
-"""Log-probabilities and the loss of a language model, computed for the learned tokens alone.
+"""Log-probabilities and the loss of a language model, only for the learned tokens.
 
 A response is often a third of its sequence, and logits are large: half a megabyte a position in
 float32 with a vocabulary of 128,000. So the body runs over the whole sequence, but the head only
@@ -19,10 +19,10 @@ LOGITS_BYTES = 1 << 28  # of one chunk in float32
 
 
 class TokenLogprobs(NamedTuple):
-    """What a model says of N target tokens, in float32."""
+    """Log-probabilities of N target tokens under a model, in float32."""
 
     logprobs_N: torch.Tensor  # log p of each target
-    entropy_N: torch.Tensor | None  # of the distribution that each target is from, in nats
+    entropy_N: torch.Tensor | None  # of the distribution of each target, in nats
 
 
 class LearnedTokens(NamedTuple):
@@ -82,8 +82,8 @@ def nll_loss(model: Any) -> Callable[..., torch.Tensor]:
     """The loss of a causal language model for `model.forward_is`: the summed -log p of all learned
     tokens of a `batch.Batch`, a scalar.
 
-    A model that changes its logits after the head (a soft cap, a scale) is recognised by a trial.
-    All its logits are computed at once.
+    A trial detects a model that changes its logits after the head (a soft cap, a scale). For such a
+    model all logits are computed at once.
     """
     plain_head = head_is_all(model)
 
@@ -108,7 +108,7 @@ def nll_loss(model: Any) -> Callable[..., torch.Tensor]:
 
 @torch.no_grad()
 def head_is_all(model: Any) -> bool:
-    """Whether a model's logits are its head applied to the last hidden state, and no more."""
+    """Whether a model's logits are just its head applied to the last hidden state."""
     was_training = model.training
     model.eval()
     ids_BT = torch.arange(4, device=model.device)[None] + 1

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a stage measures while it trains, one row a number.
+"""metrics.jsonl: the measurements of a stage while it trains, one row per number.
 
 {"stage": "sft", "step": 10, "name": "eval_loss", "value": 2.31}
 """

@@ -1,4 +1,4 @@
-"""Loading a model to train, and saving it as any user of transformers expects it."""
+"""Loading a model to train, and saving it in the format of transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def load_for_training(name: str, settings: TrainSettings, load: Loader = load_model) -> Any:
-    """The model of that name on its device, ready for `Trainer`; with `lora`, its adapters alone
+    """The model of that name on its device, ready for `Trainer`. With `lora` only its adapters
     learn. `load(name, dtype, device)` loads it.
 
     Weights that learn are float32, and matrix products bfloat16 if the hardware has them
@@ -67,7 +67,7 @@ def _with_adapters(model: Any, lora: LoraSettings) -> Any:
     ends = ("lm_head", "embed_tokens")
     tied = [name for name in adapted.targeted_module_names if name.rpartition(".")[2] in ends]
     if tied and model.config.get_text_config().tie_word_embeddings:
-        # Both are one weight: an adapter of one, merged, would change the other too.
+        # The two share one weight: a merged adapter of one would also change the other.
         raise InputError(
             "lora", "targets", got=shown(tied[0]), expected="layers without a tied weight"
         )
@@ -81,9 +81,9 @@ def inner(model: Any) -> Any:
 
 @contextmanager
 def forward_is(model: Any, loss: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Inside of it `model(**batch)` is `loss(model, **batch)`, the summed loss of a batch.
+    """In the `with`, `model(**batch)` returns `loss(model, **batch)`, the summed loss of a batch.
 
-    So the loss is inside of whatever wraps the model: autocast, adapters, data parallelism.
+    So all that wraps the model (autocast, adapters, data parallelism) also wraps the loss.
     """
     model.forward = MethodType(loss, model)
     try:
@@ -93,7 +93,7 @@ def forward_is(model: Any, loss: Callable[..., torch.Tensor]) -> Iterator[None]:
 
 
 def learning_rate(settings: TrainSettings) -> float:
-    """The one that is set, or the default of full fine-tuning or of LoRA."""
+    """The learning rate of the settings, or else the default of full fine-tuning or of LoRA."""
     if settings.learning_rate is not None:
         return settings.learning_rate
     return settings.LORA_RATE if settings.lora else settings.FULL_RATE
@@ -113,7 +113,7 @@ def packs(model: Any, settings: SFTSettings) -> bool:
 
 
 def micro_batch(model: Any, settings: TrainSettings) -> tuple[int, int]:
-    """(positions that are run at once, what a micro-batch costs besides, in positions).
+    """(the most positions of a micro-batch, its fixed cost in positions).
 
     On a CPU a micro-batch costs the weights' cast to bfloat16 and the gradients' cast back, about
     64 positions; on a GPU it costs the launch of its kernels, as much as thousands.
@@ -123,13 +123,13 @@ def micro_batch(model: Any, settings: TrainSettings) -> tuple[int, int]:
 
 
 def model_identity(name: str) -> Any:
-    """What a model is, beyond its name: its files' digest, or a hub id's commit."""
+    """The identity of a model beyond its name: the digest of its files, or a hub id's commit."""
     digest = fingerprint.of_model(str(bundled_folder()) if name == BUNDLED else name)
     return digest or (name, transformers.AutoConfig.from_pretrained(name)._commit_hash)
 
 
 def without_dropout(model: Any) -> None:
-    """Turn dropout off for good, so that two scores differ by their responses alone."""
+    """Turn dropout off permanently, so that two scores differ only by their responses."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -22,20 +22,21 @@ from aif.train.tokens import TokenRow
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPrefix:
-    """A prompt group in tokens: what all K sequences begin with, and how each goes on (never
-    empty); with its comparisons or grades, as far as there are any."""
+    """A prompt group in tokens: the prefix of all K sequences, and the rest of each (never empty);
+    with its comparisons or grades, if any."""
 
     source: str
     shared_T: np.ndarray  # int32
     branches: list[np.ndarray]  # K of [t], int32
-    first: list[int] = field(default_factory=list)  # a response's number, one a comparison
+    first: list[int] = field(default_factory=list)  # a response's number, one per comparison
     second: list[int] = field(default_factory=list)
     p_first: list[float] = field(default_factory=list)
-    grades: list[float] = field(default_factory=list)  # one a response
+    grades: list[float] = field(default_factory=list)  # one per response
 
     @classmethod
     def of(cls, rows: Sequence[TokenRow], **labels: list) -> SharedPrefix:
-        """The sequences of one group; each keeps a token of its own, where its score is read."""
+        """Build it from the sequences of a group. Each sequence keeps at least one own token, for
+        its score."""
         ids = [row.ids_T for row in rows]
         shortest = min(map(len, ids))
         heads = np.stack([row_T[: shortest - 1] for row_T in ids])
@@ -53,7 +54,7 @@ class SharedPrefix:
         return len(self.shared_T) + max(map(len, self.branches))
 
     def __len__(self) -> int:
-        """Tokens, what is shared counted once."""
+        """The number of tokens; the prefix counts once."""
         return len(self.shared_T) + sum(map(len, self.branches))
 
 
@@ -72,7 +73,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PrefixBatch:
-    """Rows that are run at once, with N responses in all."""
+    """Rows that run in one forward pass, with N responses in all."""
 
     input_ids: torch.Tensor  # [B, T]
     position_ids: torch.Tensor  # [B, T]
@@ -161,7 +162,7 @@ class SharingLayout(Layout):
     attention_tokens: int = 1 << 12  # of a row whose attention costs as much as all its products
 
     def batches(self, rows: Sequence[TokenRow]) -> Iterator[tuple[list[TokenRow], Batch]]:
-        """As `Layout.batches`, which it is if no two rows share a prompt."""
+        """As `Layout.batches`; the same if no two rows share a prompt."""
         members = dict(self._shared(rows))
         if len(members) == len(rows):
             yield from super().batches(rows)
@@ -173,10 +174,10 @@ class SharingLayout(Layout):
             yield list(chain.from_iterable(members[row] for row in group)), batch
 
     def _shared(self, rows: Sequence[TokenRow]) -> Iterator[tuple[SharedPrefix, list[TokenRow]]]:
-        """The rows of each prompt as one group, or as several where that costs less.
+        """The rows of each prompt as one group, or as several if that costs less.
 
-        Side by side each response costs attention to all others, though it is masked: long ones
-        after a short prompt are better run apart.
+        In one row, each response costs attention to all others, although it is masked. So long
+        responses to a short prompt are cheaper in separate rows.
         """
         by_prompt: dict[bytes, list[TokenRow]] = {}
         for row in rows:

@@ -4,8 +4,9 @@
     branch    0 0 0 0 0  1 1 1 1  2 2 2       0: the shared prefix
     position  0 1 2 3 4  5 6 7 8  5 6 7
 
-A token sees the earlier tokens of its own branch and of branch 0, and has the position that it has
-in its plain sequence. So every hidden state, and its gradient, is the one of the plain sequence.
+A token sees the earlier tokens of its own branch and of branch 0, and its position is its position
+in the plain sequence. So every hidden state and every gradient is the same as in the plain
+sequence.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ PLAIN = {"full_attention"}
 
 
 def shares(model: Any, setting: bool | None, stage: str) -> bool:
-    """Whether prompts are run once. It needs attention that takes a mask of who sees whom.
+    """Whether prompts run once. This needs attention that accepts a mask for each pair of tokens.
 
-    Flash attention takes none, and such a mask leaves out a sliding window. Raises InputError if
-    the stage's `share_prompt`, the `setting`, is true and the model cannot.
+    Flash attention accepts none, and such a mask ignores a sliding window. Raises InputError
+    if the stage's `share_prompt`, the `setting`, is true and the model cannot.
     """
     config = inner(model).config.get_text_config()
     full = set(getattr(config, "layer_types", None) or PLAIN) <= PLAIN
@@ -68,8 +69,8 @@ def branch_mask(branch_BT: torch.Tensor) -> torch.Tensor:
 
 
 def before(hidden_BTD: torch.Tensor, branch_BT: torch.Tensor) -> torch.Tensor:
-    """[B, T, D], for each token the state that predicts it: the state of the token to its left, or
-    of the last shared token at the start of a branch.
+    """The state that predicts each token, [B, T, D]: the state of the token to its left, or at the
+    start of a branch the state of the last shared token.
 
     Every row needs a shared token. The gradient of its state is a sum over a dimension; a scatter's
     order would change from run to run.

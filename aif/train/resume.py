@@ -1,7 +1,7 @@
-"""What every training stage does around its training: finish once, resume, or start anew.
+"""What all training stages share: to skip finished work, to resume, or to start again.
 
-A stage's work is a function of its data, settings and model. Their digest is kept with the result,
-so the same command finds the work done, resumes it, or starts anew.
+A stage's work is a function of its data, settings and model. Their digest is stored with the
+result. By this digest the same command skips the work, resumes it, or starts again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aif.train.model import learning_rate, model_identity
 # transformers' names of ours.
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 SAVE_EVERY_S = 600.0
-# Settings that may change in the middle of a run: where and how it is computed, not what.
+# Settings that may change in the middle of a run: where and how to compute, not what.
 FREE = {"device", "micro_tokens", "packing", "share_prompt", "gradient_checkpointing"}
 FREE |= {"save_every", "keep_checkpoints", "members", "combine", "curve", "trackers"}
 FREE |= {"vllm_memory", "require_audit"}
@@ -39,8 +39,8 @@ FREE |= {"vllm_memory", "require_audit"}
 
 @contextmanager
 def training_in(run: Run) -> Iterator[None]:
-    """Hold the run for this process, without the warnings that peft and transformers cause in each
-    other."""
+    """Hold the run for this process, and silence the warnings that peft and transformers cause
+    together."""
     with run.writing(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -76,8 +76,8 @@ def digest_of(stage: str, settings: TrainSettings, name: str, *data: str) -> str
 def done_before(
     run: Run, stage: str, folder: Path, about: dict[str, Any], progress: Progress
 ) -> dict[str, Any] | None:
-    """The last summary, if `folder` is its whole result with the same digest. Else None, and the
-    stage is marked as in progress."""
+    """The last summary, if `folder` is complete and has the same digest. Else None, and the stage
+    is marked as in progress."""
     last = run.state(stage)
     if last.get("digest", about["digest"]) != about["digest"]:
         progress.say(f"{stage}: data, settings or model have changed since the last time: anew")

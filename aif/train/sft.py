@@ -3,10 +3,9 @@
     [sft]
     data = { revisions = 1.0, "demonstrations.jsonl" = 0.5 }
 
-The policy learns each response's tokens and its end, nothing else (`tokens`); with
-objective = "lm" it learns every token of plain texts. A run that is stopped and started again ends
-with the same bits (`trainer`). A run that is done does nothing more, unless data, settings or model
-have changed.
+The policy learns each response's tokens and its end, nothing else (`tokens`); with objective = "lm"
+it learns every token of plain texts. A run that is stopped and started again ends with the same
+bits (`trainer`). A finished run is not repeated unless its data, settings or model have changed.
 """
 
 from __future__ import annotations

@@ -36,15 +36,15 @@ from aif.train.resume import SCHEDULES, Checkpoints
 
 @dataclass
 class Training:
-    """Everything that a training depends on, and where it reports."""
+    """All inputs of a training, and where it reports."""
 
     stage: str
     model: Any  # its forward gives the summed loss of a batch
     steps: Steps
-    held_out: OptimizerStep | None  # what is evaluated on
+    held_out: OptimizerStep | None  # the held-out rows
     settings: TrainSettings
     checkpoints: Path
-    about: dict[str, Any]  # enters every checkpoint; only one with the same is resumed
+    about: dict[str, Any]  # stored in every checkpoint; a run resumes only from an equal one
     metrics: Metrics
     progress: Progress
     stop: threading.Event = field(default_factory=threading.Event)
@@ -68,7 +68,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went, under the names of a stage's summary."""
+    """The results of a training, with the names of a stage's summary."""
 
     steps: int
     resumed_from: int
@@ -160,7 +160,7 @@ def arguments(training: Training) -> TrainingArguments:
 
 
 class StepTrainer(Trainer):
-    """A Trainer whose item is a whole optimizer step, of as many micro-batches as it takes."""
+    """A Trainer whose items are whole optimizer steps, each of several micro-batches."""
 
     def __init__(self, training: Training):
         self.training = training

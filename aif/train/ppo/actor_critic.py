@@ -16,7 +16,7 @@ Inputs = torch.Tensor | None  # one of the fields of `Batch.inputs`
 
 
 class TokenOutputs(NamedTuple):
-    """Of the N tokens that the loss mask keeps, row by row as in the batch."""
+    """Outputs for the N tokens that the loss mask keeps, row by row as in the batch."""
 
     logprobs_N: torch.Tensor
     values_N: torch.Tensor | None  # of the state before the token; None without a critic

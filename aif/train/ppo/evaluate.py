@@ -1,8 +1,8 @@
-"""Evaluation while PPO trains: held-out prompts, answered every so often and scored twice.
+"""Evaluation during PPO: the policy answers held-out prompts at intervals; each is scored twice.
 
-A policy that learns to please its reward goes on rising in it after it gets worse (Gao et al. 2023,
-2210.10760). So a gold reward, which nothing learns from, stands beside the score, and both beside
-the KL from the reference. The responses are in ppo-samples.jsonl:
+A policy's reward can still rise while its true quality falls (Gao et al. 2023, 2210.10760). So a
+gold reward, which nothing learns from, is reported beside the score, with the KL from the
+reference. The responses are in ppo-samples.jsonl:
 
 {"step": 20, "prompt_id": "...", "prompt": [...], "response": "...", "score": 1.2, "gold": 0.7,
  "kl": 4.1, "tokens": 31, "ended": true}

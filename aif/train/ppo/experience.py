@@ -1,4 +1,4 @@
-"""What a step learns from: responses with their logprobs, values, rewards and advantages.
+"""The data of a PPO step: responses with their logprobs, values, rewards and advantages.
 
 Tensors are [B, T]: B responses, T tokens of the longest, padded on the right with 0.
 `response_mask_BT` is True at a response's tokens, its EOS included.
@@ -24,7 +24,7 @@ from aif.train.tokens import TokenRow
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What the models say of each response token, at the policy's temperature."""
+    """The models' outputs for each response token, at the policy's temperature."""
 
     logprobs_BT: torch.Tensor  # of the policy that sampled the responses
     ref_logprobs_BT: torch.Tensor

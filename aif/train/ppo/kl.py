@@ -35,7 +35,7 @@ def log_ratios(
     names = [name for name, _ in policies]
     rows = [_tokenise(name, examples, vocabulary, settings) for name, examples in policies]
     fit = [[row for row in model_rows if row is not None] for model_rows in rows]
-    # The reference has no KL from itself, so nothing of it is read.
+    # The reference has a KL of zero from itself, so its responses are not read.
     moved = [kept for name, kept in zip(names, fit, strict=True) if name != reference]
     others = [row for kept in moved for row in kept]
     ref_logprobs = iter(response_logprobs(reference, others, settings))

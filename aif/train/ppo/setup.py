@@ -1,4 +1,4 @@
-"""What PPO is built from: settings, prompts, rewards and models. The cheap checks come first.
+"""Builds PPO from settings, prompts, rewards and models. The cheap checks come first.
 
 name = check_settings(run)
 inputs = Inputs(run, name, sources)     # all but models

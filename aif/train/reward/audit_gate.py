@@ -1,4 +1,4 @@
-"""Whether a reward model may learn from a run's labels, by the audit of their judge.
+"""A check of the judge's audit before a reward model learns from its labels.
 
 [reward]
 require_audit = { agreement = 0.7, position_bias = 0.2, fault_rate = 0.02 }

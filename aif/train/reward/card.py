@@ -1,7 +1,7 @@
-"""A reward model's report card: how often it is right, on what, and whether it knows when.
+"""A reward model's report card: its accuracy, overall and by kind of pair, and its calibration.
 
-The card is of pairs that the model did not learn from. A pair is right if the better response has
-the higher score; equal scores are half right. The card is the same whichever response is first.
+The card is about pairs that the model did not learn from. A pair is right if the better response
+has the higher score; equal scores are half right. The card is the same whichever response is first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ScoredPair:
 
 
 def report_card(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
-    """All statistics of these pairs; those without any label to compare with are left out."""
+    """All statistics of these pairs, without the statistics for which the pairs have no labels."""
     card: dict[str, Any] = {"pairs": len(pairs)}
     for name, key in (("ai", "p_first"), ("human", "p_human")):
         decided = [pair for pair in pairs if getattr(pair, key) not in (None, 0.5)]

@@ -1,7 +1,7 @@
 """The evaluation of trained reward models: the reference scores and the report card.
 
-reward-card.json is of the prompts that the models did not learn from. The reference scores are of
-the policy's responses; PPO normalises by their mean and standard deviation.
+reward-card.json is about the prompts that the models did not learn from. The reference scores are
+the scores of the policy's responses; PPO normalises by their mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from aif.train.reward.labeled import LabeledComparison
 from aif.train.reward.model import Ensemble, PromptResponses, RewardModel, load_ensemble
 
 CARD = "reward-card"
-POLICY = "policy"  # the kind of text that is the policy's own
+POLICY = "policy"  # the name for the policy's own responses
 SAMPLE = 512  # texts of a kind that are scored at most
-TOGETHER = 4  # of them in a row: each costs attention to all others, and a row is never cut
+TOGETHER = 4  # responses per row: each costs attention to all others, and a row is never cut
 
 
 def score_comparisons(ensemble: Ensemble, rows: Sequence[LabeledComparison]) -> list[ScoredPair]:
@@ -148,7 +148,7 @@ def _moments_by_kind(
     """The moments of the scores of each kind of text that has any."""
     by_kind = {}
     first = members[0]["reference"]
-    if len(members) == 1 and first.get("of") == POLICY:  # its responses were scored before
+    if len(members) == 1 and first.get("of") == POLICY:  # these are scored already
         by_kind[POLICY] = {key: value for key, value in first.items() if key != "of"}
     for kind, groups in texts.items():
         if kind not in by_kind and (scores := _scores(ensemble, groups)):

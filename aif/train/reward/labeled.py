@@ -1,4 +1,4 @@
-"""What a reward model learns from and is measured by: comparisons with their labels, by prompt."""
+"""The data of a reward model: comparisons with their labels, grouped by prompt."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class PromptGroup:
         }
 
     def compared(self) -> list[LabeledComparison]:
-        """The comparisons, or every pair of graded responses, whose better grade should win."""
+        """The comparisons, or else every pair of graded responses; the better grade should win."""
         if not self.grades:
             return self.comparisons
         labeler = "p_first" if self.source == "labels" else "p_human"

@@ -1,4 +1,4 @@
-"""Losses of scores: how far a reward model is from the labels.
+"""The losses of a reward model: how far its scores are from the labels.
 
 An objective's `loss` takes the scores [N] of all responses of a batch and the `targets` of its
 rows, and returns a sum; `count` says over how many items.

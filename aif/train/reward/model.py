@@ -1,7 +1,7 @@
 """Scores of responses: a reward model's forward pass, and trained models.
 
 A score is one number for a response to a prompt. It is read at the response's last token (its EOS,
-or where it was cut off), by that token's place and never by a search for padding.
+or where it was cut off). The place of that token is known; there is no search for padding.
 """
 
 from __future__ import annotations

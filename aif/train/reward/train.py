@@ -109,7 +109,7 @@ def _trained(
     data: RewardData, stage: str, settings: RewardSettings, rows: Sequence[SharedPrefix],
     about: dict[str, Any], progress: Progress,
 ) -> tuple[Any, PrefixLayout, Trained]:  # fmt: skip
-    """A model trained on `rows`, the layout of its batches, and how the training went."""
+    """A model trained on `rows`, the layout of its batches, and the results of the training."""
 
     def load(name: str, dtype: str, device: str) -> Any:
         model = load_reward_model(name, dtype, device, new_head=settings.seed)
