@@ -33,6 +33,7 @@ LETTERS = 4  # characters of a token, in English
 TEMPLATE = 20  # tokens that a chat template adds to a prompt
 REQUEST = 300  # tokens of a request to criticise or to revise, without the response
 SERVED = ("openai:", "openai-batch:", "vllm:", "scripted:")
+PADDING = 32  # tokens that a judge's call is padded with
 STARTUP_S = 4.0  # for a stage to load its model and write its files
 ADAPTERS = 0.7  # the time of learning with LoRA: frozen weights have no gradients
 WATCHED = 10  # evaluations of `aif ppo`, unless `ppo.eval_every` says otherwise
@@ -120,10 +121,10 @@ def _revise(run: Run) -> list[Work]:
 
 
 def _filter(run: Run) -> list[Work]:
-    text = "word " * run.settings.policy.response_tokens
+    words = " word" * run.settings.policy.response_tokens
     revisions = run.settings.revise.rounds
     rows = [
-        Comparison.of(prompt.messages, text, f"{text}{number}")
+        Comparison.of(prompt.messages, f"before{words}", f"{number}{words}")
         for prompt in prompts_of(run)
         for number in range(revisions)
     ]
@@ -143,13 +144,14 @@ def _judging(run: Run, rows: Iterable[Comparison], model: LLMSettings | None = N
 
 
 def _new_tokens(asks: Iterable[Ask]) -> float:
-    """The tokens of some calls; a prefix that two calls in a row share counts once."""
-    letters, before = 0, ""
+    """The tokens of some calls; what a call and the one before begin with counts once."""
+    tokens, before = 0.0, ""
     for ask in asks:
         text = ask.text or "".join(message["content"] for message in ask.messages or [])
-        letters += len(text) - len(commonprefix([before, text]))  # noqa: RUF071  letters, not paths
+        shared = len(commonprefix([before, text]))  # noqa: RUF071  letters, not paths
+        tokens += (len(text) - shared) / LETTERS + PADDING
         before = text
-    return letters / LETTERS
+    return tokens
 
 
 def _sft(run: Run) -> list[Work]:
@@ -214,8 +216,9 @@ def _evaluate(run: Run) -> list[Work]:
     names = settings.policies or ["base", "sft", "best-of-4", "ppo"]
     texts = sum(4 if name.startswith("best-of") else 1 for name in names) * prompts
     tokens = policy.response_tokens
+    words = " word" * tokens
     rows = [
-        Comparison.of([{"role": "user", "content": f"word {number}"}], "word " * tokens, name)
+        Comparison.of([{"role": "user", "content": f"{number}"}], f"{name}{words}", "")
         for number in range(int(prompts))
         for name in names
     ]

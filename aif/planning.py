@@ -164,8 +164,8 @@ def _is_to_be_sampled(run: Run) -> bool:
 
 def _expected(run: Run) -> Iterator[Comparison]:
     """Comparisons of responses that are as long as the settings allow."""
-    words = "word " * run.settings.policy.response_tokens
-    texts = [f"{words}{number}" for number in range(samples_of(run))]
+    words = " word" * run.settings.policy.response_tokens
+    texts = [f"{number}{words}" for number in range(samples_of(run))]
     for prompt in prompts_of(run):
         yield from pairs(run, prompt, texts)
 
