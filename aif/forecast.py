@@ -3,8 +3,8 @@
     models -> models/speed (a few seconds) -> tokens a second
     run.toml -> tokens that each stage reads, writes and learns from -> seconds
 
-It assumes that texts are as long as the settings allow. A stage with a served model has no
-forecast.
+It assumes that texts are as long as the settings allow. A stage has no forecast if it
+asks a served model, or if the settings do not say how much data it has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from aif.config.settings import LLMSettings, TrainSettings
 from aif.data.readers import read_prompts
-from aif.errors import TooSlow
+from aif.errors import InputError, TooSlow
 from aif.judge.panel import judge_of
 from aif.llm import Ask
 from aif.pipeline import Step
@@ -54,7 +54,7 @@ class Work:
 
 
 def forecast(run: Run, todo: Sequence[Step], progress: Progress) -> dict[str, float | None]:
-    """The seconds of each step; None if it uses a served model. Each model that runs in this
+    """The seconds of each step; None if it is not known. Each model that runs in this
     process is timed for a few seconds."""
 
     @cache
@@ -65,13 +65,20 @@ def forecast(run: Run, todo: Sequence[Step], progress: Progress) -> dict[str, fl
         return measure(weights, dtype, device)
 
     def seconds(stage: str) -> float | None:
-        parts = WORK[stage](run) if stage in WORK else []
-        if any(part.model.model.startswith(SERVED) for part in parts):
+        if stage not in WORK:
+            return STARTUP_S
+        if not _is_known(run, stage):
             return None
-        return STARTUP_S + sum(
-            part.seconds(speed(part.model.weights, part.model.dtype, part.model.device))
-            for part in parts
-        )
+        try:
+            parts = WORK[stage](run)
+            if any(part.model.model.startswith(SERVED) for part in parts):
+                return None
+            return STARTUP_S + sum(
+                part.seconds(speed(part.model.weights, part.model.dtype, part.model.device))
+                for part in parts
+            )
+        except InputError:  # the stage itself reports it, if it is still wrong by then
+            return None
 
     return {step.name: seconds(step.stage.name) for step in todo}
 
@@ -84,6 +91,14 @@ def check_time(expected_s: Mapping[str, float | None], minutes: float | None, co
             f"about {duration(seconds)} on this machine, more than --within {minutes:g} (minutes); "
             f"`{command}` starts it all the same"
         )
+
+
+def _is_known(run: Run, stage: str) -> bool:
+    """Whether the settings say how much data a stage has. For a run with its own pairs they do so
+    for `label` alone, and for `sft` only if it learns from revisions."""
+    if stage == "sft" and set(run.settings.sft.data) != {"revisions"}:
+        return False
+    return stage == "label" or run.settings.respond.prompts is not None
 
 
 def _respond(run: Run) -> list[Work]:
@@ -176,11 +191,8 @@ def _group(run: Run, samples: int) -> float:
 
 
 def _reward(run: Run) -> list[Work]:
-    settings, prompts, each = (
-        run.settings.reward,
-        len(prompts_of(run)),
-        _group(run, samples_of(run)),
-    )
+    settings, prompts = run.settings.reward, len(prompts_of(run))
+    each = _group(run, samples_of(run))
     read = prompts * each * (1 + settings.eval_fraction * (settings.epochs + 1))
     learned = _learned(settings, prompts * (1 - settings.eval_fraction), each)
     return [Work(run.settings.policy, read=read, learned=learned * settings.members)]
@@ -204,8 +216,17 @@ def _ppo(run: Run) -> list[Work]:
             written=(rows * settings.samples + watched)
             * (settings.response_tokens or policy.response_tokens),
             learned=learned * (1 + critic),
-        )
+        ),
+        *_live_judge(run, rows * settings.samples + watched),
     ]
+
+
+def _live_judge(run: Run, responses: float) -> list[Work]:
+    """The judge, if it grades the responses of PPO."""
+    if "judge" not in (*run.settings.ppo.reward, run.settings.ppo.gold):
+        return []
+    each = run.settings.policy.response_tokens + PADDING
+    return [Work(run.settings.judge, read=responses * each)]
 
 
 def _evaluate(run: Run) -> list[Work]:

@@ -73,7 +73,7 @@ def test_a_served_model_has_no_forecast(tmp_path, demo, monkeypatch):
         "filter", "label", "evaluate",
     ]  # fmt: skip
     (line,) = forecast_lines(seconds)
-    assert line.endswith("; not filter, label, evaluate, for which a served model is asked")
+    assert line.endswith("; not known for filter, label, evaluate")
 
 
 def test_too_slow_a_run_is_refused(tmp_path, demo, monkeypatch):
@@ -108,3 +108,26 @@ def test_the_command_refuses_and_does_nothing(tmp_path):
     assert done.returncode == 5, done.stderr
     assert "more than --within 0.001 (minutes)" in done.stderr.splitlines()[-1]
     assert [path.name for path in folder.iterdir()] == ["run.toml"]
+
+
+def test_a_run_with_its_own_pairs_has_a_forecast_of_its_labelling(tmp_path, demo, monkeypatch):
+    """How much the other stages have to learn from is not known from its settings."""
+    changes = {"label.pairs": "prompts/example-pairs.jsonl", "pipeline.stages": ["label", "reward"]}
+    run = demo(tmp_path, **changes)
+    respond = run.settings.respond.model_copy(update={"prompts": None})
+    own = Run(run.path, run.settings.model_copy(update={"respond": respond}))
+    seconds = expected(monkeypatch, own)
+    assert seconds["label"] > forecast.STARTUP_S
+    assert seconds["reward"] is None
+
+
+def test_a_served_live_judge_has_no_forecast_of_ppo(tmp_path, demo, monkeypatch):
+    changes = {"judge.model": "openai:some-model", "ppo.reward": {"judge": 1.0}}
+    assert expected(monkeypatch, demo(tmp_path, **changes))["ppo"] is None
+
+
+def test_what_is_wrong_is_left_to_the_stage_to_report(tmp_path, demo, monkeypatch):
+    run = demo(tmp_path, **{"evaluate.prompts": str(tmp_path / "nowhere.jsonl")})
+    seconds = expected(monkeypatch, run)
+    assert seconds["evaluate"] is None
+    assert seconds["ppo"] is not None

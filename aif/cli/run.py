@@ -68,8 +68,8 @@ def forecast_lines(expected_s: Mapping[str, float | None]) -> list[str]:
     if not steps:
         return []
     each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in steps.items())
-    served = [name for name in expected_s if name not in steps]
-    without = f"; not {', '.join(served)}, for which a served model is asked" if served else ""
+    others = [name for name in expected_s if name not in steps]
+    without = f"; not known for {', '.join(others)}" if others else ""
     return [f"about {duration(sum(steps.values()))} on this machine ({each}){without}"]
 
 
