@@ -58,11 +58,14 @@ def forecast(run: Run, todo: Sequence[Step], progress: Progress) -> dict[str, fl
     process is timed for a few seconds."""
 
     @cache
-    def speed(weights: str, dtype: str, device: str) -> Speed:
+    def speed(weights: str, dtype: str, device: str) -> Speed | None:
         from aif.models.speed import measure
 
         progress.stage(f"timing {weights} on this machine")
-        return measure(weights, dtype, device)
+        try:
+            return measure(weights, dtype, device)
+        except (InputError, RuntimeError, ValueError):  # a model that cannot be timed may still run
+            return None
 
     def seconds(stage: str) -> float | None:
         if stage not in WORK:
@@ -73,10 +76,11 @@ def forecast(run: Run, todo: Sequence[Step], progress: Progress) -> dict[str, fl
             parts = WORK[stage](run)
             if any(part.model.model.startswith(SERVED) for part in parts):
                 return None
-            return STARTUP_S + sum(
-                part.seconds(speed(part.model.weights, part.model.dtype, part.model.device))
-                for part in parts
-            )
+            models = [part.model for part in parts]
+            speeds = [speed(model.weights, model.dtype, model.device) for model in models]
+            if None in speeds:
+                return None
+            return STARTUP_S + sum(map(Work.seconds, parts, speeds))
         except InputError:  # the stage itself reports it, if it is still wrong by then
             return None
 

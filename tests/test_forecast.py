@@ -131,3 +131,14 @@ def test_what_is_wrong_is_left_to_the_stage_to_report(tmp_path, demo, monkeypatc
     seconds = expected(monkeypatch, run)
     assert seconds["evaluate"] is None
     assert seconds["ppo"] is not None
+
+
+def test_a_model_that_cannot_be_timed_does_not_stop_the_run(tmp_path, demo, monkeypatch):
+    def fails(*model):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(speed, "measure", fails)
+    run = demo(tmp_path)
+    seconds = forecast.forecast(run, steps(run), QUIET)
+    assert seconds["respond"] is None
+    assert seconds["compare"] == forecast.STARTUP_S
